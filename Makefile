@@ -1,0 +1,30 @@
+# `make train` and `make test` are all that a fresh machine needs; both create .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test check clean
+.DELETE_ON_ERROR:
+
+train: .venv/.train
+	$(BIN)/python experiments/train_byte_lm.py $(ARGS)
+
+test: .venv/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv
+
+# Each marker records that one extra of pyproject.toml is installed.
+.venv/.train .venv/.test .venv/.dev: .venv/.%: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else \
+	    f"e88_jax needs Python 3.11 to 3.13, but $(PYTHON) is {v[0]}.{v[1]}: pass PYTHON=python3.12, say.")'
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

@@ -1,0 +1,42 @@
+"""E88, a nonlinear matrix-state recurrent layer for language models, in JAX.
+
+Names are imported on first use, so that what needs no JAX (`e88_jax.config`) starts at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from e88_jax.config import E88Config as E88Config
+    from e88_jax.config import LMConfig as LMConfig
+    from e88_jax.generate import generate as generate
+    from e88_jax.generate import stream as stream
+    from e88_jax.mixer import E88Mixer as E88Mixer
+    from e88_jax.mixer import MixerState as MixerState
+    from e88_jax.model import E88LM as E88LM
+    from e88_jax.model import weight_decay_mask as weight_decay_mask
+    from e88_jax.recurrence import e88_recurrence as e88_recurrence
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "E88Config": "config",
+    "LMConfig": "config",
+    "generate": "generate",
+    "stream": "generate",
+    "E88Mixer": "mixer",
+    "MixerState": "mixer",
+    "E88LM": "model",
+    "weight_decay_mask": "model",
+    "e88_recurrence": "recurrence",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

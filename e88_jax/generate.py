@@ -1,0 +1,139 @@
+"""Sampling from a model with its state carried along: constant memory in the length."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from e88_jax.model import E88LM, LMState
+
+
+def filter_logits(logits: Array, temperature: Array, top_k: int | None, top_p: Array) -> Array:
+    """Logits `[B, vocab]` of the distribution to sample from; -inf where a filter excludes.
+
+    top_k keeps the k likeliest tokens, top_p then the smallest set of likeliest tokens that holds
+    at least that probability (https://arxiv.org/abs/1904.09751); the likeliest always stays.
+    """
+    logits = logits / temperature
+    descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    rank = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
+    if top_k is not None:
+        descending = jnp.where(rank < top_k, descending, -jnp.inf)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (rank == 0) | ((mass_before < top_p) & jnp.isfinite(descending))
+    threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "top_k", "greedy"), donate_argnums=(2,))
+def _advance(
+    graphdef: nnx.GraphDef[E88LM],
+    params: nnx.State,
+    state: LMState,
+    tokens: Array,
+    key: Array,
+    temperature: Array,
+    top_p: Array,
+    *,
+    top_k: int | None,
+    greedy: bool,
+) -> tuple[LMState, Array]:
+    """Reads `tokens` `[B, T]` and draws one more, `[B]`."""
+    logits, state = nnx.merge(graphdef, params)(tokens, state)
+    logits = logits[:, -1]
+    if greedy:
+        return state, jnp.argmax(logits, axis=-1)
+    return state, jax.random.categorical(key, filter_logits(logits, temperature, top_k, top_p))
+
+
+def stream(
+    model: E88LM,
+    prompt: Array | np.ndarray,
+    *,
+    key: Array,
+    temperature: float = 0.8,
+    top_k: int | None = 40,
+    top_p: float = 1.0,
+) -> Iterator[np.ndarray]:
+    """Draws tokens without end; the memory used does not grow.
+
+    The prompt is read in one pass. The defaults are those of the original implementation.
+
+    Args:
+        model: the language model.
+        prompt: ids `[B, T]`, T at least 1.
+        key: a JAX random key; the same key gives the same tokens.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: sample among the k likeliest tokens; None for all.
+        top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
+
+    Yields:
+        The next token of each row, `[B]` int32.
+
+    Raises:
+        ValueError: an empty prompt, or an option out of range.
+    """
+    if prompt.ndim != 2 or prompt.shape[1] == 0:
+        raise ValueError(f"prompt must be [B, T] with at least one token, got {prompt.shape}.")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
+    return _stream(model, jnp.asarray(prompt, jnp.int32), key, temperature, top_k, top_p)
+
+
+def _stream(
+    model: E88LM,
+    tokens: Array,
+    key: Array,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+) -> Iterator[np.ndarray]:
+    graphdef, params = nnx.split(model)
+    state = model.init_state(tokens.shape[0])
+    greedy = temperature == 0
+    while True:
+        key, step_key = jax.random.split(key)
+        state, drawn = _advance(
+            graphdef,
+            params,
+            state,
+            tokens,
+            step_key,
+            jnp.float32(1 if greedy else temperature),
+            jnp.float32(top_p),
+            top_k=top_k,
+            greedy=greedy,
+        )
+        yield np.asarray(drawn, np.int32)
+        tokens = drawn[:, None].astype(jnp.int32)
+
+
+def generate(
+    model: E88LM,
+    prompt: Array | np.ndarray,
+    length: int,
+    *,
+    key: Array,
+    temperature: float = 0.8,
+    top_k: int | None = 40,
+    top_p: float = 1.0,
+) -> np.ndarray:
+    """The next `length` tokens of each row, `[B, length]` int32; see `stream`.
+
+    Raises:
+        ValueError: as `stream`, or a negative length.
+    """
+    if length < 0:
+        raise ValueError(f"length must be at least 0 tokens, got {length}.")
+    tokens = stream(model, prompt, key=key, temperature=temperature, top_k=top_k, top_p=top_p)
+    rows = [next(tokens) for _ in range(length)]
+    return np.stack(rows, axis=1) if rows else np.zeros((prompt.shape[0], 0), np.int32)

@@ -1,0 +1,239 @@
+"""The E88 layer: projections, recurrence, output gate, projection."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn import initializers
+
+from e88_jax.config import E88Config
+from e88_jax.precision import compute_dtype, wide, wide_dtype
+from e88_jax.recurrence import e88_recurrence
+from e88_jax.short_conv import ShortConv
+
+NORM_EPSILON = 1e-5
+"""Of every RMS norm in the layer and the model, as in the original implementation."""
+
+
+class MixerState(NamedTuple):
+    """What a layer carries from one call to the next."""
+
+    recurrent: Array
+    """The heads' states, `[B, H, N, V]` float32."""
+    conv: dict[str, Array]
+    """The last inputs of each short convolution, `[B, conv_size - 1, channels]`; may be empty."""
+
+
+def l2_normalize(x: Array) -> Array:
+    """`x / (||x|| + 1e-6)` over the last axis, in float32 (float64 for float64), in x's dtype.
+
+    A row of zeros gives zeros and a finite gradient.
+    """
+    x_wide = wide(x)
+    square = jnp.sum(x_wide * x_wide, axis=-1, keepdims=True)
+    is_zero = square == 0  # the square root has no finite gradient there
+    norm = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
+    return (x_wide / (norm + 1e-6)).astype(x.dtype)
+
+
+def _init_a_log(key: Array, n_heads: int) -> Array:
+    return jnp.log(jax.random.uniform(key, (n_heads,), jnp.float32, 1.0, 16.0))
+
+
+def _init_dt_bias(key: Array, n_heads: int) -> Array:
+    """The softplus inverse of steps log-uniform in [1e-3, 1e-1], as Mamba initialises them."""
+    low, high = jnp.log(jnp.float32(1e-3)), jnp.log(jnp.float32(1e-1))
+    dt = jnp.maximum(jnp.exp(jax.random.uniform(key, (n_heads,), jnp.float32, low, high)), 1e-4)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+class E88Mixer(nnx.Module):
+    """One E88 layer; `y, state = mixer(x, state, segment_ids)`.
+
+    Parameters are float32 and named as in the original implementation.
+
+    Args:
+        config: sizes and options.
+        rngs: source of the initial weights (stream `params`).
+    """
+
+    def __init__(self, config: E88Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = compute_dtype(config.dtype)
+        dim, heads = config.dim, config.n_heads
+        keys, values = heads * config.n_state, heads * config.n_value
+        xavier = initializers.xavier_uniform()
+        # PyTorch's default for a linear layer: uniform in +-1 / sqrt(fan_in).
+        torch_default = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+        def linear(n_in: int, n_out: int, init: initializers.Initializer = xavier) -> nnx.Linear:
+            return nnx.Linear(
+                n_in, n_out, use_bias=False, dtype=self.dtype, kernel_init=init, rngs=rngs
+            )
+
+        if config.tie_kv:
+            self.q_proj = linear(dim, keys)
+            self.k_proj = linear(dim, keys)
+        else:
+            self.qkv_proj = linear(dim, 2 * keys + values)
+
+        if config.conv_size is not None:
+            self.q_conv = ShortConv(keys, config.conv_size, rngs=rngs)
+            self.k_conv = ShortConv(keys, config.conv_size, rngs=rngs)
+            if not config.tie_kv:
+                self.v_conv = ShortConv(values, config.conv_size, rngs=rngs)
+
+        if config.decay_mode == "mamba":
+            self.a_proj = linear(dim, heads)
+            self.A_log = nnx.Param(_init_a_log(rngs.params(), heads))
+            self.dt_bias = nnx.Param(_init_dt_bias(rngs.params(), heads))
+        elif config.decay_mode == "simple":
+            self.beta_proj = linear(dim, heads)
+        elif config.decay_mode == "constant":
+            self.decay_logit = nnx.Param(jnp.full((heads,), 4.0, jnp.float32))
+
+        if config.write_gate:
+            self.write_gate_proj = linear(dim, heads, torch_default)
+        if config.value_residual:
+            self.value_residual = nnx.Param(jnp.ones((heads, config.n_value), jnp.float32))
+        if config.output_norm:
+            self.o_norm = nnx.RMSNorm(config.n_value, epsilon=NORM_EPSILON, rngs=rngs)
+        if config.output_gate != "none":
+            self.g_proj = linear(dim, values)
+
+        if config.head_mix == "weighted_sum":
+            self.head_weights = nnx.Param(jnp.full((heads,), 1 / heads, jnp.float32))
+        elif config.head_mix == "input_weighted":
+            self.head_attn = linear(dim, heads)
+        if config.head_mix == "per_head":
+            self.head_projs = nnx.Einsum(
+                "bthv,hvd->btd",
+                (heads, config.n_value, dim),
+                dtype=self.dtype,
+                kernel_init=initializers.xavier_uniform(batch_axis=0),
+                rngs=rngs,
+            )
+        else:
+            self.o_proj = linear(values if config.head_mix == "concat" else config.n_value, dim)
+
+    def init_state(self, batch: int) -> MixerState:
+        """The state before the first token: zeros."""
+        config = self.config
+        convs = {} if config.conv_size is None else {"q": self.q_conv, "k": self.k_conv}
+        if convs and not config.tie_kv:
+            convs["v"] = self.v_conv
+        state_shape = (batch, config.n_heads, config.n_state, config.n_value)
+        return MixerState(
+            jnp.zeros(state_shape, wide_dtype(self.dtype)),
+            {name: conv.init_state(batch, self.dtype) for name, conv in convs.items()},
+        )
+
+    def __call__(
+        self, x: Array, state: MixerState | None = None, segment_ids: Array | None = None
+    ) -> tuple[Array, MixerState]:
+        """Mixes over time.
+
+        Args:
+            x: `[B, T, dim]`, any float dtype.
+            state: what the call before returned; None starts from zeros.
+            segment_ids: packed documents, `[B, T]` int32; where the id changes, nothing is carried
+                over. Token 0 continues `state`.
+
+        Returns:
+            `(y, state)`: y `[B, T, dim]` in the dtype of the matrix products.
+
+        Raises:
+            ValueError: x is not `[B, T, dim]`, or another shape does not go with it.
+        """
+        config = self.config
+        if x.ndim != 3 or x.shape[-1] != config.dim:
+            raise ValueError(f"x must be [B, T, {config.dim}], got shape {x.shape}.")
+        if state is None:
+            state = self.init_state(x.shape[0])
+        x = x.astype(self.dtype)
+        q, k, v, conv_state = self._qkv(x, state.conv, segment_ids)
+        out, recurrent = e88_recurrence(
+            q,
+            k,
+            v,
+            self._decay(x),
+            write_gate=jax.nn.sigmoid(wide(self.write_gate_proj(x))) if config.write_gate else None,
+            initial_state=state.recurrent,
+            segment_ids=segment_ids,
+            linear_state=config.linear_state,
+            checkpoint_every=config.checkpoint_every,
+            implementation=config.implementation,
+        )
+        out = wide(out)
+        if config.value_residual:
+            out += self.value_residual[None, None].astype(out.dtype) * wide(v)
+        if config.output_norm:
+            out = self.o_norm(out)
+        if config.output_gate != "none":
+            gate = wide(self.g_proj(x)).reshape(out.shape)
+            out *= jax.nn.silu(gate) if config.output_gate == "silu" else jax.nn.sigmoid(gate)
+        return self._mix_heads(out, x), MixerState(recurrent, conv_state)
+
+    def _qkv(
+        self, x: Array, conv_state: dict[str, Array], segment_ids: Array | None
+    ) -> tuple[Array, Array, Array, dict[str, Array]]:
+        config = self.config
+        keys = config.n_heads * config.n_state
+        if config.tie_kv:
+            streams = {"q": self.q_proj(x), "k": self.k_proj(x)}
+        else:
+            q, k, v = jnp.split(self.qkv_proj(x), [keys, 2 * keys], axis=-1)
+            streams = {"q": q, "k": k, "v": v}
+        new_conv_state = {}
+        if config.conv_size is not None:
+            document = None
+            if segment_ids is not None:
+                changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+                document = jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+            for name, stream in streams.items():
+                conv: ShortConv = getattr(self, f"{name}_conv")
+                streams[name], new_conv_state[name] = conv(stream, conv_state[name], document)
+        if config.use_silu:
+            streams = {name: jax.nn.silu(stream) for name, stream in streams.items()}
+        per_head = (*x.shape[:2], config.n_heads, -1)
+        q, k = streams["q"].reshape(per_head), streams["k"].reshape(per_head)
+        v = k if config.tie_kv else streams["v"].reshape(per_head)
+        if config.use_l2_norm:
+            q, k = l2_normalize(q), l2_normalize(k)
+        return q, k, v, new_conv_state
+
+    def _decay(self, x: Array) -> Array:
+        """`[B, T, H]`, in (0, 1]."""
+        shape = (*x.shape[:2], self.config.n_heads)
+        dtype = wide_dtype(self.dtype)
+        match self.config.decay_mode:
+            case "mamba":
+                bias, rate = self.dt_bias[None, None], jnp.exp(self.A_log[None, None])
+                step = jax.nn.softplus(wide(self.a_proj(x)) + bias.astype(dtype))
+                return jnp.exp(-rate.astype(dtype) * step)
+            case "simple":
+                return jax.nn.sigmoid(wide(self.beta_proj(x)))
+            case "constant":
+                decay = jax.nn.sigmoid(self.decay_logit[None, None].astype(dtype))
+                return jnp.broadcast_to(decay, shape)
+            case "none":
+                return jnp.ones(shape, dtype)
+
+    def _mix_heads(self, out: Array, x: Array) -> Array:
+        """From the heads' outputs `[B, T, H, V]` to `[B, T, dim]`."""
+        match self.config.head_mix:
+            case "concat":
+                return self.o_proj(out.reshape(*out.shape[:2], -1))
+            case "per_head":
+                return self.head_projs(out)
+            case "weighted_sum":
+                weights = jax.nn.softmax(self.head_weights[...].astype(out.dtype))
+                out = jnp.einsum("bthv,h->btv", out, weights)
+            case "input_weighted":
+                weights = jax.nn.softmax(wide(self.head_attn(x)))
+                out = jnp.einsum("bthv,bth->btv", out, weights)
+            case "sum":
+                out = jnp.sum(out, axis=2)
+        return self.o_proj(out)

@@ -1,0 +1,148 @@
+"""The language model: embedding, E88 layers with residual connections, tied logits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn import initializers
+
+from e88_jax.config import LMConfig
+from e88_jax.mixer import NORM_EPSILON, E88Mixer, MixerState
+from e88_jax.precision import compute_dtype, wide_dtype
+
+LMState = tuple[MixerState, ...]
+"""The state of each layer, first layer first."""
+
+
+class ChannelMixer(nnx.Module):
+    """SwiGLU: `W_down(silu(W_gate x) * W_up x)`, without biases (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        def linear(n_in: int, n_out: int) -> nnx.Linear:
+            init = initializers.xavier_uniform()
+            return nnx.Linear(n_in, n_out, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+
+        self.gate_proj = linear(dim, hidden)
+        self.up_proj = linear(dim, hidden)
+        self.down_proj = linear(hidden, dim)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """`x + mixer(rmsnorm(x))`, then the same with the channel mixer if there is one."""
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        dim = config.layer.dim
+        self.norm = nnx.RMSNorm(dim, epsilon=NORM_EPSILON, rngs=rngs)
+        self.mixer = E88Mixer(config.layer, rngs=rngs)
+        self.has_channel_mixer = config.channel_mixer_dim is not None
+        if config.channel_mixer_dim is not None:
+            self.channel_norm = nnx.RMSNorm(dim, epsilon=NORM_EPSILON, rngs=rngs)
+            self.channel_mixer = ChannelMixer(
+                dim, config.channel_mixer_dim, compute_dtype(config.layer.dtype), rngs=rngs
+            )
+
+    def __call__(
+        self, x: Array, state: MixerState | None, segment_ids: Array | None
+    ) -> tuple[Array, MixerState]:
+        y, state = self.mixer(self.norm(x), state, segment_ids)
+        x += y.astype(x.dtype)
+        if self.has_channel_mixer:
+            x += self.channel_mixer(self.channel_norm(x)).astype(x.dtype)
+        return x, state
+
+
+class E88LM(nnx.Module):
+    """An E88 language model; `logits, state = model(tokens, state, segment_ids)`.
+
+    One call serves training (no state), stateful truncated backpropagation (the state of the window
+    before, no gradient through it unless the caller keeps it) and decoding (T = 1).
+
+    Args:
+        config: sizes and options.
+        rngs: source of the initial weights (stream `params`).
+    """
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.layer.dim,
+            embedding_init=initializers.normal(0.02),
+            rngs=rngs,
+        )
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.norm = nnx.RMSNorm(config.layer.dim, epsilon=NORM_EPSILON, rngs=rngs)
+
+    def init_state(self, batch: int) -> LMState:
+        """The state before the first token: zeros for each of `batch` rows."""
+        return tuple(block.mixer.init_state(batch) for block in self.blocks)
+
+    def __call__(
+        self, tokens: Array, state: LMState | None = None, segment_ids: Array | None = None
+    ) -> tuple[Array, LMState]:
+        """Next-token logits.
+
+        Args:
+            tokens: ids `[B, T]`, integers below the vocabulary's size.
+            state: what the call before returned, or `init_state(B)`; None starts from zeros.
+            segment_ids: packed documents, `[B, T]` int32; where the id changes, nothing is carried
+                over. Token 0 continues `state`.
+
+        Returns:
+            `(logits, state)`: logits `[B, T, vocab_size]` float32.
+
+        Raises:
+            ValueError: tokens are not `[B, T]` integers, or the state is of another depth.
+        """
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens must be integers [B, T], got {tokens.dtype} of shape {tokens.shape}."
+            )
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(
+                f"the state is of {len(state)} layers, but the model has {len(self.blocks)}."
+            )
+        x = self.embed(tokens)
+        layer_states = [None] * len(self.blocks) if state is None else state
+        new_state = []
+        for block, layer_state in zip(self.blocks, layer_states, strict=True):
+            x, layer_state = block(x, layer_state, segment_ids)
+            new_state.append(layer_state)
+        dtype = compute_dtype(self.config.layer.dtype)
+        logits = jnp.einsum(
+            "btd,vd->btv",
+            self.norm(x).astype(dtype),
+            self.embed.embedding[...].astype(dtype),
+            preferred_element_type=wide_dtype(dtype),
+        )
+        return logits, tuple(new_state)
+
+
+def count_params(model: nnx.Module) -> int:
+    """Number of parameters (elements) of a built module."""
+    return sum(param.size for param in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def weight_decay_mask(params: Any) -> Any:
+    """Which parameters weight decay applies to, for optax's `mask` and `weight_decay_mask`.
+
+    True for the weights of projections, convolutions and the embedding; False for A_log, dt_bias,
+    norms and the other per-head or per-channel numbers.
+
+    Args:
+        params: `nnx.state(model, nnx.Param)` or a tree of the same paths.
+
+    Returns:
+        A tree of the same structure with a bool for each parameter.
+    """
+
+    def decays(path: tuple[Any, ...], _: Array) -> bool:
+        names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+        return any(name in ("kernel", "embedding") for name in names)
+
+    return jax.tree_util.tree_map_with_path(decays, params)

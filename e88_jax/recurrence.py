@@ -1,0 +1,181 @@
+"""The E88 recurrence: one function, several implementations.
+
+This module checks the arguments and chooses who computes; the mathematics is in `reference.py`. It
+is the only place that knows which implementations exist.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from e88_jax.reference import scan_recurrence
+
+Implementation = Literal["scan", "mosaic_gpu"]
+
+_log = logging.getLogger(__name__)
+
+
+def _mosaic_gpu(*_args: Array | None, **_options: object) -> tuple[Array, Array]:
+    raise NotImplementedError(
+        "implementation='mosaic_gpu' is not part of this version of e88_jax; "
+        "use implementation='scan', which runs on every platform."
+    )
+
+
+# An implementation raises NotImplementedError for a call that it cannot take.
+_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "mosaic_gpu": _mosaic_gpu,
+    "scan": scan_recurrence,
+}
+
+
+def _fastest_first() -> tuple[str, ...]:
+    return ("mosaic_gpu", "scan") if jax.default_backend() == "gpu" else ("scan",)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.warning(message)
+
+
+def e88_recurrence(
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    *,
+    write_gate: Array | None = None,
+    initial_state: Array | None = None,
+    segment_ids: Array | None = None,
+    linear_state: bool = False,
+    checkpoint_every: int = 32,
+    implementation: Implementation | None = None,
+) -> tuple[Array, Array]:
+    """Runs the nonlinear matrix-state recurrence over T steps.
+
+    Per batch row and head, with a state `S` of shape `[N, V]`:
+
+        r_t = S_{t-1}^T k_t                        # what the memory holds at address k_t
+        d_t = write_gate_t * (v_t - r_t)           # the correction
+        S_t = tanh(decay_t * S_{t-1} + k_t d_t^T)
+        o_t = S_t^T q_t                            # read after the write
+
+    Running T steps equals running any split of them with the state handed over, outputs and
+    gradients alike; decoding is T = 1 of the same function. Differentiable (reverse mode) in every
+    array argument, through both results.
+
+    Args:
+        q: queries `[B, T, H, N]`, float32, bfloat16 or (scan only) float64; used as given, so the
+            caller normalises.
+        k: keys `[B, T, H, N]`, dtype of q.
+        v: values `[B, T, H, V]`, dtype of q.
+        decay: forget factor in (0, 1] per head and step, `[B, T, H]` float32.
+        write_gate: strength of the correction per head and step, `[B, T, H]` float32; None is 1.
+        initial_state: `[B, H, N, V]` float32; None is zeros.
+        segment_ids: packed documents, `[B, T]` int32: where the id changes from t-1 to t, step t
+            starts from a zero state. Token 0 continues `initial_state`.
+        linear_state: leave out the tanh.
+        checkpoint_every: the backward pass keeps one state every so many steps and recomputes
+            those between: memory grows with `T / checkpoint_every`.
+        implementation: `"scan"` (pure JAX, every platform, the numerical definition),
+            `"mosaic_gpu"` (GPU kernel), or None for the fastest that takes the call.
+
+    Returns:
+        `(out, final_state)`: out `[B, T, H, V]` in v's dtype, and the state after step T,
+        `[B, H, N, V]` float32. Sums and state are float32 whatever the inputs are, float64 when the
+        inputs are; then decay, write_gate and initial_state may be float64 too.
+
+    Raises:
+        ValueError: a shape, dtype or option that no implementation could take.
+        NotImplementedError: the named implementation cannot take this call.
+    """
+    _validate(q, k, v, decay, write_gate, initial_state, segment_ids, checkpoint_every)
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {sorted(_IMPLEMENTATIONS)}, "
+            f"got {implementation!r}."
+        )
+
+    def run(name: str) -> tuple[Array, Array]:
+        return _IMPLEMENTATIONS[name](
+            q,
+            k,
+            v,
+            decay,
+            write_gate,
+            initial_state,
+            segment_ids,
+            linear_state=linear_state,
+            checkpoint_every=checkpoint_every,
+        )
+
+    if implementation is not None:
+        return run(implementation)
+    *faster, last = _fastest_first()
+    for name in faster:
+        try:
+            return run(name)
+        except NotImplementedError as error:
+            _log_once(f"e88_recurrence falls back to {last!r}: {error}")
+    return run(last)
+
+
+def _validate(
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    write_gate: Array | None,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    checkpoint_every: int,
+) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, T, H, N], got shape {q.shape}.")
+    if v.ndim != 4:
+        raise ValueError(f"v must be [B, T, H, V], got shape {v.shape}.")
+    batch, time, heads, n_state = q.shape
+    n_value = v.shape[-1]
+    if 0 in q.shape or 0 in v.shape:
+        raise ValueError(f"no axis may be empty, got q of shape {q.shape} and v of {v.shape}.")
+
+    per_step = (batch, time, heads)
+    expected_shapes = {
+        "k": (k, (*per_step, n_state)),
+        "v": (v, (*per_step, n_value)),
+        "decay": (decay, per_step),
+        "write_gate": (write_gate, per_step),
+        "initial_state": (initial_state, (batch, heads, n_state, n_value)),
+        "segment_ids": (segment_ids, (batch, time)),
+    }
+    for name, (array, shape) in expected_shapes.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} to go with q of shape {q.shape}, "
+                f"got {array.shape}."
+            )
+
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"q must be float32, bfloat16 or float64, got {q.dtype}.")
+    for name, array in (("k", k), ("v", v)):
+        if array.dtype != q.dtype:
+            raise ValueError(f"{name} must have q's dtype {q.dtype}, got {array.dtype}.")
+    # bfloat16 would round a decay of 0.998 to 1.
+    wide = (jnp.float32, jnp.float64) if q.dtype == jnp.float64 else (jnp.float32,)
+    for name, array in (
+        ("decay", decay),
+        ("write_gate", write_gate),
+        ("initial_state", initial_state),
+    ):
+        if array is not None and array.dtype not in wide:
+            allowed = " or ".join(jnp.dtype(dtype).name for dtype in wide)
+            raise ValueError(f"{name} must be {allowed}, got {array.dtype}.")
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids must be integers, got {segment_ids.dtype}.")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}.")

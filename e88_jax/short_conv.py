@@ -1,0 +1,58 @@
+"""Causal depthwise short convolution with a decoding state."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn import initializers
+
+from e88_jax.precision import wide_dtype
+
+
+class ShortConv(nnx.Module):
+    """Depthwise convolution over time in which token t sees tokens t - size + 1 to t.
+
+    Args:
+        channels: width of the input.
+        size: taps per channel, at least 2.
+        rngs: source of the initial weights, uniform in +-1 / sqrt(size) as PyTorch's Conv1d.
+    """
+
+    def __init__(self, channels: int, size: int, *, rngs: nnx.Rngs):
+        self.channels = channels
+        self.size = size
+        init = initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=1)
+        # [size, channels]; the last tap multiplies the newest token.
+        self.kernel = nnx.Param(init(rngs.params(), (size, channels), jnp.float32))
+
+    def init_state(self, batch: int, dtype: jnp.dtype) -> Array:
+        """The state before the first token: `[batch, size - 1, channels]` zeros."""
+        return jnp.zeros((batch, self.size - 1, self.channels), dtype)
+
+    def __call__(self, x: Array, state: Array, document: Array | None) -> tuple[Array, Array]:
+        """Convolves `x` `[B, T, channels]`.
+
+        Args:
+            x: the input.
+            state: the size - 1 inputs before it, `[B, size - 1, channels]` in x's dtype.
+            document: which document each token is in, `[B, T]`, counted from 0 for the one that
+                `state` belongs to. Taps do not reach into another document. None: all in one.
+
+        Returns:
+            The output, of x's shape and dtype, and the state after the last token.
+        """
+        time = x.shape[1]
+        padded = jnp.concatenate([state, x], axis=1)
+        if document is not None:
+            padded_document = jnp.pad(document, ((0, 0), (self.size - 1, 0)))
+        y = jnp.zeros(x.shape, wide_dtype(x.dtype))
+        for tap in range(self.size):
+            reached = padded[:, tap : tap + time]
+            if document is not None:
+                same = padded_document[:, tap : tap + time] == document
+                reached = jnp.where(same[..., None], reached, jnp.zeros_like(reached))
+            y += self.kernel[None, None, tap].astype(y.dtype) * reached.astype(y.dtype)
+        new_state = padded[:, time:]
+        if document is not None:
+            same = padded_document[:, time:] == document[:, -1:]
+            new_state = jnp.where(same[..., None], new_state, jnp.zeros_like(new_state))
+        return y.astype(x.dtype), new_state
