@@ -1,0 +1,1 @@
+"""What the experiments share: command line, data, optimisers, loop, checkpoints, metrics, plots."""

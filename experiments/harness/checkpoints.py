@@ -1,0 +1,123 @@
+"""Checkpoints of a run: Orbax, written in the background, the newest few and the best kept."""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+Warn = Callable[[str], None]
+
+
+def _bits_per_byte(metrics: dict[str, float]) -> float:
+    # Orbax sorts a NaN as the best.
+    value = metrics["bits_per_byte"]
+    return value if math.isfinite(value) else math.inf
+
+
+class Checkpoints:
+    """The checkpoints in a directory, by step.
+
+    A checkpoint that cannot be read, because it was cut short on disk, is moved to `unreadable/`
+    with a warning, and the one before it counts as the newest.
+
+    Args:
+        directory: created if need be.
+        keep: how many of the newest stay; the best by bits per byte stays besides.
+        warn: told of each checkpoint that cannot be read.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, warn: Warn):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+        self._directory = directory.absolute()
+        self._warn = warn
+        # Orbax reads the metrics of every step when it opens a directory.
+        for metrics in sorted(self._directory.glob("[0-9]*/metrics/metrics")):
+            try:
+                json.loads(metrics.read_text())
+            except ValueError:
+                self._set_aside(int(metrics.parts[-3]), "its metrics are cut short")
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=_bits_per_byte,  # without it, metrics would not be stored
+                best_mode="min",
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=_bits_per_byte,
+                            reverse=True,
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], bits_per_byte: float | None
+    ) -> None:
+        """Starts writing `state` (arrays) and `meta` (JSON); returns once they may change.
+
+        A step that is there already is not written again.
+        """
+        if step in self._manager.all_steps():
+            return
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            ),
+            metrics=None if bits_per_byte is None else {"bits_per_byte": bits_per_byte},
+        )
+        if not saved:
+            raise RuntimeError(f"Orbax refused to save step {step} in {self._directory}.")
+
+    def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest readable `(step, state, meta)`, or None; `like` gives structure and shapes."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            # Orbax raises a bare Exception for truncated arrays.
+            try:
+                return step, *self._restore(step, like)
+            except Exception as error:
+                self._set_aside(step, str(error).partition("\n")[0])
+                self._manager.reload()
+        return None
+
+    def restore_best(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """As `restore_latest` for the step with the fewest bits per byte; None without one."""
+        step = self._manager.best_step()
+        return None if step is None else (step, *self._restore(step, like))
+
+    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+            ),
+        )
+        return restored.state, restored.meta
+
+    def _set_aside(self, step: int, why: str) -> None:
+        aside = self._directory / "unreadable"
+        aside.mkdir(exist_ok=True)
+        target = next(
+            path
+            for n in range(1_000_000)
+            if not (path := aside / (f"{step}.{n}" if n else f"{step}")).exists()
+        )
+        (self._directory / str(step)).rename(target)
+        self._warn(f"checkpoint {step} cannot be read ({why}); it is now {target}.")
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.close()

@@ -1,0 +1,74 @@
+"""Command lines from dataclasses: help by tyro, mistakes in one sentence."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from .errors import RunStopped, UsageError
+
+Config = TypeVar("Config")
+
+
+def parse(config: type[Config], args: Sequence[str], default: Config | None = None) -> Config:
+    """A `config` from command-line `args`; what they do not name is as in `default`.
+
+    Raises:
+        UsageError: an unknown flag, or a value that does not fit.
+        SystemExit: after printing the help that `--help` asks for.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            parsed, unknown = tyro.cli(
+                config,
+                args=args,
+                default=default if default is not None else tyro.MISSING_NONPROP,
+                config=(tyro.conf.OmitArgPrefixes,),
+                return_unknown_args=True,
+            )
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        raise UsageError(_first_sentence(printed.getvalue())) from None
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], list(_flags(config)), 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags."
+        raise UsageError(f"unknown argument {unknown[0]}: {hint}")
+    return parsed
+
+
+def _first_sentence(box: str) -> str:
+    """What tyro drew a box around, up to the first ruled line, on one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    rows = [row.strip() for row in re.findall(r"^│(.*)│$", text, re.MULTILINE)]
+    rule = next((i for i, row in enumerate(rows) if set(row) == {"─"}), len(rows))
+    return " ".join(" ".join(rows[:rule]).split()) or text.strip()
+
+
+def _flags(config: Any) -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        nested = field.default
+        if dataclasses.is_dataclass(nested):
+            yield from _flags(nested)
+        else:
+            yield "--" + field.name.replace("_", "-")
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs `main` on the command line and exits: 2 for a usage error, with its one sentence."""
+    prog = sys.argv[0].rpartition("/")[2]
+    try:
+        main(sys.argv[1:])
+    except UsageError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunStopped as stop:
+        print(f"{prog}: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)

@@ -1,0 +1,196 @@
+"""Configuration of a training run; its fields are the flags of `train_byte_lm.py`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from e88_jax.config import E88Config, LMConfig
+
+from .errors import UsageError
+
+DEFAULT_MODEL = LMConfig(layer=E88Config(dim=256, n_heads=8, n_state=32), depth=4)
+"""Small enough to learn bytes on a laptop's processor in minutes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and in which pieces."""
+
+    data: tuple[str, ...] = ()
+    """Files, directories or globs of bytes; none for the Python standard library's source."""
+    val_fraction: float = 0.05
+    """Fraction of the bytes, at the end, that is kept for validation."""
+    seq_len: int = 256
+    """Window: bytes that one gradient reaches back."""
+    batch_size: int = 16
+    """Windows in one forward and backward pass."""
+    accumulate: int = 1
+    """Passes whose gradients are averaged into one step."""
+    stateful: bool = False
+    """Read consecutive windows and carry the state from one to the next; gradients stop at the
+    window. Otherwise windows are random and start from a zero state."""
+    seed: int = 0
+    """Of the initial weights and the order of the data."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the weights are updated."""
+
+    optimizer: Literal["adamw", "schedule_free", "muon"] = "adamw"
+    """AdamW or Muon with warm-up and cosine decay, or schedule-free AdamW at a constant rate."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    warmup_steps: int = 50
+    """Steps over which the rate rises from 0."""
+    final_lr_fraction: float = 0.1
+    """Rate at the end of the cosine, over the peak."""
+    weight_decay: float = 0.1
+    """Decay of the weights of projections, convolutions and embedding, times the rate."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradient (of schedule-free's interpolation)."""
+    beta2: float = 0.95
+    """Decay of the mean of the squared gradient."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; larger ones are scaled down."""
+    max_skipped_steps: int = 20
+    """Stop after so many steps in a row whose loss or gradient is not finite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train an E88 language model on bytes: a corpus in, a checkpoint and a loss curve out."""
+
+    out: Path | None = None
+    """Directory of the run; by default a new one under runs/, with --resume the newest there."""
+    resume: bool = False
+    """Continue the run in --out where its last checkpoint left it, with the flags it had."""
+    steps: int = 600
+    """Updates of the weights, counted from the start of the run."""
+    log_every: int = 10
+    """Steps between lines of progress and of metrics.jsonl."""
+    eval_every: int = 100
+    """Steps between evaluations on the validation bytes."""
+    eval_bytes: int = 65536
+    """Validation bytes that an evaluation reads, the same ones each time."""
+    save_every: int = 100
+    """Steps between checkpoints; one is also written for each best evaluation and at the end."""
+    keep: int = 2
+    """Newest checkpoints kept, besides the best."""
+    sample_bytes: int = 400
+    """Bytes of text generated at the end."""
+    prompt: str = "def "
+    """What that text continues."""
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    model: LMConfig = DEFAULT_MODEL
+
+    def __post_init__(self) -> None:
+        counts = {
+            "steps": self.steps,
+            "log-every": self.log_every,
+            "eval-every": self.eval_every,
+            "eval-bytes": self.eval_bytes,
+            "save-every": self.save_every,
+            "keep": self.keep,
+            "seq-len": self.data.seq_len,
+            "batch-size": self.data.batch_size,
+            "accumulate": self.data.accumulate,
+            "max-skipped-steps": self.optimizer.max_skipped_steps,
+        }
+        for flag, value in counts.items():
+            if value < 1:
+                raise ValueError(f"--{flag} must be at least 1, got {value}.")
+        at_least_zero = {
+            "sample-bytes": self.sample_bytes,
+            "seed": self.data.seed,
+            "warmup-steps": self.optimizer.warmup_steps,
+            "final-lr-fraction": self.optimizer.final_lr_fraction,
+            "weight-decay": self.optimizer.weight_decay,
+        }
+        for flag, value in at_least_zero.items():
+            if not value >= 0:
+                raise ValueError(f"--{flag} must be at least 0, got {value}.")
+        above_zero = {
+            "learning-rate": self.optimizer.learning_rate,
+            "clip-norm": self.optimizer.clip_norm,
+        }
+        for flag, value in above_zero.items():
+            if not value > 0:
+                raise ValueError(f"--{flag} must be above 0, got {value}.")
+        fractions = {
+            "val-fraction": self.data.val_fraction,
+            "beta1": self.optimizer.beta1,
+            "beta2": self.optimizer.beta2,
+        }
+        for flag, value in fractions.items():
+            if not 0 < value < 1:
+                raise ValueError(f"--{flag} must be between 0 and 1, got {value}.")
+        if self.sample_bytes and not self.prompt:
+            raise ValueError("--prompt must have at least one byte when --sample-bytes is not 0.")
+        if self.model.vocab_size != 256:
+            raise ValueError(
+                f"--vocab-size must be 256, as tokens are bytes; got {self.model.vocab_size}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data for JSON."""
+        values = dataclasses.asdict(self)
+        return {**values, "out": None if self.out is None else str(self.out)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The configuration that `to_dict` wrote."""
+        data = {**values["data"], "data": tuple(values["data"]["data"])}
+        return cls(
+            **{
+                **values,
+                "out": None if values["out"] is None else Path(values["out"]),
+                "data": DataConfig(**data),
+                "optimizer": OptimizerConfig(**values["optimizer"]),
+                "model": LMConfig.from_dict(values["model"]),
+            }
+        )
+
+
+_MAY_CHANGE_ON_RESUME = {
+    "out",
+    "resume",
+    "steps",
+    "log_every",
+    "eval_every",
+    "eval_bytes",
+    "save_every",
+    "keep",
+    "sample_bytes",
+    "prompt",
+    "optimizer.max_skipped_steps",
+    "model.layer.implementation",
+}
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def check_resumable(stored: TrainConfig, asked: TrainConfig) -> None:
+    """Raises UsageError unless a run of configuration `stored` can go on under `asked`."""
+    before, now = _flatten(stored.to_dict()), _flatten(asked.to_dict())
+    differing = [
+        name for name in before if before[name] != now[name] and name not in _MAY_CHANGE_ON_RESUME
+    ]
+    if differing:
+        changes = ", ".join(
+            f"--{name.rpartition('.')[2].replace('_', '-')} {before[name]} (not {now[name]})"
+            for name in differing
+        )
+        raise UsageError(
+            f"the run in {asked.out} has another configuration, {changes}: "
+            "leave those flags out to resume it, or choose another --out."
+        )

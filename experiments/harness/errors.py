@@ -1,0 +1,13 @@
+"""Errors that a program reports in one sentence, without a traceback."""
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message says why and what would do. Exit code 2."""
+
+
+class RunStopped(Exception):  # noqa: N818  (a planned end, not a fault of the program)
+    """The run ended early, with its checkpoint written."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,203 @@
+"""The training loop: from a configuration to a run directory."""
+
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from e88_jax.generate import generate
+from e88_jax.model import E88LM, count_params
+
+from . import data, run_directory
+from .checkpoints import Checkpoints
+from .config import TrainConfig
+from .errors import RunStopped, UsageError
+from .interrupts import Interrupts
+from .metrics import MetricsLog, TrainingClock
+from .optimizer import make_optimizer
+from .plots import plot_loss
+from .progress import Report
+from .step import BITS_PER_NAT, StepMetrics, init_state, make_evaluate, make_train_step
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains, or goes on training, as `config` says; returns the run's directory.
+
+    The directory gets `run.json` (configuration and versions), `metrics.jsonl`, `tensorboard/`,
+    `checkpoints/`, `loss.png` and `sample.txt`.
+
+    Raises:
+        UsageError: before anything is written, if the data or the directory will not do.
+        RunStopped: the run ended early, with its checkpoint written.
+    """
+    flags = config.data
+    corpus = data.Corpus.of(flags.data)
+    training, validation = data.split(corpus, flags.val_fraction, flags.seq_len)
+    shape = (flags.accumulate, flags.batch_size)
+    windows = data.training_windows(
+        training, shape, flags.seq_len, stateful=flags.stateful, seed=flags.seed
+    )
+    val_batches = data.validation_batches(
+        validation, flags.batch_size, flags.seq_len, config.eval_bytes
+    )
+    if config.resume:
+        directory = config.out
+        assert directory is not None, "the command line names the run to resume"
+        if run_directory.load_corpus_fingerprint(directory) != corpus.fingerprint():
+            raise UsageError(f"the corpus is not the one that the run in {directory} began with.")
+    else:
+        directory = run_directory.claim(config.out)
+
+    model = E88LM(config.model, rngs=nnx.Rngs(flags.seed))
+    graphdef = nnx.graphdef(model)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = init_state(model, optimizer, shape if flags.stateful else None)
+    evaluate = make_evaluate(graphdef, val_batches, stateful=flags.stateful)
+    run_directory.describe(
+        directory,
+        config,
+        corpus={
+            "bytes": len(corpus),
+            "files": len(corpus.files),
+            "fingerprint": corpus.fingerprint(),
+        },
+        parameters=count_params(model),
+        device=jax.devices()[0].device_kind,
+    )
+
+    step, best = 0, math.inf
+    batches = data.prefetch(windows)
+    with Interrupts() as interrupts, Report(config.steps) as report:
+        report.say(
+            f"{directory}: {count_params(model):,} parameters, {len(training):,} bytes for "
+            f"training and {len(validation):,} for validation in {len(corpus.files):,} files, "
+            f"{jax.devices()[0].device_kind}"
+        )
+        checkpoints = Checkpoints(directory / "checkpoints", keep=config.keep, warn=report.warn)
+        log = None
+        try:
+            if config.resume:
+                if (restored := checkpoints.restore_latest(state)) is None:
+                    report.warn("there is no readable checkpoint: starting from step 0.")
+                else:
+                    step, state, meta = restored
+                    best = math.inf if meta["best"] is None else meta["best"]
+                    batches.set_state(meta["data"])
+                    report.say(f"continuing from step {step}")
+            log = MetricsLog(directory, start=step)
+
+            began = time.perf_counter()
+            train_step = (
+                jax.jit(
+                    make_train_step(graphdef, optimizer, config.optimizer.clip_norm),
+                    donate_argnums=0,
+                )
+                .lower(state, windows[0].windows, np.bool_(True))
+                .compile()
+            )
+            report.say(f"compiled in {time.perf_counter() - began:.1f} s")
+
+            clock = TrainingClock()
+            pending: list[StepMetrics] = []
+            while step < config.steps:
+                batch = next(batches)
+                state, metrics = train_step(state, batch.windows, np.bool_(batch.restart))
+                pending.append(metrics)
+                step += 1
+                last = step == config.steps or interrupts.received is not None
+                stuck = False
+
+                if last or step % config.log_every == 0:
+                    done = jax.device_get(pending)
+                    n_bytes = len(done) * batch.windows[..., 1:].size
+                    record = _summarise(done) | {"bytes_per_second": n_bytes / clock.lap()}
+                    log.write("train", step, **record)
+                    report.advance(step, _line(record))
+                    stuck = record["skipped_in_a_row"] >= config.optimizer.max_skipped_steps
+                    pending = []
+
+                with clock.paused():
+                    bits = None
+                    if step % config.eval_every == 0 or step == config.steps:
+                        jax.block_until_ready(state)
+                        bits = evaluate(optimizer.eval_params(state.optimizer, state.params))
+                        log.write("validation", step, bits_per_byte=bits)
+                        report.say(f"step {step}: validation {bits:.3f} bits per byte")
+                    is_best = bits is not None and bits < best
+                    if is_best:
+                        best = bits
+                    if last or stuck or is_best or step % config.save_every == 0:
+                        meta = {
+                            "data": batches.get_state(),
+                            "best": best if math.isfinite(best) else None,
+                        }
+                        checkpoints.save(step, state, meta, bits)
+
+                if stuck:
+                    raise RunStopped(
+                        f"stopped at step {step}: {record['skipped_in_a_row']} steps in a row had "
+                        f"a loss or gradient that is not finite. The checkpoint has the weights "
+                        f"before them; a lower --learning-rate in a new run may help.",
+                        exit_code=1,
+                    )
+                if interrupts.received is not None and step < config.steps:
+                    raise RunStopped(
+                        f"stopped by {interrupts.received.name} at step {step}: continue with "
+                        f"--out {directory} --resume.",
+                        exit_code=128 + interrupts.received,
+                    )
+        finally:
+            checkpoints.close()
+            if log is not None:
+                log.close()
+                plot_loss(directory / "metrics.jsonl", directory / "loss.png")
+
+        nnx.update(model, optimizer.eval_params(state.optimizer, state.params))
+        _sample(model, config, directory, report)
+        report.say(
+            f"{directory}: best validation {best:.3f} bits per byte; metrics in metrics.jsonl and "
+            f"tensorboard/, curve in loss.png, more text with experiments/sample.py {directory}"
+        )
+    return directory
+
+
+def _summarise(steps: list[StepMetrics]) -> dict[str, float]:
+    """Means over the steps that counted, and the last of the counts."""
+    counted = [step for step in steps if np.isfinite(step.loss) and np.isfinite(step.grad_norm)]
+    summary: dict[str, float] = {}
+    if counted:
+        loss = float(np.mean([step.loss for step in counted]))
+        summary = {
+            "loss": loss,
+            "bits_per_byte": loss * BITS_PER_NAT,
+            "grad_norm": float(np.mean([step.grad_norm for step in counted])),
+        }
+    newest = steps[-1]
+    return summary | {
+        "learning_rate": float(newest.learning_rate),
+        "skipped": int(newest.skipped),
+        "skipped_in_a_row": int(newest.skipped_in_a_row),
+    }
+
+
+def _line(record: dict[str, float]) -> str:
+    parts = [f"{record['bytes_per_second']:,.0f} bytes/s", f"rate {record['learning_rate']:.1e}"]
+    if "loss" in record:
+        parts.insert(0, f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits per byte")
+    if record["skipped"]:
+        parts.append(f"{record['skipped']} steps skipped: not finite")
+    return ", ".join(parts)
+
+
+def _sample(model: E88LM, config: TrainConfig, directory: Path, report: Report) -> None:
+    if not config.sample_bytes:
+        return
+    prompt = np.frombuffer(config.prompt.encode(), np.uint8)
+    key = jax.random.key(config.data.seed)
+    drawn = generate(model, prompt[None], config.sample_bytes, key=key)
+    text = bytes([*prompt.tolist(), *drawn[0].tolist()]).decode("utf-8", errors="replace")
+    (directory / "sample.txt").write_text(text)
+    report.say(f"a sample:\n{text}\n")

@@ -1,0 +1,31 @@
+"""Plots of a run's metrics."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from .metrics import read_metrics
+
+
+def plot_loss(metrics: Path, image: Path) -> None:
+    """Draws training and validation bits per byte over steps from `metrics.jsonl` into a PNG."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    records = read_metrics(metrics)
+    for kind, style in (("train", {"alpha": 0.7}), ("validation", {"marker": "o"})):
+        points = [(r["step"], r["bits_per_byte"]) for r in records if r["kind"] == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=kind, **style)
+            if kind == "validation":
+                step, value = min(points, key=lambda point: point[1])
+                axes.annotate(
+                    f"best {value:.3f} at step {step}",
+                    (step, value),
+                    textcoords="offset points",
+                    xytext=(0, 18),
+                    ha="right",
+                )
+    axes.grid(alpha=0.3)
+    if records:
+        axes.legend()
+    figure.savefig(image, dpi=120)

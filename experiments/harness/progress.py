@@ -1,0 +1,57 @@
+"""What a run shows while it goes: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Report:
+    """Messages and progress of a run of `steps` steps; a context manager."""
+
+    def __init__(self, steps: int, start: int = 0):
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._steps = steps
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=steps, completed=start)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        self._console.print(message, markup=False)
+        sys.stdout.flush()
+
+    def warn(self, message: str) -> None:
+        """A line that stays and stands out."""
+        self._console.print(f"warning: {message}", style="yellow", markup=False)
+        sys.stdout.flush()
+
+    def advance(self, step: int, line: str) -> None:
+        """The run has done `step` steps; `line` says how it stands."""
+        if self._bar is None:
+            self.say(f"step {step}/{self._steps}  {line}")
+        else:
+            self._bar.update(self._task, completed=step, description=line)
