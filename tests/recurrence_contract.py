@@ -1,0 +1,524 @@
+"""What every implementation of the recurrence must do, as one class to inherit.
+
+A test class names its implementation, sets the capability flags that differ, and inherits the rest:
+
+    class TestScan(RecurrenceContract):
+        implementation = "scan"
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from numpy_reference import Inputs, rms_ratio
+
+from e88_jax.recurrence import e88_recurrence
+
+# Of ||x - reference|| / ||reference||, per tensor.
+BOUNDS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 4e-3}
+
+EVERY_OPTION = ("write_gate", "initial_state", "segment_ids")
+OPTIONS = [
+    (),
+    ("write_gate",),
+    ("initial_state",),
+    ("segment_ids",),
+    ("linear_state",),
+    EVERY_OPTION,
+    (*EVERY_OPTION, "linear_state"),
+]
+# (T, N, V): one step, across and short of a checkpoint, non-square states, prime lengths.
+SIZES = [(1, 4, 7), (2, 12, 4), (31, 4, 4), (33, 12, 18), (67, 32, 8)]
+OPTION_SIZE = (33, 4, 6)
+
+Tensors = dict[str, Any]
+
+
+def make_inputs(
+    time: int,
+    n_state: int,
+    n_value: int,
+    options: tuple[str, ...] = (),
+    *,
+    batch: int = 3,
+    heads: int = 3,
+    seed: int = 0,
+) -> Inputs:
+    """Inputs that keep the tanh away from saturation, where gradients vanish and errors hide."""
+    rng = np.random.default_rng([seed, time, n_state, n_value])
+    per_step = (batch, time, heads)
+
+    def unit(*shape: int) -> np.ndarray:
+        x = rng.normal(size=shape)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    ids = np.cumsum(rng.random((batch, time)) < 0.15, axis=1)
+    ids[0] += np.arange(time) >= time // 2  # a restart in row 0 at least
+    return Inputs(
+        q=unit(*per_step, n_state),
+        k=unit(*per_step, n_state),
+        v=0.6 * rng.normal(size=(*per_step, n_value)),
+        decay=rng.uniform(0.8, 1.0, per_step),
+        write_gate=rng.uniform(0.3, 1.0, per_step) if "write_gate" in options else None,
+        initial_state=(
+            rng.uniform(-0.6, 0.6, (batch, heads, n_state, n_value))
+            if "initial_state" in options
+            else None
+        ),
+        # An id that comes back is a new document all the same.
+        segment_ids=(ids % 3).astype(np.int32) if "segment_ids" in options else None,
+        linear_state="linear_state" in options,
+    )
+
+
+def make_cotangents(inputs: Inputs, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    batch, _, heads, n_state = inputs.q.shape
+    d_out = rng.normal(size=inputs.v.shape)
+    return d_out, rng.normal(size=(batch, heads, n_state, inputs.v.shape[-1]))
+
+
+def tensors(inputs: Inputs, dtype: str) -> Tensors:
+    """What is differentiated, as JAX arrays: q, k, v in dtype, the rest float32 or float64."""
+    wide = "float64" if dtype == "float64" else "float32"
+    dtypes = {"q": dtype, "k": dtype, "v": dtype}
+    names = ("q", "k", "v", "decay", "write_gate", "initial_state")
+    given = {name: getattr(inputs, name) for name in names}
+    return {
+        name: jnp.asarray(value, dtypes.get(name, wide))
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def slice_time(arrays: Tensors, start: int, stop: int | None) -> Tensors:
+    """Steps [start, stop) of everything that has a time axis; not the initial state."""
+    return {
+        name: x if name == "initial_state" else x[:, start:stop]
+        for name, x in arrays.items()
+        if name != "initial_state" or start == 0
+    }
+
+
+def assert_tensors_close(actual: Tensors, expected: Tensors, bound: float) -> None:
+    assert actual.keys() == expected.keys()
+    ratios = {name: rms_ratio(actual[name], expected[name]) for name in expected}
+    assert all(ratio < bound for ratio in ratios.values()), ratios
+
+
+@functools.cache  # one compilation for each set of shapes
+def _evaluator(test_class: "type[RecurrenceContract]", options: tuple[Any, ...]) -> Any:
+    @jax.jit
+    def run(arrays: Tensors, segment_ids: Any, cotangents: tuple[Any, Any]) -> Tensors:
+        def f(arrays: Tensors) -> Any:
+            return test_class().call(arrays, segment_ids, **dict(options))
+
+        (out, final_state), pullback = jax.vjp(f, arrays)
+        (grads,) = pullback(cotangents)
+        return {"out": out, "final_state": final_state} | {f"d_{n}": g for n, g in grads.items()}
+
+    return run
+
+
+class RecurrenceContract:
+    """Inherit it, and set what follows."""
+
+    implementation: Any
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")
+    sizes: list[tuple[int, int, int]] = SIZES
+    supports_vmap: bool = True
+    supports_sharding: bool = True
+
+    # How each test calls the implementation.
+
+    def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
+        return e88_recurrence(
+            **arrays, segment_ids=segment_ids, implementation=self.implementation, **options
+        )
+
+    def evaluate(
+        self, inputs: Inputs, cotangents: tuple[Any, Any], dtype: str, **options: Any
+    ) -> Tensors:
+        """`out`, `final_state` and the gradient `d_x` of each input, in NumPy."""
+        options = {"linear_state": inputs.linear_state, **options}
+        run = _evaluator(type(self), tuple(sorted(options.items())))
+        wide = "float64" if dtype == "float64" else "float32"
+        d_out, d_final_state = cotangents
+        ids = None if inputs.segment_ids is None else jnp.asarray(inputs.segment_ids)
+        d_arrays = jnp.asarray(d_out, dtype), jnp.asarray(d_final_state, wide)
+        results = run(tensors(inputs, dtype), ids, d_arrays)
+        return {name: np.asarray(x) for name, x in results.items()}
+
+    def require(self, dtype: str) -> None:
+        if dtype not in self.dtypes:
+            pytest.skip(f"{self.implementation} does not take {dtype}")
+
+    @property
+    def best_dtype(self) -> str:
+        return self.dtypes[0]
+
+    # Against the NumPy loop.
+
+    def check_against_numpy(self, inputs: Inputs, dtype: str) -> None:
+        self.require(dtype)
+        cotangents = make_cotangents(inputs)
+        expected = numpy_reference.run(inputs)
+        if not inputs.linear_state:
+            assert np.min(1 - expected.after**2) > 0.05, "saturated: gradients would vanish"
+        d_inputs = numpy_reference.gradients(inputs, *cotangents)
+        wanted = {"out": expected.out, "final_state": expected.final_state}
+        wanted |= {
+            f"d_{name}": grad
+            for name, grad in d_inputs._asdict().items()
+            if isinstance(grad, np.ndarray)
+        }
+        with jax.enable_x64(dtype == "float64"):
+            actual = self.evaluate(inputs, cotangents, dtype)
+        # From a zero state, one step has no gradient of decay to compare with.
+        for name in [name for name, grad in wanted.items() if not np.any(grad)]:
+            assert not np.any(actual.pop(name)), name
+            del wanted[name]
+        assert {"out", "final_state", "d_q", "d_k", "d_v"} <= wanted.keys()
+        assert_tensors_close(actual, wanted, BOUNDS[dtype])
+
+    @pytest.mark.parametrize("dtype", ["float64", "float32"])
+    @pytest.mark.parametrize("size", SIZES, ids=str)
+    def test_sizes(self, size: tuple[int, int, int], dtype: str) -> None:
+        if size not in self.sizes:
+            pytest.skip(f"{self.implementation} does not take (T, N, V) = {size}")
+        self.check_against_numpy(make_inputs(*size, EVERY_OPTION), dtype)
+
+    @pytest.mark.parametrize("dtype", ["float64", "float32"])
+    @pytest.mark.parametrize("options", OPTIONS, ids="+".join)
+    def test_options(self, options: tuple[str, ...], dtype: str) -> None:
+        self.check_against_numpy(make_inputs(*OPTION_SIZE, options), dtype)
+
+    def test_decay_of_exactly_zero_and_one(self) -> None:
+        inputs = make_inputs(*OPTION_SIZE, EVERY_OPTION)
+        decay = np.array(inputs.decay)
+        decay[:, ::4], decay[:, 1::4] = 0.0, 1.0
+        self.check_against_numpy(inputs._replace(decay=decay), self.best_dtype)
+
+    @pytest.mark.parametrize("linear_state", [False, True])
+    def test_bfloat16_against_float32(self, linear_state: bool) -> None:
+        self.require("bfloat16")
+        inputs = make_inputs(*OPTION_SIZE, EVERY_OPTION)._replace(linear_state=linear_state)
+
+        def rounded(x: np.ndarray) -> np.ndarray:
+            return np.asarray(jnp.asarray(x, "bfloat16").astype("float32"))
+
+        inputs = inputs._replace(q=rounded(inputs.q), k=rounded(inputs.k), v=rounded(inputs.v))
+        d_out, d_final_state = make_cotangents(inputs)
+        cotangents = rounded(d_out), d_final_state
+        assert_tensors_close(
+            self.evaluate(inputs, cotangents, "bfloat16"),
+            RecurrenceContract.evaluate(_Scan(), inputs, cotangents, "float32"),
+            BOUNDS["bfloat16"],
+        )
+
+    @pytest.mark.parametrize("options", [EVERY_OPTION, ("initial_state", "linear_state")])
+    def test_numerical_gradients(self, options: tuple[str, ...]) -> None:
+        self.require("float64")
+        inputs = make_inputs(5, 3, 2, options, batch=2, heads=1)
+        d_out, d_final_state = make_cotangents(inputs)
+        with jax.enable_x64(True):
+            arrays = tensors(inputs, "float64")
+
+            @jax.jit
+            def loss(*values: Any) -> Any:
+                out, final_state = self.call(
+                    dict(zip(arrays, values, strict=True)),
+                    None if inputs.segment_ids is None else jnp.asarray(inputs.segment_ids),
+                    linear_state=inputs.linear_state,
+                    checkpoint_every=2,
+                )
+                return jnp.sum(out * d_out) + jnp.sum(final_state * d_final_state)
+
+            # chex multiplies atol by the first argument's size.
+            atol = 1e-7 / arrays["q"].size
+            chex.assert_numerical_grads(
+                loss, tuple(arrays.values()), order=1, atol=atol, rtol=1e-7, modes=("rev",)
+            )
+
+    # Time: splits, documents, checkpoints.
+
+    def test_whole_run_equals_split_runs(self) -> None:
+        inputs = make_inputs(*OPTION_SIZE, EVERY_OPTION)
+        whole_time = inputs.q.shape[1]
+        bounds = [0, 1, 8, 20, whole_time]
+        with jax.enable_x64(self.best_dtype == "float64"):
+            arrays = tensors(inputs, self.best_dtype)
+            d_out, d_final_state = (
+                jnp.asarray(x, arrays["decay"].dtype) for x in make_cotangents(inputs)
+            )
+
+            def loss(out: Any, final_state: Any) -> Any:
+                return jnp.sum(out * d_out) + jnp.sum(final_state * d_final_state)
+
+            # A document that ends where a part ends is the next part's to start: only whole runs
+            # see that change of id, so here documents change inside the parts.
+            ids = np.array(inputs.segment_ids)
+            for start in bounds[1:-1]:
+                ids[:, start:] += ids[:, start - 1 : start] - ids[:, start : start + 1]
+            assert np.any(ids[:, 1:] != ids[:, :-1])
+
+            def whole(arrays: Tensors) -> Any:
+                out, final_state = self.call(arrays, jnp.asarray(ids), checkpoint_every=4)
+                return loss(out, final_state), (out, final_state)
+
+            def split(arrays: Tensors) -> Any:
+                state = arrays["initial_state"]
+                outs = []
+                for start, stop in itertools.pairwise(bounds):
+                    part = slice_time(arrays, start, stop) | {"initial_state": state}
+                    out, state = self.call(part, jnp.asarray(ids[:, start:stop]))
+                    outs.append(out)
+                out = jnp.concatenate(outs, axis=1)
+                return loss(out, state), (out, state)
+
+            def evaluate(f: Any) -> Tensors:
+                grads, (out, state) = jax.jit(jax.grad(f, has_aux=True))(arrays)
+                return {"out": out, "final_state": state, **grads}
+
+            assert_tensors_close(evaluate(split), evaluate(whole), BOUNDS[self.best_dtype])
+
+    def test_packed_documents_equal_separate_runs(self) -> None:
+        lengths = [1, 9, 3, 20]
+        starts = np.cumsum([0, *lengths])
+        time = int(starts[-1])
+        inputs = make_inputs(time, 4, 6, ("write_gate", "initial_state"))
+        ids = np.tile(np.repeat([7, 2, 7, 0], lengths).astype(np.int32), (inputs.q.shape[0], 1))
+        d_out, d_final_state = make_cotangents(inputs)
+        with jax.enable_x64(self.best_dtype == "float64"):
+            packed = self.evaluate(
+                inputs._replace(segment_ids=ids), (d_out, d_final_state), self.best_dtype
+            )
+            per_step: dict[str, list[Any]] = {}
+            final: Tensors = {}
+            for i, (start, stop) in enumerate(itertools.pairwise(starts)):
+                document = Inputs(
+                    *(x[:, start:stop] for x in inputs[:4]),
+                    write_gate=inputs.write_gate[:, start:stop],  # type: ignore[index]
+                    initial_state=inputs.initial_state if i == 0 else None,
+                )
+                # Only the last document's state comes out of the packed run.
+                d_state = d_final_state * (i == len(lengths) - 1)
+                separate = self.evaluate(document, (d_out[:, start:stop], d_state), self.best_dtype)
+                if i == 0:
+                    final["d_initial_state"] = separate.pop("d_initial_state")
+                final["final_state"] = separate.pop("final_state")
+                for name, x in separate.items():
+                    per_step.setdefault(name, []).append(x)
+            separate = final | {name: np.concatenate(x, 1) for name, x in per_step.items()}
+        assert_tensors_close(packed, separate, BOUNDS[self.best_dtype])
+
+    @pytest.mark.parametrize("linear_state", [False, True])
+    def test_nothing_leaks_through_a_restart(self, linear_state: bool) -> None:
+        inputs = make_inputs(20, 4, 6, EVERY_OPTION)._replace(linear_state=linear_state)
+        start = 7
+        ids = np.zeros((inputs.q.shape[0], 20), np.int32)
+        ids[:, start:] = 1
+        inputs = inputs._replace(segment_ids=ids)
+        # Weigh the second document alone: the first must get no gradient.
+        d_out, d_final_state = make_cotangents(inputs)
+        d_out[:, :start] = 0
+        dirty = {}
+        for name in ("q", "k", "v", "initial_state"):
+            x = np.array(getattr(inputs, name))
+            x[:, : start if name != "initial_state" else None] = 100.0
+            dirty[name] = x
+        clean = self.evaluate(inputs, (d_out, d_final_state), "float32")
+        dirtied = self.evaluate(inputs._replace(**dirty), (d_out, d_final_state), "float32")
+        assert not np.array_equal(clean["out"][:, :start], dirtied["out"][:, :start])
+        for name, x in dirtied.items():
+            if name == "d_initial_state":
+                assert not np.any(x)
+            elif name == "final_state":
+                np.testing.assert_array_equal(x, clean[name])
+            else:
+                np.testing.assert_array_equal(x[:, start:], clean[name][:, start:], err_msg=name)
+                assert name == "out" or not np.any(x[:, :start]), name
+
+    def test_checkpoint_every_changes_nothing(self) -> None:
+        inputs = make_inputs(67, 4, 6, EVERY_OPTION)
+        cotangents = make_cotangents(inputs)
+        bound = 1e-13 if self.best_dtype == "float64" else 1e-6
+        with jax.enable_x64(self.best_dtype == "float64"):
+            expected = self.evaluate(inputs, cotangents, self.best_dtype, checkpoint_every=1)
+            for every in (5, 32, 67, 1000):
+                actual = self.evaluate(inputs, cotangents, self.best_dtype, checkpoint_every=every)
+                assert_tensors_close(actual, expected, bound)
+
+    @pytest.mark.parametrize("options", [(), EVERY_OPTION], ids="+".join)
+    def test_one_step_returns_the_same_structure(self, options: tuple[str, ...]) -> None:
+        def shapes(time: int) -> Any:
+            arrays = tensors(make_inputs(time, 4, 6, options), "float32")
+            ids = jnp.zeros((3, time), jnp.int32) if "segment_ids" in options else None
+            return jax.eval_shape(self.call, arrays, ids)
+
+        one, many = shapes(1), shapes(2)
+        assert jax.tree.structure(one) == jax.tree.structure(many)
+        assert [x.shape for x in one] == [(3, 1, 3, 6), (3, 3, 4, 6)]
+        assert [x.dtype for x in one] == [x.dtype for x in many]
+
+    # Dtypes and extremes.
+
+    @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+    def test_dtypes(self, dtype: str) -> None:
+        self.require(dtype)
+        inputs = make_inputs(3, 4, 6, EVERY_OPTION)
+        wide = "float64" if dtype == "float64" else "float32"
+        with jax.enable_x64(dtype == "float64"):
+            results = self.evaluate(inputs, make_cotangents(inputs), dtype)
+        narrow = {"out", "d_q", "d_k", "d_v"}
+        wanted = {name: dtype if name in narrow else wide for name in results}
+        assert {name: str(x.dtype) for name, x in results.items()} == wanted
+
+    @pytest.mark.parametrize("decay", [0.0, 1.0])
+    @pytest.mark.parametrize("linear_state", [False, True])
+    def test_zero_keys(self, decay: float, linear_state: bool) -> None:
+        inputs = make_inputs(9, 4, 6, ("initial_state",))._replace(linear_state=linear_state)
+        S_0 = inputs.initial_state
+        assert S_0 is not None
+        inputs = inputs._replace(k=np.zeros_like(inputs.k), decay=np.full_like(inputs.decay, decay))
+        results = self.evaluate(inputs, make_cotangents(inputs), "float32")
+        chex.assert_tree_all_finite(results)
+        assert not np.any(results["d_v"])  # nothing is written
+        if decay == 1 and linear_state:
+            np.testing.assert_allclose(results["final_state"], S_0, rtol=1e-6)
+        if decay == 0:
+            assert not np.any(results["final_state"])
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_huge_inputs_give_no_nan(self, dtype: str) -> None:
+        self.require(dtype)
+        inputs = make_inputs(33, 4, 6, EVERY_OPTION)
+        huge = {name: 1e4 * getattr(inputs, name) for name in ("q", "k", "v", "initial_state")}
+        inputs = inputs._replace(**huge)
+        results = self.evaluate(inputs, make_cotangents(inputs), dtype)
+        chex.assert_tree_all_finite(results)
+        assert np.max(np.abs(results["final_state"])) == 1
+
+    # Programs: transformations, sharding, memory.
+
+    def test_runs_are_bitwise_equal(self) -> None:
+        inputs = make_inputs(67, 12, 8, EVERY_OPTION)
+        cotangents = make_cotangents(inputs)
+        first, second = (self.evaluate(inputs, cotangents, "float32") for _ in range(2))
+        for name, x in first.items():
+            np.testing.assert_array_equal(x, second[name], err_msg=name)
+
+    def test_jit_changes_nothing(self) -> None:
+        inputs = make_inputs(9, 4, 6, EVERY_OPTION)
+        arrays, ids = tensors(inputs, "float32"), jnp.asarray(inputs.segment_ids)
+        for eager, jitted in zip(
+            self.call(arrays, ids), jax.jit(self.call)(arrays, ids), strict=True
+        ):
+            np.testing.assert_allclose(eager, jitted, rtol=1e-6, atol=1e-7)
+
+    def test_vmap(self) -> None:
+        if not self.supports_vmap:
+            pytest.skip(f"{self.implementation} does not support vmap")
+        inputs = make_inputs(9, 4, 6, EVERY_OPTION, batch=6)
+        d_out, d_state = make_cotangents(inputs)
+        ids = jnp.asarray(inputs.segment_ids)
+
+        def gradient(arrays: Tensors, ids: Any, d_out: Any, d_state: Any) -> Any:
+            results, pullback = jax.vjp(lambda a: self.call(a, ids, checkpoint_every=4), arrays)
+            return results, pullback((d_out, d_state))
+
+        arguments = (
+            tensors(inputs, "float32"),
+            ids,
+            jnp.asarray(d_out, "float32"),
+            jnp.asarray(d_state, "float32"),
+        )
+        nested = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), arguments)
+        mapped = jax.jit(jax.vmap(gradient))(*nested)
+        mapped = jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), mapped)
+        for actual, expected in zip(
+            jax.tree.leaves(mapped), jax.tree.leaves(jax.jit(gradient)(*arguments)), strict=True
+        ):
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+    def test_data_parallel_without_gathering(self) -> None:
+        if not self.supports_sharding:
+            pytest.skip(f"{self.implementation} does not support sharded inputs")
+        n_devices = jax.device_count()
+        if n_devices < 2:
+            pytest.skip("needs two devices")
+        inputs = make_inputs(9, 4, 6, EVERY_OPTION, batch=2 * n_devices)
+        d_out, d_state = (jnp.asarray(x, "float32") for x in make_cotangents(inputs))
+        arguments = (tensors(inputs, "float32"), jnp.asarray(inputs.segment_ids), d_out, d_state)
+
+        def gradient(arrays: Tensors, ids: Any, d_out: Any, d_state: Any) -> Any:
+            results, pullback = jax.vjp(lambda a: self.call(a, ids, checkpoint_every=4), arrays)
+            return results, pullback((d_out, d_state))
+
+        mesh = jax.make_mesh((n_devices,), ("data",), axis_types=(AxisType.Auto,))
+        by_batch = NamedSharding(mesh, PartitionSpec("data"))
+        compiled = (
+            jax.jit(gradient, out_shardings=by_batch)
+            .lower(*jax.device_put(arguments, by_batch))
+            .compile()
+        )
+        program = str(compiled.as_text())
+        assert "while" in program  # it is the program's text
+        for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
+            assert collective not in program
+        sharded = compiled(*jax.device_put(arguments, by_batch))
+        for actual, expected in zip(
+            jax.tree.leaves(sharded), jax.tree.leaves(jax.jit(gradient)(*arguments)), strict=True
+        ):
+            assert len(actual.sharding.device_set) == n_devices
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+    def test_memory_grows_with_checkpoints_only(self) -> None:
+        n_state = n_value = 64
+        state_bytes = 4 * n_state * n_value
+        step_bytes = 4 * (2 * n_state + 2 * n_value + 2)  # a step of q, k, v, out and decay, beta
+
+        @functools.cache
+        def temporary(time: int, checkpoint_every: int) -> int:
+            """Bytes of working memory of the compiled gradient, arguments and results excluded."""
+
+            def loss(arrays: Tensors) -> Any:
+                out, final_state = self.call(arrays, checkpoint_every=checkpoint_every)
+                return jnp.sum(out * out) + jnp.sum(final_state * final_state)
+
+            def array(*shape: int) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+            arrays = {
+                "q": array(1, time, 1, n_state),
+                "k": array(1, time, 1, n_state),
+                "v": array(1, time, 1, n_value),
+                "decay": array(1, time, 1),
+                "write_gate": array(1, time, 1),
+            }
+            analysis = jax.jit(jax.grad(loss)).lower(arrays).compile().memory_analysis()
+            assert analysis is not None
+            return analysis.temp_size_in_bytes
+
+        def per_step(checkpoint_every: int) -> float:
+            return (temporary(8192, checkpoint_every) - temporary(4096, checkpoint_every)) / 4096
+
+        # All states would be state_bytes a step. Checkpoints are a fraction of that, and copies of
+        # the inputs and gradients in the order that the implementation wants come on top.
+        for every in (16, 64):
+            assert per_step(every) < state_bytes / every + 3 * step_bytes < state_bytes
+        # Checkpoints may be kept in bfloat16: half of what float32 takes.
+        saved = (per_step(16) - per_step(64)) / (state_bytes * (1 / 16 - 1 / 64))
+        assert 0.45 < saved < 1.2
+        assert temporary(4096, 64) < 4096 * state_bytes / 3
+
+
+class _Scan(RecurrenceContract):
+    implementation = "scan"
