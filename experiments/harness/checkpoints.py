@@ -28,14 +28,16 @@ class Checkpoints:
 
     Args:
         directory: created if need be.
-        keep: how many of the newest stay; the best by bits per byte stays besides.
+        keep: how many of the newest stay; the best by bits per byte stays besides. None only reads,
+            as another process may be writing: unreadable checkpoints are passed over in place.
         warn: told of each checkpoint that cannot be read.
     """
 
-    def __init__(self, directory: Path, *, keep: int, warn: Warn):
+    def __init__(self, directory: Path, *, keep: int | None, warn: Warn):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
         self._directory = directory.absolute()
         self._warn = warn
+        self._reads_only = keep is None
         # Orbax reads the metrics of every step when it opens a directory.
         for metrics in sorted(self._directory.glob("[0-9]*/metrics/metrics")):
             try:
@@ -58,7 +60,10 @@ class Checkpoints:
                         ),
                     ]
                 ),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not self._reads_only,
+                read_only=self._reads_only,
+                create=not self._reads_only,
+                save_interval_steps=0 if self._reads_only else 1,
             ),
         )
 
@@ -83,19 +88,29 @@ class Checkpoints:
 
     def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest readable `(step, state, meta)`, or None; `like` gives structure and shapes."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        return self._first_readable(sorted(self._manager.all_steps(), reverse=True), like)
+
+    def restore_best(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """As `restore_latest`, but the one with the fewest bits per byte if it can be read."""
+        newest_first = sorted(self._manager.all_steps(), reverse=True)
+        best = self._manager.best_step()
+        return self._first_readable([best, *newest_first] if best else newest_first, like)
+
+    def _first_readable(
+        self, steps: list[int], like: Any
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        for step in steps:
             # Orbax raises a bare Exception for truncated arrays.
             try:
                 return step, *self._restore(step, like)
             except Exception as error:
-                self._set_aside(step, str(error).partition("\n")[0])
-                self._manager.reload()
+                why = str(error).partition("\n")[0]
+                if self._reads_only:
+                    self._warn(f"checkpoint {step} cannot be read ({why}).")
+                else:
+                    self._set_aside(step, why)
+                    self._manager.reload()
         return None
-
-    def restore_best(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """As `restore_latest` for the step with the fewest bits per byte; None without one."""
-        step = self._manager.best_step()
-        return None if step is None else (step, *self._restore(step, like))
 
     def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)

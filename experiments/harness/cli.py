@@ -7,7 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -49,14 +49,15 @@ def _first_sentence(box: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     rows = [row.strip() for row in re.findall(r"^│(.*)│$", text, re.MULTILINE)]
     rule = next((i for i, row in enumerate(rows) if set(row) == {"─"}), len(rows))
-    return " ".join(" ".join(rows[:rule]).split()) or text.strip()
+    sentence = " ".join(" ".join(rows[:rule]).split()) or text.strip()
+    return re.sub(r"^Error parsing (?!--)\S+: ", "", sentence)
 
 
 def _flags(config: Any) -> Iterator[str]:
+    types = get_type_hints(config)
     for field in dataclasses.fields(config):
-        nested = field.default
-        if dataclasses.is_dataclass(nested):
-            yield from _flags(nested)
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from _flags(types[field.name])
         else:
             yield "--" + field.name.replace("_", "-")
 

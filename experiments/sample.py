@@ -1,0 +1,78 @@
+"""Writes text with a trained byte model, as long as asked for, in constant memory."""
+
+import codecs
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from harness import cli
+from harness.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Write text with the model of a run. The prompt is read in one pass."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Directory of the run, as train_byte_lm.py made it."""
+    prompt: str = "def "
+    """Text to continue, at least one byte."""
+    length: int = 1000
+    """Bytes to write."""
+    temperature: float = 0.8
+    """Divides the logits: below 1 is more careful, 0 takes the likeliest byte each time."""
+    top_k: int | None = 40
+    """Choose among this many likeliest bytes; None for all."""
+    top_p: float = 1.0
+    """Choose among the likeliest bytes that together have this probability."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    latest: bool = False
+    """Use the newest checkpoint, not the one with the best validation."""
+
+    def __post_init__(self) -> None:
+        if self.length < 0:
+            raise ValueError(f"--length must be at least 0 bytes, got {self.length}.")
+        if not self.prompt:
+            raise ValueError("--prompt must have at least one byte.")
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main(args: Sequence[str]) -> None:
+    """Parses, then writes to standard output as the bytes come."""
+    config = cli.parse(SampleConfig, args)
+
+    import jax
+    import numpy as np
+    from harness.trained import load_trained
+
+    from e88_jax.generate import stream
+
+    model, _ = load_trained(config.run, latest=config.latest, warn=_warn)
+    prompt = np.frombuffer(config.prompt.encode(), np.uint8)
+    try:
+        tokens = stream(
+            model,
+            prompt[None],
+            key=jax.random.key(config.seed),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    print(config.prompt, end="", flush=True)
+    for _ in range(config.length):
+        print(decoder.decode(bytes(next(tokens).tolist())), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    cli.run(main)
