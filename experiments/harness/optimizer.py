@@ -24,21 +24,22 @@ class Optimizer(NamedTuple):
     """From optimiser state and trained weights to the weights to evaluate and sample with."""
 
 
-def _muon_dimensions(params: Params) -> Any:
-    """Marks the projections' matrices for Muon; everything else goes to its AdamW."""
+def _muon_or_adamw(params: Params) -> Any:
+    """Muon for the projections' matrices; embedding, convolutions and vectors stay with AdamW."""
 
-    def of(path: tuple[Any, ...], param: jax.Array) -> contrib.MuonDimensionNumbers | None:
+    def label(path: tuple[Any, ...], param: jax.Array) -> str:
         in_projection = any("_proj" in str(getattr(entry, "key", "")) for entry in path)
-        return contrib.MuonDimensionNumbers() if in_projection and param.ndim == 2 else None
+        return "muon" if in_projection and param.ndim == 2 else "adamw"
 
-    return jax.tree_util.tree_map_with_path(of, params)
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
     """The optimiser for a run of `steps` updates. Clipping is the training step's."""
     rate, warmup = config.learning_rate, config.warmup_steps
+    first_rate = rate / (warmup + 1)
     if config.optimizer == "schedule_free":
-        schedule = optax.warmup_constant_schedule(0.0, rate, warmup)
+        schedule = optax.linear_schedule(first_rate, rate, warmup)
         # optax.contrib.schedule_free_adamw, with a mask for the weight decay.
         base = optax.chain(
             optax.scale_by_rms(
@@ -50,32 +51,18 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
         transform = contrib.schedule_free(base, learning_rate=schedule, b1=config.beta1)
         return Optimizer(transform, schedule, contrib.schedule_free_eval_params)
 
-    # The first update already has a rate above 0, the last one the final rate.
     schedule = optax.warmup_cosine_decay_schedule(
-        rate / (warmup + 1),
-        rate,
-        warmup,
-        max(steps, warmup + 1),
-        rate * config.final_lr_fraction,
+        first_rate, rate, warmup, max(steps, warmup + 1), rate * config.final_lr_fraction
+    )
+    transform = optax.adamw(
+        schedule,
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=weight_decay_mask,
     )
     if config.optimizer == "muon":
-        transform = contrib.muon(
-            schedule,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=weight_decay_mask,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=_muon_dimensions,
-            # Updates as large as AdamW's, so that one rate suits both (arXiv:2502.16982).
-            consistent_rms=0.2,
-        )
-    else:
-        transform = optax.adamw(
-            schedule,
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=weight_decay_mask,
-        )
+        # Updates as large as AdamW's, so that one rate suits both (arXiv:2502.16982).
+        muon = contrib.muon(schedule, weight_decay=config.weight_decay, consistent_rms=0.2)
+        transform = optax.partition({"muon": muon, "adamw": transform}, _muon_or_adamw)
     return Optimizer(transform, schedule, lambda _state, params: params)

@@ -98,7 +98,7 @@ def make_train_step(
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
         total, carry = lax.scan(accumulate, zeros, (windows, carry))
         loss, grads = jax.tree.map(lambda x: x / windows.shape[0], total)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         clipped, _ = clip.update(grads, optax.EmptyState())
         updates, opt_state = optimizer.transform.update(clipped, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,172 @@
+"""The training step: accumulation, clipping, skipping, carried state; optimisers; evaluation."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from harness.config import OptimizerConfig
+from harness.data import Batch
+from harness.optimizer import make_optimizer
+from harness.step import (
+    BITS_PER_NAT,
+    TrainState,
+    init_state,
+    make_evaluate,
+    make_train_step,
+    next_byte_loss,
+)
+
+from e88_jax import E88LM, E88Config, LMConfig
+
+ALWAYS = np.bool_(True)
+
+
+@pytest.fixture(scope="module")
+def model() -> E88LM:
+    config = LMConfig(layer=E88Config(dim=16, n_heads=2, n_state=4), depth=2)
+    return E88LM(config, rngs=nnx.Rngs(0))
+
+
+def windows_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def plain(**flags: object) -> OptimizerConfig:
+    return dataclasses.replace(OptimizerConfig(warmup_steps=2), **flags)
+
+
+def make(model: E88LM, config: OptimizerConfig, carry_shape: tuple[int, int] | None = None):
+    optimizer = make_optimizer(config, steps=20)
+    step = jax.jit(make_train_step(nnx.graphdef(model), optimizer, config.clip_norm))
+    return step, init_state(model, optimizer, carry_shape), optimizer
+
+
+def test_accumulation_equals_one_large_batch(model: E88LM):
+    step, state, _ = make(model, plain())
+    windows = windows_of((4, 2, 10))
+    small, small_metrics = step(state, windows, ALWAYS)
+    large, large_metrics = step(state, windows.reshape(1, 8, 10), ALWAYS)
+    chex.assert_trees_all_close(small_metrics, large_metrics, rtol=1e-5)
+    # Adam's first update is the sign of the gradient, so compare its moments.
+    chex.assert_trees_all_close(small.optimizer[0].mu, large.optimizer[0].mu, rtol=1e-3, atol=1e-7)
+
+
+def test_gradient_is_clipped_to_the_norm(model: E88LM):
+    config = plain(clip_norm=0.01, beta1=0.5)
+    step, state, _ = make(model, config)
+    state, metrics = step(state, windows_of((1, 2, 10)), ALWAYS)
+    assert metrics.grad_norm > 0.1
+    np.testing.assert_allclose(optax.tree.norm(state.optimizer[0].mu), 0.01 * 0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free", "muon"])
+def test_each_optimizer_learns(model: E88LM, optimizer: str):
+    step, state, chosen = make(model, plain(optimizer=optimizer, learning_rate=1e-2))
+    windows = windows_of((1, 4, 17))
+    first = None
+    for _ in range(20):
+        state, metrics = step(state, windows, ALWAYS)
+        first = metrics.loss if first is None else first
+    assert metrics.loss < 0.9 * first
+    evaluate = make_evaluate(nnx.graphdef(model), [Batch(windows, True)], stateful=False)
+    weights = chosen.eval_params(state.optimizer, state.params)
+    assert evaluate(weights) < 0.95 * first * BITS_PER_NAT
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free", "muon"])
+def test_weight_decay_spares_rates_and_norms(model: E88LM, optimizer: str):
+    updated = []
+    for weight_decay in (0.0, 1.0):
+        config = plain(optimizer=optimizer, weight_decay=weight_decay, warmup_steps=0)
+        step, state, _ = make(model, config)
+        for seed in range(2):
+            state, _ = step(state, windows_of((1, 2, 10), seed), ALWAYS)
+        updated.append(state.params)
+    without, with_decay = updated
+    mixer, decayed = without["blocks"][0]["mixer"], with_decay["blocks"][0]["mixer"]
+    # The second step's gradient already differs a little, as the other weights have decayed.
+    for spared in ("A_log", "dt_bias"):
+        chex.assert_trees_all_close(mixer[spared], decayed[spared], rtol=1e-3)
+    chex.assert_trees_all_close(
+        without["blocks"][0]["norm"], with_decay["blocks"][0]["norm"], rtol=1e-3
+    )
+    for name in ("qkv_proj", "g_proj", "a_proj", "o_proj"):
+        before, after = mixer[name]["kernel"][...], decayed[name]["kernel"][...]
+        assert jnp.linalg.norm(after) < 0.9995 * jnp.linalg.norm(before)
+    assert jnp.linalg.norm(with_decay["embed"]["embedding"][...]) < 0.9995 * jnp.linalg.norm(
+        without["embed"]["embedding"][...]
+    )
+
+
+def poisoned(state: TrainState) -> TrainState:
+    params = jax.tree.map(jnp.copy, state.params)
+    params["norm"]["scale"] = jax.tree.map(lambda x: x.at[0].set(jnp.nan), params["norm"]["scale"])
+    return state._replace(params=params)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(model: E88LM):
+    step, state, _ = make(model, plain(), carry_shape=(1, 2))
+    state, _ = step(state, windows_of((1, 2, 10)), ALWAYS)
+    bad = poisoned(state)
+    after, metrics = step(bad, windows_of((1, 2, 10), 1), np.bool_(False))
+    assert not np.isfinite(metrics.loss)
+    for name in ("params", "optimizer", "carry", "updates"):
+        chex.assert_trees_all_equal(getattr(after, name), getattr(bad, name))
+    assert (after.skipped, after.skipped_in_a_row) == (1, 1)
+    after, _ = step(after, windows_of((1, 2, 10), 1), np.bool_(False))
+    assert (after.skipped, after.skipped_in_a_row) == (2, 2)
+    good, metrics = step(after._replace(params=state.params), windows_of((1, 2, 10)), ALWAYS)
+    assert np.isfinite(metrics.loss)
+    assert (good.updates, good.skipped, good.skipped_in_a_row) == (2, 2, 0)
+
+
+def test_stateful_training_carries_the_state_and_truncates(model: E88LM):
+    step, state, _ = make(model, plain(), carry_shape=(2, 3))
+    long = windows_of((2, 3, 21))
+    first, second = long[..., :11], long[..., 10:]
+    after, _ = step(state, first, ALWAYS)
+    tokens = first.reshape(6, 11)
+    _, expected = next_byte_loss(model, jnp.asarray(tokens))
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), after.carry), expected, atol=1e-5
+    )
+    # The loss of the second window is that of a model that has read the first.
+    frozen = after._replace(params=state.params)
+    _, continued = step(frozen, second, np.bool_(False))
+    loss, _ = next_byte_loss(model, jnp.asarray(second.reshape(6, 11)), expected)
+    np.testing.assert_allclose(continued.loss, loss, rtol=1e-5)
+    _, restarted = step(frozen, second, ALWAYS)
+    fresh, _ = next_byte_loss(model, jnp.asarray(second.reshape(6, 11)))
+    np.testing.assert_allclose(restarted.loss, fresh, rtol=1e-5)
+    assert abs(float(continued.loss - restarted.loss)) > 1e-6
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_evaluation_is_mean_bits_per_byte(model: E88LM, stateful: bool):
+    long = windows_of((1, 2, 21))
+    batches = [Batch(long[..., :11], True), Batch(long[..., 10:], False)]
+    evaluate = make_evaluate(nnx.graphdef(model), batches, stateful=stateful)
+    if stateful:
+        expected, _ = next_byte_loss(model, jnp.asarray(long[0]))
+    else:
+        expected = sum(next_byte_loss(model, jnp.asarray(b.windows[0]))[0] for b in batches) / 2
+    np.testing.assert_allclose(
+        evaluate(nnx.state(model, nnx.Param)), expected / np.log(2), rtol=1e-5
+    )
+
+
+def test_schedules():
+    cosine = make_optimizer(
+        plain(learning_rate=1.0, warmup_steps=10, final_lr_fraction=0.1), 100
+    ).schedule
+    assert 0 < cosine(0) < 0.2
+    np.testing.assert_allclose([cosine(10), cosine(100), cosine(500)], [1, 0.1, 0.1], rtol=1e-5)
+    constant = make_optimizer(
+        plain(optimizer="schedule_free", learning_rate=1.0, warmup_steps=0), 100
+    ).schedule
+    np.testing.assert_allclose([constant(1), constant(99)], [1, 1])
