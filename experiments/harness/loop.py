@@ -107,7 +107,8 @@ def train(config: TrainConfig) -> Path:
                 state, metrics = train_step(state, batch.windows, np.bool_(batch.restart))
                 pending.append(metrics)
                 step += 1
-                last = step == config.steps or interrupts.received is not None
+                signal_received = interrupts.received
+                last = step == config.steps or signal_received is not None
                 stuck = False
 
                 if last or step % config.log_every == 0:
@@ -143,11 +144,11 @@ def train(config: TrainConfig) -> Path:
                         f"before them; a lower --learning-rate in a new run may help.",
                         exit_code=1,
                     )
-                if interrupts.received is not None and step < config.steps:
+                if signal_received is not None and step < config.steps:
                     raise RunStopped(
-                        f"stopped by {interrupts.received.name} at step {step}: continue with "
+                        f"stopped by {signal_received.name} at step {step}: continue with "
                         f"--out {directory} --resume.",
-                        exit_code=128 + interrupts.received,
+                        exit_code=128 + signal_received,
                     )
         finally:
             checkpoints.close()

@@ -13,7 +13,12 @@ def plot_loss(metrics: Path, image: Path) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
     records = read_metrics(metrics)
     for kind, style in (("train", {"alpha": 0.7}), ("validation", {"marker": "o"})):
-        points = [(r["step"], r["bits_per_byte"]) for r in records if r["kind"] == kind]
+        # A record has no loss if none of its steps had a finite one.
+        points = [
+            (record["step"], record["bits_per_byte"])
+            for record in records
+            if record["kind"] == kind and "bits_per_byte" in record
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), label=kind, **style)
             if kind == "validation":
@@ -26,6 +31,6 @@ def plot_loss(metrics: Path, image: Path) -> None:
                     ha="right",
                 )
     axes.grid(alpha=0.3)
-    if records:
+    if axes.lines:
         axes.legend()
     figure.savefig(image, dpi=120)

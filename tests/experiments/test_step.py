@@ -28,7 +28,7 @@ ALWAYS = np.bool_(True)
 
 @pytest.fixture(scope="module")
 def model() -> E88LM:
-    config = LMConfig(layer=E88Config(dim=16, n_heads=2, n_state=4), depth=2)
+    config = LMConfig(layer=E88Config(dim=16, n_heads=2, n_state=4), depth=1)
     return E88LM(config, rngs=nnx.Rngs(0))
 
 
