@@ -210,9 +210,9 @@ class E88Mixer(nnx.Module):
         dtype = wide_dtype(self.dtype)
         match self.config.decay_mode:
             case "mamba":
-                bias, rate = self.dt_bias[None, None], jnp.exp(self.A_log[None, None])
-                step = jax.nn.softplus(wide(self.a_proj(x)) + bias.astype(dtype))
-                return jnp.exp(-rate.astype(dtype) * step)
+                bias = self.dt_bias[None, None].astype(dtype)
+                rate = jnp.exp(self.A_log[None, None].astype(dtype))
+                return jnp.exp(-rate * jax.nn.softplus(wide(self.a_proj(x)) + bias))
             case "simple":
                 return jax.nn.sigmoid(wide(self.beta_proj(x)))
             case "constant":
