@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from e88_jax.config import E88Config as E88Config
     from e88_jax.config import LMConfig as LMConfig
-    from e88_jax.generate import generate as generate
-    from e88_jax.generate import stream as stream
     from e88_jax.mixer import E88Mixer as E88Mixer
     from e88_jax.mixer import MixerState as MixerState
     from e88_jax.model import E88LM as E88LM
@@ -22,8 +20,6 @@ __version__ = "0.1.0"
 _HOME = {
     "E88Config": "config",
     "LMConfig": "config",
-    "generate": "generate",
-    "stream": "generate",
     "E88Mixer": "mixer",
     "MixerState": "mixer",
     "E88LM": "model",

@@ -20,7 +20,7 @@ from .metrics import MetricsLog, TrainingClock
 from .optimizer import make_optimizer
 from .plots import plot_loss
 from .progress import Report
-from .step import BITS_PER_NAT, StepMetrics, init_state, make_evaluate, make_train_step
+from .step import BITS_PER_NAT, StepMetrics, compile_train_step, init_state, make_evaluate
 
 
 def train(config: TrainConfig) -> Path:
@@ -90,13 +90,8 @@ def train(config: TrainConfig) -> Path:
             log = MetricsLog(directory, start=step)
 
             began = time.perf_counter()
-            train_step = (
-                jax.jit(
-                    make_train_step(graphdef, optimizer, config.optimizer.clip_norm),
-                    donate_argnums=0,
-                )
-                .lower(state, windows[0].windows, np.bool_(True))
-                .compile()
+            train_step = compile_train_step(
+                graphdef, optimizer, config.optimizer.clip_norm, state, windows[0].windows
             )
             report.say(f"compiled in {time.perf_counter() - began:.1f} s")
 

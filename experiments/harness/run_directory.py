@@ -16,6 +16,12 @@ RUNS = Path("runs")
 _PACKAGES = ("e88_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a run's numbers depend on."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages}
+
+
 def newest_run() -> Path:
     """The run under `runs/` that was started last.
 
@@ -77,10 +83,7 @@ def describe(directory: Path, config: TrainConfig, **facts: Any) -> None:
     """Writes `run.json`: configuration, versions, machine, and `facts`."""
     description = {
         "config": dataclasses.replace(config, out=directory, resume=False).to_dict(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": versions(),
         **facts,
     }
     partial = directory / "run.json.partial"

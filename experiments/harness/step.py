@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
@@ -122,6 +123,18 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+def compile_train_step(
+    graphdef: nnx.GraphDef[E88LM],
+    optimizer: Optimizer,
+    clip_norm: float,
+    state: TrainState,
+    windows: np.ndarray,
+) -> jax.stages.Compiled:
+    """`make_train_step` compiled for arguments like these; each call consumes its `state`."""
+    step = jax.jit(make_train_step(graphdef, optimizer, clip_norm), donate_argnums=0)
+    return step.lower(state, windows, np.bool_(True)).compile()
 
 
 def make_evaluate(
