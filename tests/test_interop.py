@@ -1,0 +1,125 @@
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_layer
+import pytest
+from flax import nnx
+from test_mixer import OPTIONS, make_config, name_of
+
+from e88_jax.interop import mixer_from_torch, mixer_to_torch
+from e88_jax.mixer import E88Mixer
+
+CONFIG = make_config({"conv_size": 3, "head_mix": "per_head"}, "float32")
+
+
+@pytest.fixture
+def weights() -> dict[str, np.ndarray]:
+    return numpy_layer.random_weights(CONFIG)
+
+
+# That the numbers mean the same is tested with the layer (test_mixer.py), from the same weights.
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=name_of)
+def test_round_trip_from_torch(options: dict[str, Any]) -> None:
+    config = make_config(options, "float32")
+    weights = numpy_layer.random_weights(config)
+    mixer = mixer_from_torch(weights, config)
+    assert mixer.config == config
+    chex.assert_trees_all_equal(mixer_to_torch(mixer), weights)
+
+
+def test_round_trip_to_torch() -> None:
+    mixer = E88Mixer(CONFIG, rngs=nnx.Rngs(0))
+    again = mixer_from_torch(mixer_to_torch(mixer), CONFIG)
+    assert nnx.graphdef(mixer) == nnx.graphdef(again)
+    chex.assert_trees_all_equal(nnx.state(again), nnx.state(mixer))
+
+
+def test_layouts(weights: dict[str, np.ndarray]) -> None:
+    mixer = mixer_from_torch(weights, CONFIG)
+    qkv = np.asarray(mixer.qkv_proj.kernel[...])
+    np.testing.assert_array_equal(qkv[:, 5], weights["qkv_proj.weight"][5])
+    np.testing.assert_array_equal(mixer.v_conv.kernel[...][:, 2], weights["v_conv.weight"][2, 0])
+    np.testing.assert_array_equal(mixer.head_projs.kernel[...][1], weights["head_projs.1.weight"].T)
+
+
+def test_the_result_is_an_ordinary_layer(weights: dict[str, np.ndarray]) -> None:
+    """Concrete float32 parameters that no caller's array shares, ready to train."""
+    mixer = mixer_from_torch(weights, CONFIG)
+    ordinary = nnx.eval_shape(lambda: E88Mixer(CONFIG, rngs=nnx.Rngs(0)))
+    assert nnx.graphdef(mixer) == nnx.graphdef(ordinary)
+    for leaf in jax.tree.leaves(nnx.state(mixer)):
+        assert isinstance(leaf, jax.Array)
+        assert leaf.dtype == jnp.float32
+    before = np.array(mixer.A_log[...])
+    weights["A_log"][:] = 0
+    np.testing.assert_array_equal(mixer.A_log[...], before)
+    exported = mixer_to_torch(mixer)
+    for array in exported.values():
+        assert array.flags.owndata
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+        assert array.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_any_float_becomes_float32(weights: dict[str, np.ndarray], dtype: str) -> None:
+    given = {key: x.astype(jnp.dtype(dtype)) for key, x in weights.items()}
+    mixer = mixer_from_torch(given, CONFIG)
+    expected = {key: x.astype(np.float32) for key, x in given.items()}
+    chex.assert_trees_all_equal(mixer_to_torch(mixer), expected)
+
+
+class TestErrors:
+    def error(self, weights: dict[str, Any], config: Any = CONFIG) -> str:
+        with pytest.raises(ValueError) as error:  # noqa: PT011  (the callers look at the message)
+            mixer_from_torch(weights, config)
+        return str(error.value)
+
+    @pytest.mark.parametrize("key", list(numpy_layer.torch_shapes(CONFIG)))
+    def test_missing(self, weights: dict[str, np.ndarray], key: str) -> None:
+        shape = weights.pop(key).shape
+        message = self.error(weights)
+        assert "lacks" in message
+        assert f"{key} {shape}" in message
+
+    @pytest.mark.parametrize("key", ["o_proj.weight", "head_projs.3.weight", "q_proj.weight", "x"])
+    def test_surplus(self, weights: dict[str, np.ndarray], key: str) -> None:
+        message = self.error(weights | {key: np.zeros((3, 3), np.float32)})
+        assert "has" in message
+        assert key in message
+
+    @pytest.mark.parametrize("key", list(numpy_layer.torch_shapes(CONFIG)))
+    def test_misshapen(self, weights: dict[str, np.ndarray], key: str) -> None:
+        good = weights[key].shape
+        for bad in (weights[key][1:], weights[key][None]):
+            message = self.error(weights | {key: bad})
+            assert key in message
+            assert str(good) in message
+            assert str(bad.shape) in message
+
+    def test_transposed(self, weights: dict[str, np.ndarray]) -> None:
+        weights["g_proj.weight"] = weights["g_proj.weight"].T
+        message = self.error(weights)
+        assert "g_proj.weight must have shape (12, 10), got (10, 12)" in message
+
+    def test_integers(self, weights: dict[str, np.ndarray]) -> None:
+        message = self.error(weights | {"A_log": np.zeros(3, np.int64)})
+        assert "A_log" in message
+        assert "int64" in message
+
+    def test_every_missing_and_surplus_key_is_named(self, weights: dict[str, np.ndarray]) -> None:
+        del weights["A_log"], weights["dt_bias"]
+        assert all(key in self.error(weights) for key in ("A_log", "dt_bias"))
+        weights = numpy_layer.random_weights(CONFIG)
+        zeros = np.zeros(3, np.float32)
+        message = self.error(weights | {"first": zeros, "second": zeros})
+        assert "first, second" in message
+
+    def test_weights_of_other_options(self, weights: dict[str, np.ndarray]) -> None:
+        tied = make_config({"tie_kv": True, "head_mix": "per_head", "conv_size": 3}, "float32")
+        assert "q_proj.weight (12, 10)" in self.error(weights, tied)

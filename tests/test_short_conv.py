@@ -1,0 +1,84 @@
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_layer
+import pytest
+from flax import nnx
+from numpy_reference import rms_ratio
+
+from e88_jax.short_conv import ShortConv
+
+BATCH, CHANNELS = 2, 5
+
+
+def make(size: int, time: int, dtype: str) -> tuple[ShortConv, Any, Any]:
+    rng = np.random.default_rng([size, time])
+    conv = ShortConv(CHANNELS, size, rngs=nnx.Rngs(0))
+    conv.kernel[...] = jnp.asarray(rng.normal(size=(size, CHANNELS)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(BATCH, time, CHANNELS)), dtype)
+    past = jnp.asarray(rng.normal(size=(BATCH, size - 1, CHANNELS)), dtype)
+    return conv, x, past
+
+
+def torch_weight(conv: ShortConv) -> np.ndarray:
+    return np.asarray(conv.kernel[...]).T[:, None, :]
+
+
+def documents(segment_ids: np.ndarray) -> jax.Array:
+    changes = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    return jnp.asarray(np.cumsum(changes, axis=1), jnp.int32)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("time", [1, 2, 9])
+@pytest.mark.parametrize("packed", [False, True])
+def test_against_numpy(size: int, time: int, packed: bool, x64: None) -> None:
+    """Short and long of the taps, whose state then reaches into the call before."""
+    conv, x, past = make(size, time, "float64")
+    ids = np.array([[0, 0, 1, 1, 1, 1, 1, 2, 0], [0, 1, 2, 2, 2, 2, 2, 2, 2]])[:, :time]
+    expected = numpy_layer.short_conv(
+        torch_weight(conv), np.asarray(x), np.asarray(past), ids if packed else None
+    )
+    y, state = conv(x, past, documents(ids) if packed else None)
+    assert rms_ratio(y, expected[0]) < 1e-12
+    np.testing.assert_array_equal(state, expected[1])
+
+
+def test_the_future_is_not_seen() -> None:
+    conv, x, past = make(4, 9, "float32")
+    y, _ = conv(x, past, None)
+    changed, _ = conv(x.at[:, 5:].add(1.0), past, None)
+    np.testing.assert_array_equal(y[:, :5], changed[:, :5])
+    assert np.all(np.asarray(y[:, 5]) != np.asarray(changed[:, 5]))
+
+
+def test_initial_state_is_nothing() -> None:
+    conv, _, past = make(4, 9, "float32")
+    state = conv.init_state(BATCH, jnp.dtype("bfloat16"))
+    assert state.shape == past.shape
+    assert state.dtype == jnp.bfloat16
+    assert not np.any(state)
+
+
+def test_bfloat16_sums_in_float32() -> None:
+    conv, x, past = make(4, 9, "bfloat16")
+    y, state = conv(x, past, None)
+    assert y.dtype == state.dtype == jnp.bfloat16
+    wide, _ = conv(x.astype("float32"), past.astype("float32"), None)
+    np.testing.assert_array_equal(y, wide.astype("bfloat16"))
+
+
+def test_gradients(x64: None) -> None:
+    conv, x, past = make(3, 4, "float64")
+    ids = documents(np.array([[0, 0, 1, 1], [0, 0, 0, 0]]))
+    weigh = jnp.asarray(np.random.default_rng(0).normal(size=x.shape))
+
+    @jax.jit
+    def loss(x: Any, past: Any) -> Any:
+        y, state = conv(x, past, ids)
+        return jnp.sum(y * weigh) + jnp.sum(state**2)
+
+    chex.assert_numerical_grads(loss, (x, past), order=1, atol=1e-8)
