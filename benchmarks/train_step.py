@@ -81,7 +81,7 @@ def main(args: Sequence[str]) -> None:
             "tokens_per_second": round(tokens / median, 1),
             "step_seconds": [round(second, 4) for second in seconds[2:]],
             "compile_seconds": round(compile_seconds, 1),
-            "temporary_bytes": memory.temp_size_in_bytes,
+            "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
         }
         config.json.write_text(json.dumps(numbers, indent=2) + "\n")
 

@@ -5,7 +5,7 @@ from flax import nnx
 from jax import Array
 from jax.nn import initializers
 
-from e88_jax.precision import wide_dtype
+from e88_jax.precision import wide, wide_dtype
 
 
 class ShortConv(nnx.Module):
@@ -42,17 +42,19 @@ class ShortConv(nnx.Module):
         """
         time = x.shape[1]
         padded = jnp.concatenate([state, x], axis=1)
-        if document is not None:
-            padded_document = jnp.pad(document, ((0, 0), (self.size - 1, 0)))
-        y = jnp.zeros(x.shape, wide_dtype(x.dtype))
-        for tap in range(self.size):
-            reached = padded[:, tap : tap + time]
-            if document is not None:
-                same = padded_document[:, tap : tap + time] == document
-                reached = jnp.where(same[..., None], reached, jnp.zeros_like(reached))
-            y += self.kernel[None, None, tap].astype(y.dtype) * reached.astype(y.dtype)
+        reached = [padded[:, tap : tap + time] for tap in range(self.size)]
         new_state = padded[:, time:]
         if document is not None:
-            same = padded_document[:, time:] == document[:, -1:]
-            new_state = jnp.where(same[..., None], new_state, jnp.zeros_like(new_state))
-        return y.astype(x.dtype), new_state
+            documents = jnp.pad(document, ((0, 0), (self.size - 1, 0)))
+            reached = [
+                _zero_unless(documents[:, tap : tap + time] == document, inputs)
+                for tap, inputs in enumerate(reached)
+            ]
+            new_state = _zero_unless(documents[:, time:] == document[:, -1:], new_state)
+        taps = self.kernel[...].astype(wide_dtype(x.dtype))
+        y = sum(taps[None, None, tap] * wide(inputs) for tap, inputs in enumerate(reached))
+        return jnp.asarray(y).astype(x.dtype), new_state
+
+
+def _zero_unless(keep: Array, x: Array) -> Array:
+    return jnp.where(keep[..., None], x, jnp.zeros_like(x))

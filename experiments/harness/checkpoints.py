@@ -120,7 +120,7 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
             ),
         )
-        return restored.state, restored.meta
+        return restored["state"], restored["meta"]
 
     def _set_aside(self, step: int, why: str) -> None:
         aside = self._directory / "unreadable"

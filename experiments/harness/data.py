@@ -9,7 +9,6 @@ import itertools
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import grain
 import numpy as np
@@ -157,14 +156,6 @@ def _read(corpus: Corpus, starts: np.ndarray, length: int) -> np.ndarray:
     return np.stack(pieces).reshape(*starts.shape, length)
 
 
-class Windows(Protocol):
-    """The batch of every step, by number: where training stands is one integer."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, step: int) -> Batch: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class RandomWindows:
     """Windows that start anywhere, drawn afresh for each step from (seed, step)."""
@@ -174,9 +165,6 @@ class RandomWindows:
     """Passes and rows."""
     seq_len: int
     seed: int
-
-    def __len__(self) -> int:
-        return 1 << 62
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng((self.seed, step))
@@ -199,15 +187,16 @@ class ConsecutiveWindows:
         passes, rows = self.shape
         return (len(self.corpus) // (passes * rows) - 1) // self.seq_len
 
-    def __len__(self) -> int:
-        return 1 << 62
-
     def __getitem__(self, step: int) -> Batch:
         passes, rows = self.shape
         window = step % self.per_row
         stretch = len(self.corpus) // (passes * rows)
         starts = stretch * np.arange(passes * rows).reshape(self.shape) + window * self.seq_len
         return Batch(_read(self.corpus, starts, self.seq_len + 1), restart=window == 0)
+
+
+Windows = RandomWindows | ConsecutiveWindows
+"""The batch of every step, by number: where training stands is one integer."""
 
 
 def training_windows(
@@ -242,4 +231,5 @@ def validation_batches(corpus: Corpus, rows: int, seq_len: int, n_bytes: int) ->
 def prefetch(windows: Windows) -> grain.DatasetIterator[Batch]:
     """Reads batches ahead of the training loop; `get_state` and `set_state` give its position."""
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(grain.MapDataset.source(windows).to_iter_dataset(ahead))
+    steps = grain.MapDataset.range(1 << 62)  # without end
+    return iter(steps.map(windows.__getitem__).to_iter_dataset(ahead))

@@ -3,6 +3,7 @@
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -97,6 +98,7 @@ def train(config: TrainConfig) -> Path:
 
             clock = TrainingClock()
             pending: list[StepMetrics] = []
+            skipped_in_a_row = 0
             while step < config.steps:
                 batch = next(batches)
                 state, metrics = train_step(state, batch.windows, np.bool_(batch.restart))
@@ -104,7 +106,6 @@ def train(config: TrainConfig) -> Path:
                 step += 1
                 signal_received = interrupts.received
                 last = step == config.steps or signal_received is not None
-                stuck = False
 
                 if last or step % config.log_every == 0:
                     done = jax.device_get(pending)
@@ -112,30 +113,30 @@ def train(config: TrainConfig) -> Path:
                     record = _summarise(done) | {"bytes_per_second": n_bytes / clock.lap()}
                     log.write("train", step, **record)
                     report.advance(step, _line(record))
-                    stuck = record["skipped_in_a_row"] >= config.optimizer.max_skipped_steps
+                    skipped_in_a_row = record["skipped_in_a_row"]
                     pending = []
+                stuck = skipped_in_a_row >= config.optimizer.max_skipped_steps
 
                 with clock.paused():
-                    bits = None
+                    bits = math.nan
                     if step % config.eval_every == 0 or step == config.steps:
                         jax.block_until_ready(state)
                         bits = evaluate(optimizer.eval_params(state.optimizer, state.params))
                         log.write("validation", step, bits_per_byte=bits)
                         report.say(f"step {step}: validation {bits:.3f} bits per byte")
-                    is_best = bits is not None and bits < best
-                    if is_best:
-                        best = bits
+                    is_best = bits < best
+                    best = bits if is_best else best
                     if last or stuck or is_best or step % config.save_every == 0:
                         meta = {
                             "data": batches.get_state(),
                             "best": best if math.isfinite(best) else None,
                         }
-                        checkpoints.save(step, state, meta, bits)
+                        checkpoints.save(step, state, meta, None if math.isnan(bits) else bits)
 
                 if stuck:
                     raise RunStopped(
-                        f"stopped at step {step}: {record['skipped_in_a_row']} steps in a row had "
-                        f"a loss or gradient that is not finite. The checkpoint has the weights "
+                        f"stopped at step {step}: {skipped_in_a_row} steps in a row had a "
+                        f"loss or gradient that is not finite. The checkpoint has the weights "
                         f"before them; a lower --learning-rate in a new run may help.",
                         exit_code=1,
                     )
@@ -160,10 +161,10 @@ def train(config: TrainConfig) -> Path:
     return directory
 
 
-def _summarise(steps: list[StepMetrics]) -> dict[str, float]:
+def _summarise(steps: list[StepMetrics]) -> dict[str, Any]:
     """Means over the steps that counted, and the last of the counts."""
     counted = [step for step in steps if np.isfinite(step.loss) and np.isfinite(step.grad_norm)]
-    summary: dict[str, float] = {}
+    summary: dict[str, Any] = {}
     if counted:
         loss = float(np.mean([step.loss for step in counted]))
         summary = {
@@ -179,7 +180,7 @@ def _summarise(steps: list[StepMetrics]) -> dict[str, float]:
     }
 
 
-def _line(record: dict[str, float]) -> str:
+def _line(record: dict[str, Any]) -> str:
     parts = [f"{record['bytes_per_second']:,.0f} bytes/s", f"rate {record['learning_rate']:.1e}"]
     if "loss" in record:
         parts.insert(0, f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits per byte")

@@ -12,7 +12,7 @@ def plot_loss(metrics: Path, image: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
     records = read_metrics(metrics)
-    for kind, style in (("train", {"alpha": 0.7}), ("validation", {"marker": "o"})):
+    for kind, marker in (("train", ""), ("validation", "o")):
         # A record has no loss if none of its steps had a finite one.
         points = [
             (record["step"], record["bits_per_byte"])
@@ -20,16 +20,16 @@ def plot_loss(metrics: Path, image: Path) -> None:
             if record["kind"] == kind and "bits_per_byte" in record
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), label=kind, **style)
-            if kind == "validation":
-                step, value = min(points, key=lambda point: point[1])
-                axes.annotate(
-                    f"best {value:.3f} at step {step}",
-                    (step, value),
-                    textcoords="offset points",
-                    xytext=(0, 18),
-                    ha="right",
-                )
+            axes.plot([x for x, _ in points], [y for _, y in points], label=kind, marker=marker)
+        if points and kind == "validation":
+            step, bits = min(points, key=lambda point: point[1])
+            axes.annotate(
+                f"best {bits:.3f} at step {step}",
+                (step, bits),
+                textcoords="offset points",
+                xytext=(0, 18),
+                ha="right",
+            )
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
