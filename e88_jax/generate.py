@@ -25,7 +25,8 @@ def filter_logits(logits: Array, temperature: Array, top_k: int | None, top_p: A
         descending = jnp.where(rank < top_k, descending, -jnp.inf)
     probabilities = jax.nn.softmax(descending, axis=-1)
     mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (rank == 0) | ((mass_before < top_p) & jnp.isfinite(descending))
+    within = (mass_before < top_p) | (top_p >= 1)  # rounding must not cut the tail off at 1
+    kept = (rank == 0) | (within & jnp.isfinite(descending))
     threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 

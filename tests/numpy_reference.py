@@ -7,6 +7,7 @@ held to.
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class Inputs(NamedTuple):
@@ -106,7 +107,7 @@ def _beta(inputs: Inputs, b: int, t: int, h: int) -> float:
     return 1.0 if inputs.write_gate is None else float(inputs.write_gate[b, t, h])
 
 
-def rms_ratio(x: np.ndarray, reference: np.ndarray) -> float:
+def rms_ratio(x: ArrayLike, reference: ArrayLike) -> float:
     """`||x - reference|| / ||reference||` over the whole tensor."""
     reference = np.asarray(reference, np.float64)
     difference = np.asarray(x).astype(np.float64) - reference

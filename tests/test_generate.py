@@ -1,0 +1,176 @@
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from e88_jax import generate as generate_module
+from e88_jax.config import E88Config, LMConfig
+from e88_jax.generate import filter_logits, generate, stream
+from e88_jax.model import E88LM
+
+VOCAB = 19
+KEY = 7
+PROMPT = np.random.default_rng(0).integers(0, VOCAB, (2, 5)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model() -> E88LM:
+    layer = E88Config(dim=12, n_heads=3, n_state=4, conv_size=3, dtype="float32")
+    model = E88LM(LMConfig(layer=layer, depth=2, vocab_size=VOCAB), rngs=nnx.Rngs(0))
+    # Small initial weights would make all tokens about as likely.
+    model.embed.embedding[...] = 25 * model.embed.embedding[...]
+    return model
+
+
+def draw(model: E88LM, length: int = 12, **options: Any) -> np.ndarray:
+    options.setdefault("key", jax.random.key(KEY))
+    return generate(model, PROMPT, length, **options)
+
+
+class TestGenerate:
+    def test_greedy_is_the_argmax_of_the_full_forward(self, model: E88LM) -> None:
+        drawn = draw(model, temperature=0)
+        tokens = np.concatenate([PROMPT, drawn], axis=1)
+        logits, _ = nnx.jit(lambda m, t: m(t))(model, jnp.asarray(tokens))
+        np.testing.assert_array_equal(drawn, np.argmax(logits, axis=-1)[:, 4:-1])
+        assert len(set(drawn.flatten().tolist())) > 1
+        np.testing.assert_array_equal(draw(model, top_k=1, temperature=3.0), drawn)
+        np.testing.assert_array_equal(draw(model, top_p=1e-6, temperature=3.0), drawn)
+
+    def test_the_prompt_in_one_pass_equals_token_by_token(self, model: E88LM) -> None:
+        @nnx.jit
+        def step(model: E88LM, tokens: Any, state: Any) -> Any:
+            return model(tokens, state)
+
+        logits, state = step(model, jnp.asarray(PROMPT[:, :1]), model.init_state(2))
+        for t in range(1, PROMPT.shape[1]):
+            logits, state = step(model, jnp.asarray(PROMPT[:, t : t + 1]), state)
+        drawn = []
+        for _ in range(12):
+            drawn.append(np.argmax(logits[:, -1], axis=-1))
+            logits, state = step(model, jnp.asarray(drawn[-1][:, None], jnp.int32), state)
+        np.testing.assert_array_equal(draw(model, temperature=0), np.stack(drawn, axis=1))
+
+    def test_keys(self, model: E88LM) -> None:
+        first = draw(model)
+        np.testing.assert_array_equal(first, draw(model))
+        assert not np.array_equal(first, draw(model, key=jax.random.key(KEY + 1)))
+        assert first.shape == (2, 12)
+        assert first.dtype == np.int32
+        assert first.min() >= 0
+        assert first.max() < VOCAB
+
+    def test_rows_and_steps_draw_apart(self, model: E88LM) -> None:
+        """From a flat distribution, a key used twice would repeat its token."""
+        same = np.tile(PROMPT[:1], (8, 1))
+        drawn = generate(model, same, 8, key=jax.random.key(0), temperature=1e6, top_k=None)
+        assert len(set(drawn[:, 0].tolist())) > 2
+        assert len(set(drawn[0].tolist())) > 2
+
+    def test_it_draws_from_the_distribution(self, model: E88LM) -> None:
+        n = 4000
+        same = np.tile(PROMPT[:1], (n, 1))
+        options: dict[str, Any] = {"temperature": 0.7, "top_k": 6, "top_p": 0.9}
+        (drawn,) = generate(model, same, 1, key=jax.random.key(1), **options).T
+        logits, _ = model(jnp.asarray(PROMPT[:1]))
+        expected = numpy_filter(np.asarray(logits[:, -1]), **options)[0]
+        frequencies = np.bincount(drawn, minlength=VOCAB) / n
+        assert np.all((frequencies > 0) <= (expected > 0))
+        np.testing.assert_allclose(frequencies, expected, atol=5 * 0.5 / np.sqrt(n))
+
+    def test_a_stream_goes_on_as_generate_began(self, model: E88LM) -> None:
+        tokens = stream(model, jnp.asarray(PROMPT), key=jax.random.key(KEY))
+        first = np.stack(list(itertools.islice(tokens, 12)), axis=1)
+        np.testing.assert_array_equal(first, draw(model))
+
+    def test_memory_and_programs_are_constant(
+        self, model: E88LM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        advance, shapes = generate_module._advance, []
+
+        def watched(graphdef: Any, params: Any, state: Any, tokens: Any, *a: Any, **kw: Any) -> Any:
+            shapes.append((tokens.shape, *(x.shape for x in jax.tree.leaves(state))))
+            return advance(graphdef, params, state, tokens, *a, **kw)
+
+        monkeypatch.setattr(generate_module, "_advance", watched)
+        draw(model, length=9)
+        assert shapes[0][0] == (2, 5)  # the whole prompt
+        assert {s[0] for s in shapes[1:]} == {(2, 1)}
+        assert len({s[1:] for s in shapes}) == 1
+
+    def test_no_tokens(self, model: E88LM) -> None:
+        assert draw(model, length=0).shape == (2, 0)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"temperature": -0.1}, r"temperature.*0.*-0\.1"),
+            ({"temperature": float("nan")}, "temperature.*nan"),
+            ({"top_k": 0}, "top_k.*1.*0"),
+            ({"top_p": 0.0}, r"top_p.*\(0, 1\].*0\.0"),
+            ({"top_p": 1.1}, r"top_p.*\(0, 1\].*1\.1"),
+            ({"length": -1}, "length.*0.*-1"),
+        ],
+    )
+    def test_bad_options(self, model: E88LM, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            draw(model, **options)
+
+    @pytest.mark.parametrize("shape", [(2, 0), (5,)])
+    def test_bad_prompts(self, model: E88LM, shape: tuple[int, ...]) -> None:
+        """Refused by the call, not by the first token."""
+        with pytest.raises(ValueError, match="prompt") as error:
+            stream(model, np.zeros(shape, np.int32), key=jax.random.key(0))
+        assert str(shape) in str(error.value)
+
+
+def numpy_filter(
+    logits: np.ndarray, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> np.ndarray:
+    """Probabilities to sample from, one row at a time."""
+    rows = []
+    for row in logits.astype(np.float64) / temperature:
+        order = np.argsort(-row)[:top_k]
+        likeliest = np.exp(row[order] - row[order[0]])
+        likeliest /= np.sum(likeliest)
+        n_kept = 1
+        while (np.sum(likeliest[:n_kept]) < top_p or top_p == 1) and n_kept < len(order):
+            n_kept += 1
+        result = np.zeros(row.shape)
+        result[order[:n_kept]] = likeliest[:n_kept] / np.sum(likeliest[:n_kept])
+        rows.append(result)
+    return np.stack(rows)
+
+
+class TestFilterLogits:
+    LOGITS = np.random.default_rng(3).normal(size=(5, 30)).astype(np.float32) * 3
+
+    def probabilities(self, logits: Any, **options: Any) -> np.ndarray:
+        temperature = jnp.float32(options.get("temperature", 1.0))
+        top_p = jnp.float32(options.get("top_p", 1.0))
+        filtered = filter_logits(jnp.asarray(logits), temperature, options.get("top_k"), top_p)
+        return np.asarray(jax.nn.softmax(filtered, axis=-1))
+
+    @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+    @pytest.mark.parametrize("top_k", [None, 1, 7, 30, 100])
+    @pytest.mark.parametrize("top_p", [0.05, 0.6, 0.95, 1.0])
+    def test_against_numpy(self, temperature: float, top_k: int | None, top_p: float) -> None:
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        expected = numpy_filter(self.LOGITS, **options)
+        actual = self.probabilities(self.LOGITS, **options)
+        np.testing.assert_array_equal(actual > 0, expected > 0)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+    def test_the_set_is_the_smallest_that_holds_the_mass(self) -> None:
+        logits = np.log(np.array([[0.125, 0.5, 0.25, 0.125]], np.float32))
+        for top_p, kept in [(0.4, [1]), (0.6, [1, 2]), (0.74, [1, 2]), (0.76, [0, 1, 2, 3])]:
+            assert np.flatnonzero(self.probabilities(logits, top_p=top_p)).tolist() == kept
+
+    def test_everything_is_kept_by_default(self) -> None:
+        """Also what is too unlikely for a float32 sum of probabilities to notice."""
+        logits = np.array([[0.0, -20.0, -30.0, -80.0]], np.float32)
+        assert np.all(self.probabilities(logits) > 0)

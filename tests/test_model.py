@@ -1,0 +1,265 @@
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_layer
+import optax
+import pytest
+from flax import nnx, traverse_util
+from numpy_reference import rms_ratio
+
+from e88_jax.config import E88Config, LMConfig
+from e88_jax.interop import mixer_to_torch
+from e88_jax.model import E88LM, count_params, weight_decay_mask
+
+VOCAB, DIM, DEPTH = 19, 10, 2
+LAYER = E88Config(
+    dim=DIM,
+    n_heads=3,
+    n_state=4,
+    expansion=2.0,
+    conv_size=3,
+    write_gate=True,
+    output_norm=True,
+    checkpoint_every=4,
+    dtype="float32",
+)
+CONFIG = LMConfig(layer=LAYER, depth=DEPTH, vocab_size=VOCAB, channel_mixer_dim=14)
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 8)).astype(np.int32)
+
+
+def disturbed(model: E88LM) -> E88LM:
+    """The model with no parameter at the value it starts with, such as norms of 1."""
+    leaves, structure = jax.tree.flatten(nnx.state(model, nnx.Param))
+    rng = np.random.default_rng(0)
+    leaves = [x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32) for x in leaves]
+    nnx.update(model, jax.tree.unflatten(structure, leaves))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> E88LM:
+    return disturbed(E88LM(CONFIG, rngs=nnx.Rngs(0)))
+
+
+@nnx.jit
+def run(model: E88LM, tokens: Any, state: Any = None, segment_ids: Any = None) -> Any:
+    return model(tokens, state, segment_ids)
+
+
+def loss_of(model: E88LM, tokens: Any) -> Any:
+    logits, _ = model(tokens[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.mean(losses)
+
+
+def numpy_model(model: E88LM, tokens: np.ndarray, segment_ids: np.ndarray) -> Any:
+    """The model in float64 NumPy."""
+
+    def array(param: Any) -> np.ndarray:
+        return np.asarray(param[...], np.float64)
+
+    embedding = array(model.embed.embedding)
+    x = embedding[tokens]
+    states = []
+    for block in model.blocks:
+        start = jax.tree.map(np.zeros_like, numpy_layer.random_state(LAYER, len(tokens)))
+        y, state = numpy_layer.layer(
+            LAYER,
+            mixer_to_torch(block.mixer),
+            numpy_layer.rms_norm(x, array(block.norm.scale)),
+            start,
+            segment_ids,
+        )
+        x = x + y
+        states.append(state)
+        inner = numpy_layer.rms_norm(x, array(block.channel_norm.scale))
+        mixer = block.channel_mixer
+        gate = numpy_layer.silu(inner @ array(mixer.gate_proj.kernel))
+        x = x + (gate * (inner @ array(mixer.up_proj.kernel))) @ array(mixer.down_proj.kernel)
+    return numpy_layer.rms_norm(x, array(model.norm.scale)) @ embedding.T, states
+
+
+class TestForward:
+    def test_against_numpy(self, model: E88LM) -> None:
+        ids = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [3, 3, 3, 3, 3, 3, 2, 2]], np.int32)
+        logits, states = run(model, jnp.asarray(TOKENS), None, jnp.asarray(ids))
+        expected, expected_states = numpy_model(model, TOKENS, ids)
+        assert logits.shape == (2, 8, VOCAB)
+        assert rms_ratio(logits, expected) < 1e-5
+        assert len(states) == DEPTH
+        for actual, wanted in zip(states, expected_states, strict=True):
+            assert rms_ratio(actual.recurrent, wanted.recurrent) < 1e-5
+            for name, conv in wanted.conv.items():
+                assert rms_ratio(actual.conv[name], conv) < 1e-5
+
+    def test_decoding_equals_the_whole(self, model: E88LM) -> None:
+        tokens = jnp.asarray(TOKENS)
+        whole, whole_state = run(model, tokens)
+        state, rows = model.init_state(2), []
+        for t in range(TOKENS.shape[1]):
+            logits, state = run(model, tokens[:, t : t + 1], state)
+            rows.append(logits)
+        assert rms_ratio(jnp.concatenate(rows, axis=1), whole) < 1e-5
+        chex.assert_trees_all_close(state, whole_state, rtol=1e-4, atol=1e-5)
+
+    def test_windows_of_truncated_backpropagation(self, model: E88LM) -> None:
+        """Forward they equal one long window; backward each sees itself alone."""
+        first, second = jnp.asarray(TOKENS[:, :4]), jnp.asarray(TOKENS[:, 4:])
+        whole, whole_state = run(model, jnp.asarray(TOKENS))
+
+        @nnx.jit
+        def step(model: E88LM, tokens: Any, state: Any) -> Any:
+            def loss(model: E88LM, state: Any) -> Any:
+                logits, state = model(tokens, state)
+                return jnp.mean(logits**2), (logits, state)
+
+            grads, (logits, state) = nnx.grad(loss, argnums=(0, 1), has_aux=True)(model, state)
+            return grads, logits, state
+
+        (grads, d_start), logits_0, state = step(model, first, model.init_state(2))
+        (more_grads, d_state), logits_1, state = step(model, second, state)
+        assert rms_ratio(jnp.concatenate([logits_0, logits_1], axis=1), whole) < 1e-5
+        chex.assert_trees_all_close(state, whole_state, rtol=1e-4, atol=1e-5)
+        chex.assert_tree_all_finite((grads, more_grads, d_start))
+        # A caller who wants to go through the state can.
+        assert all(np.any(x) for x in jax.tree.leaves(d_state))
+
+    def test_packed_documents_equal_separate_runs(self, model: E88LM) -> None:
+        ids = jnp.asarray([[0] * 4 + [1] * 4] * 2, jnp.int32)
+        packed, state = run(model, jnp.asarray(TOKENS), None, ids)
+        first, _ = run(model, jnp.asarray(TOKENS[:, :4]))
+        second, second_state = run(model, jnp.asarray(TOKENS[:, 4:]))
+        assert rms_ratio(packed, jnp.concatenate([first, second], axis=1)) < 1e-5
+        chex.assert_trees_all_close(state, second_state, rtol=1e-4, atol=1e-5)
+
+    def test_bad_input(self, model: E88LM) -> None:
+        with pytest.raises(ValueError, match=r"float32 of shape \(2, 8\)"):
+            model(jnp.zeros((2, 8)))
+        with pytest.raises(ValueError, match=r"int32 of shape \(8,\)"):
+            model(jnp.zeros(8, jnp.int32))
+        with pytest.raises(ValueError, match=r"1 layers.*2"):
+            model(jnp.asarray(TOKENS), model.init_state(2)[:1])
+
+
+class TestDtypes:
+    def test_bfloat16(self) -> None:
+        layer = E88Config(dim=DIM, n_heads=3, n_state=4, conv_size=3, dtype="bfloat16")
+        config = LMConfig(layer=layer, depth=1, vocab_size=VOCAB, channel_mixer_dim=14)
+        model = E88LM(config, rngs=nnx.Rngs(0))
+        logits, (state,) = run(model, jnp.asarray(TOKENS))
+        assert logits.dtype == jnp.float32
+        assert state.recurrent.dtype == jnp.float32
+        assert state.conv["q"].dtype == jnp.bfloat16
+        grads = nnx.jit(nnx.grad(loss_of))(model, jnp.asarray(TOKENS))
+        chex.assert_tree_all_finite(grads)
+        for grad in jax.tree.leaves(grads):
+            assert grad.dtype == jnp.float32
+            assert np.any(grad)
+
+
+class TestFlax:
+    """What a Flax user expects to work."""
+
+    def test_value_and_grad_reaches_every_parameter(self, model: E88LM) -> None:
+        loss, grads = nnx.jit(nnx.value_and_grad(loss_of))(model, jnp.asarray(TOKENS))
+        assert np.isfinite(loss)
+        for path, grad in nnx.to_flat_state(grads):
+            chex.assert_tree_all_finite(grad)
+            assert np.any(grad[...]), path
+
+    def test_optimizer(self) -> None:
+        model = E88LM(CONFIG, rngs=nnx.Rngs(0))
+        decay = optax.adamw(1e-2, weight_decay=0.1, mask=weight_decay_mask)
+        optimizer = nnx.Optimizer(model, decay, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model: E88LM, optimizer: Any, tokens: Any) -> Any:
+            loss, grads = nnx.value_and_grad(loss_of)(model, tokens)
+            optimizer.update(model, grads)
+            return loss
+
+        # optax counts in int32 and corrects biases with scalars.
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            losses = [step(model, optimizer, jnp.asarray(TOKENS)) for _ in range(20)]
+        assert losses[-1] < 0.7 * losses[0]
+
+    def test_split_and_merge_in_plain_jax(self, model: E88LM) -> None:
+        graphdef, params = nnx.split(model)
+        tokens = jnp.asarray(TOKENS)
+
+        @jax.jit
+        def descend(params: Any) -> Any:
+            loss, grads = jax.value_and_grad(lambda p: loss_of(nnx.merge(graphdef, p), tokens))(
+                params
+            )
+            return loss, jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
+
+        losses = []
+        for _ in range(3):
+            loss, params = descend(params)
+            losses.append(float(loss))
+        assert losses[2] < losses[1] < losses[0]
+        # The parameters are all there is to the module's state.
+        assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(
+            nnx.state(model, nnx.Param)
+        )
+
+
+class TestParameters:
+    def test_embedding_is_normal(self) -> None:
+        layer = E88Config(dim=64, n_heads=1, n_state=4, dtype="float32")
+        model = E88LM(LMConfig(layer=layer, depth=1, vocab_size=500), rngs=nnx.Rngs(0))
+        embedding = np.asarray(model.embed.embedding[...])
+        assert embedding.shape == (500, 64)
+        assert abs(np.std(embedding) - 0.02) < 5 * 0.02 / np.sqrt(2 * embedding.size)
+        assert abs(np.mean(embedding)) < 5 * 0.02 / np.sqrt(embedding.size)
+        assert np.max(np.abs(embedding)) > 3 * 0.02  # not cut off at two deviations
+
+    def test_count(self, model: E88LM) -> None:
+        keys, values, hidden = 12, 24, 14
+        mixer = (
+            DIM * (2 * keys + values)  # q, k, v
+            + 3 * (2 * keys + values)  # convolutions
+            + 3 * DIM + 3 + 3  # decay
+            + 3 * DIM  # write gate
+            + 8  # norm
+            + DIM * values  # gate
+            + values * DIM  # output
+        )  # fmt: skip
+        block = DIM + mixer + DIM + 3 * DIM * hidden
+        assert count_params(model) == VOCAB * DIM + DEPTH * block + DIM
+        abstract = nnx.eval_shape(lambda: E88LM(CONFIG, rngs=nnx.Rngs(0)))
+        assert count_params(abstract) == count_params(model)
+
+    def test_layers_differ(self) -> None:
+        model = E88LM(CONFIG, rngs=nnx.Rngs(0))
+        first, second = (block.mixer.qkv_proj.kernel[...] for block in model.blocks)
+        assert not np.array_equal(first, second)
+
+    def test_weight_decay_mask(self) -> None:
+        config = LMConfig(
+            layer=E88Config(
+                dim=DIM, n_heads=3, n_state=4, value_residual=True, conv_size=2, output_norm=True,
+                head_mix="weighted_sum",
+            ),
+            depth=1,
+            channel_mixer_dim=14,
+        )  # fmt: skip
+        params = nnx.state(nnx.eval_shape(lambda: E88LM(config, rngs=nnx.Rngs(0))), nnx.Param)
+        mask = weight_decay_mask(params)
+        assert jax.tree.structure(mask) == jax.tree.structure(params)
+        decayed = {
+            ".".join(str(part) for part in path if part not in ("blocks", 0))
+            for path, leaf in traverse_util.flatten_dict(nnx.to_pure_dict(mask)).items()
+            if leaf is True
+        }
+        kernels = ["qkv_proj", "q_conv", "k_conv", "v_conv", "a_proj", "g_proj", "o_proj"]
+        assert decayed == {
+            "embed.embedding",
+            *(f"mixer.{name}.kernel" for name in kernels),
+            *(f"channel_mixer.{name}_proj.kernel" for name in ("gate", "up", "down")),
+        }
+        assert all(leaf in (True, False) for leaf in jax.tree.leaves(mask))
