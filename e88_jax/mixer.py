@@ -10,6 +10,7 @@ from jax.nn import initializers
 
 from e88_jax.config import E88Config
 from e88_jax.precision import compute_dtype, wide, wide_dtype
+from e88_jax.projection import Projection
 from e88_jax.recurrence import e88_recurrence
 from e88_jax.short_conv import ShortConv
 
@@ -68,8 +69,8 @@ class E88Mixer(nnx.Module):
         # PyTorch's default for a linear layer: uniform in +-1 / sqrt(fan_in).
         torch_default = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-        def linear(n_in: int, n_out: int, init: initializers.Initializer = xavier) -> nnx.Linear:
-            return nnx.Linear(
+        def linear(n_in: int, n_out: int, init: initializers.Initializer = xavier) -> Projection:
+            return Projection(
                 n_in, n_out, use_bias=False, dtype=self.dtype, kernel_init=init, rngs=rngs
             )
 

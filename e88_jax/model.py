@@ -11,6 +11,7 @@ from jax.nn import initializers
 from e88_jax.config import LMConfig
 from e88_jax.mixer import NORM_EPSILON, E88Mixer, MixerState
 from e88_jax.precision import compute_dtype, wide_dtype
+from e88_jax.projection import Projection
 
 LMState = tuple[MixerState, ...]
 """The state of each layer, first layer first."""
@@ -20,9 +21,9 @@ class ChannelMixer(nnx.Module):
     """SwiGLU: `W_down(silu(W_gate x) * W_up x)`, without biases (https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, dim: int, hidden: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        def linear(n_in: int, n_out: int) -> nnx.Linear:
+        def linear(n_in: int, n_out: int) -> Projection:
             init = initializers.xavier_uniform()
-            return nnx.Linear(n_in, n_out, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+            return Projection(n_in, n_out, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
 
         self.gate_proj = linear(dim, hidden)
         self.up_proj = linear(dim, hidden)
