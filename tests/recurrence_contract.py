@@ -24,6 +24,9 @@ from e88_jax.recurrence import e88_recurrence
 # Of ||x - reference|| / ||reference||, per tensor.
 BOUNDS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 4e-3}
 
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
+"""For programs that run once or twice: JAX's own optimisations, without those of LLVM."""
+
 EVERY_OPTION = ("write_gate", "initial_state", "segment_ids")
 OPTIONS = [
     (),
@@ -114,8 +117,11 @@ def assert_tensors_close(actual: Tensors, expected: Tensors, bound: float) -> No
 
 
 @functools.cache  # one compilation for each set of shapes
-def _evaluator(test_class: "type[RecurrenceContract]", options: tuple[Any, ...]) -> Any:
-    @jax.jit
+def _evaluator(test_class: "type[RecurrenceContract]", options: tuple[Any, ...], dtype: str) -> Any:
+    # float64 is for the formulas; what users run is compiled as they compile it.
+    compiler_options = QUICK_TO_COMPILE if dtype == "float64" else None
+
+    @functools.partial(jax.jit, compiler_options=compiler_options)
     def run(arrays: Tensors, segment_ids: Any, cotangents: tuple[Any, Any]) -> Tensors:
         def f(arrays: Tensors) -> Any:
             return test_class().call(arrays, segment_ids, **dict(options))
@@ -148,7 +154,7 @@ class RecurrenceContract:
     ) -> Tensors:
         """`out`, `final_state` and the gradient `d_x` of each input, in NumPy."""
         options = {"linear_state": inputs.linear_state, **options}
-        run = _evaluator(type(self), tuple(sorted(options.items())))
+        run = _evaluator(type(self), tuple(sorted(options.items())), dtype)
         wide = "float64" if dtype == "float64" else "float32"
         d_out, d_final_state = cotangents
         ids = None if inputs.segment_ids is None else jnp.asarray(inputs.segment_ids)
@@ -195,10 +201,9 @@ class RecurrenceContract:
             pytest.skip(f"{self.implementation} does not take (T, N, V) = {size}")
         self.check_against_numpy(make_inputs(*size, EVERY_OPTION), dtype)
 
-    @pytest.mark.parametrize("dtype", ["float64", "float32"])
     @pytest.mark.parametrize("options", OPTIONS, ids="+".join)
-    def test_options(self, options: tuple[str, ...], dtype: str) -> None:
-        self.check_against_numpy(make_inputs(*OPTION_SIZE, options), dtype)
+    def test_options(self, options: tuple[str, ...]) -> None:
+        self.check_against_numpy(make_inputs(*OPTION_SIZE, options), self.best_dtype)
 
     def test_decay_of_exactly_zero_and_one(self) -> None:
         inputs = make_inputs(*OPTION_SIZE, EVERY_OPTION)
@@ -284,7 +289,8 @@ class RecurrenceContract:
                 return loss(out, state), (out, state)
 
             def evaluate(f: Any) -> Tensors:
-                grads, (out, state) = jax.jit(jax.grad(f, has_aux=True))(arrays)
+                program = jax.jit(jax.grad(f, has_aux=True), compiler_options=QUICK_TO_COMPILE)
+                grads, (out, state) = program(arrays)
                 return {"out": out, "final_state": state, **grads}
 
             assert_tensors_close(evaluate(split), evaluate(whole), BOUNDS[self.best_dtype])
@@ -352,7 +358,7 @@ class RecurrenceContract:
         bound = 1e-13 if self.best_dtype == "float64" else 1e-6
         with jax.enable_x64(self.best_dtype == "float64"):
             expected = self.evaluate(inputs, cotangents, self.best_dtype, checkpoint_every=1)
-            for every in (5, 32, 67, 1000):
+            for every in (5, 32, 1000):
                 actual = self.evaluate(inputs, cotangents, self.best_dtype, checkpoint_every=every)
                 assert_tensors_close(actual, expected, bound)
 

@@ -11,6 +11,7 @@ import numpy_layer
 import pytest
 from flax import nnx
 from numpy_reference import rms_ratio
+from recurrence_contract import QUICK_TO_COMPILE
 
 from e88_jax.config import E88Config
 from e88_jax.interop import mixer_from_torch, mixer_to_torch
@@ -58,9 +59,6 @@ OPTIONS: list[dict[str, Any]] = [
 DECODED: list[dict[str, Any]] = [{}, {"conv_size": 4, "expansion": 2.0}, OPTIONS[-1]]
 BATCH, TIME = 2, 8
 SEGMENT_IDS = np.array([[0, 0, 0, 0, 1, 1, 1, 1], [5, 2, 2, 5, 5, 5, 5, 5]], np.int32)
-
-# These tests compile many small programs and run each once.
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture
