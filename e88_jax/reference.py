@@ -2,6 +2,9 @@
 
 `_update` and `_read` are one step and `_step_back` is its gradient. `_steps` writes out a few steps
 in a row; `_in_pieces` runs any number of them piece by piece, keeping the states in between.
+
+The gradients are `jax.custom_vjp`s made of ordinary operations: reverse mode works to any order,
+forward mode (`jax.jvp`, `jax.jacfwd`) does not.
 """
 
 import functools
