@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from e88_jax.precision import wide_dtype
 
-MAX_WRITTEN_OUT = 16
+MAX_WRITTEN_OUT = 8
 """Most steps written out in a row. Within them the backward pass has each step's state at hand,
 where a loop would copy every one into a stack and out again; more make longer programs."""
 

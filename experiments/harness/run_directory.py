@@ -9,17 +9,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import e88_jax
+
 from .config import TrainConfig
 from .errors import UsageError
 
 RUNS = Path("runs")
-_PACKAGES = ("e88_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that a run's numbers depend on."""
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **packages}
+    return {"python": platform.python_version(), "e88_jax": e88_jax.__version__, **packages}
 
 
 def newest_run() -> Path:
