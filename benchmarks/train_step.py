@@ -37,19 +37,24 @@ def main(args: Sequence[str]) -> None:
     import jax
     import numpy as np
     from flax import nnx
+    from harness import devices
     from harness.optimizer import make_optimizer
-    from harness.step import compile_train_step, init_state
+    from harness.step import compile_train_step, init_state, place
 
     from e88_jax.model import E88LM, count_params
 
+    devices.use_every_core()
     model = E88LM(config.model, rngs=nnx.Rngs(0))
     n_params = count_params(model)
     shape = (config.data.accumulate, config.data.batch_size)
     optimizer = make_optimizer(config.optimizer, steps=1000)
+    where = devices.placement(config.data.batch_size)
     state = init_state(model, optimizer, shape if config.data.stateful else None)
+    state = place(state, where)
     windows = np.random.default_rng(0).integers(
         0, 256, (*shape, config.data.seq_len + 1), dtype=np.uint8
     )
+    windows = jax.device_put(windows, where.by_row)
     began = time.perf_counter()
     step = compile_train_step(
         nnx.graphdef(model), optimizer, config.optimizer.clip_norm, state, windows
@@ -65,15 +70,15 @@ def main(args: Sequence[str]) -> None:
     median = statistics.median(seconds[2:])
     tokens = windows[..., 1:].size
     memory = step.memory_analysis()
-    device = jax.devices()[0]
+    device = f"{where.everywhere.num_devices} x {jax.devices()[0].device_kind}"
     print(
-        f"{n_params:,} parameters, {tokens:,} tokens a step on {device.device_kind}: "
+        f"{n_params:,} parameters, {tokens:,} tokens a step on {device}: "
         f"{tokens / median:,.0f} tokens/s (median of {config.repeats} steps, "
         f"{min(seconds[2:]):.3f} to {max(seconds[2:]):.3f} s), compiled in {compile_seconds:.1f} s"
     )
     if config.json is not None:
         numbers = {
-            "device": device.device_kind,
+            "devices": device,
             "versions": versions(),
             "config": dataclasses.asdict(dataclasses.replace(config, json=None)),
             "parameters": n_params,

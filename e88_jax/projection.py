@@ -1,5 +1,7 @@
 """The matrix products between the recurrences."""
 
+from typing import Any
+
 from flax import nnx
 from jax import Array
 
@@ -11,6 +13,6 @@ class Projection(nnx.Linear):
     into other layouts and takes three times as long; from `[B * T, dim]` it is one product.
     """
 
-    def __call__(self, x: Array) -> Array:
-        y = super().__call__(x.reshape(-1, x.shape[-1]))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        y = super().__call__(inputs.reshape(-1, inputs.shape[-1]), *args, **kwargs)
+        return y.reshape(*inputs.shape[:-1], y.shape[-1])

@@ -9,7 +9,7 @@ forward mode (`jax.jvp`, `jax.jacfwd`) does not.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ def _steps_backward(linear_state, residuals, d_results):
 _steps.defvjp(_steps_forward, _steps_backward)
 
 
-def _piece(start: Array | int, length: int, inputs):
+def _piece(start: Array | int, length: int, inputs: Any) -> Any:
     """`length` steps of arrays `[B, T, ...]`: a slice of each, where a transpose would copy all."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, length, axis=1), inputs)
 

@@ -87,7 +87,10 @@ class Checkpoints:
             raise RuntimeError(f"Orbax refused to save step {step} in {self._directory}.")
 
     def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest readable `(step, state, meta)`, or None; `like` gives structure and shapes."""
+        """The newest readable `(step, state, meta)`, or None.
+
+        `like` gives structure, shapes and, if it holds arrays, the devices to restore to.
+        """
         return self._first_readable(sorted(self._manager.all_steps(), reverse=True), like)
 
     def restore_best(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
@@ -113,7 +116,10 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), like
+        )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(

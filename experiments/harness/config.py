@@ -8,7 +8,10 @@ from e88_jax.config import E88Config, LMConfig
 
 from .errors import UsageError
 
-DEFAULT_MODEL = LMConfig(layer=E88Config(dim=256, n_heads=8, n_state=32), depth=4)
+# Memory is no matter at this size, and keeping more states saves the backward pass a replay.
+DEFAULT_MODEL = LMConfig(
+    layer=E88Config(dim=256, n_heads=8, n_state=32, checkpoint_every=8), depth=4
+)
 """Small enough to learn bytes on a laptop's processor in minutes."""
 
 
@@ -22,7 +25,7 @@ class DataConfig:
     """Fraction of the bytes, at the end, that is kept for validation."""
     seq_len: int = 256
     """Window: bytes that one gradient reaches back."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Windows in one forward and backward pass."""
     accumulate: int = 1
     """Passes whose gradients are averaged into one step."""
@@ -39,7 +42,7 @@ class OptimizerConfig:
 
     optimizer: Literal["adamw", "schedule_free", "muon"] = "adamw"
     """AdamW or Muon with warm-up and cosine decay, or schedule-free AdamW at a constant rate."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     """Peak learning rate."""
     warmup_steps: int = 50
     """Steps over which the rate rises from 0."""

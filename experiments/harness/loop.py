@@ -12,7 +12,7 @@ from flax import nnx
 from e88_jax.generate import generate
 from e88_jax.model import E88LM, count_params
 
-from . import data, run_directory
+from . import data, devices, run_directory
 from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .errors import RunStopped, UsageError
@@ -21,7 +21,7 @@ from .metrics import MetricsLog, TrainingClock
 from .optimizer import make_optimizer
 from .plots import plot_loss
 from .progress import Report
-from .step import BITS_PER_NAT, StepMetrics, compile_train_step, init_state, make_evaluate
+from .step import BITS_PER_NAT, StepMetrics, compile_train_step, init_state, make_evaluate, place
 
 
 def train(config: TrainConfig) -> Path:
@@ -34,6 +34,7 @@ def train(config: TrainConfig) -> Path:
         UsageError: before anything is written, if the data or the directory will not do.
         RunStopped: the run ended early, with its checkpoint written.
     """
+    devices.use_every_core()
     flags = config.data
     corpus = data.Corpus.of(flags.data)
     training, validation = data.split(corpus, flags.val_fraction, flags.seq_len)
@@ -55,7 +56,9 @@ def train(config: TrainConfig) -> Path:
     model = E88LM(config.model, rngs=nnx.Rngs(flags.seed))
     graphdef = nnx.graphdef(model)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    where = devices.placement(flags.batch_size)
     state = init_state(model, optimizer, shape if flags.stateful else None)
+    state = place(state, where)
     evaluate = make_evaluate(graphdef, val_batches, stateful=flags.stateful)
     run_directory.describe(
         directory,
@@ -66,7 +69,7 @@ def train(config: TrainConfig) -> Path:
             "fingerprint": corpus.fingerprint(),
         },
         parameters=count_params(model),
-        device=jax.devices()[0].device_kind,
+        devices=_describe_devices(where),
     )
 
     step, best = 0, math.inf
@@ -75,7 +78,7 @@ def train(config: TrainConfig) -> Path:
         report.say(
             f"{directory}: {count_params(model):,} parameters, {len(training):,} bytes for "
             f"training and {len(validation):,} for validation in {len(corpus.files):,} files, "
-            f"{jax.devices()[0].device_kind}"
+            f"{_describe_devices(where)}"
         )
         checkpoints = Checkpoints(directory / "checkpoints", keep=config.keep, warn=report.warn)
         log = None
@@ -91,8 +94,9 @@ def train(config: TrainConfig) -> Path:
             log = MetricsLog(directory, start=step)
 
             began = time.perf_counter()
+            example = jax.device_put(windows[step].windows, where.by_row)
             train_step = compile_train_step(
-                graphdef, optimizer, config.optimizer.clip_norm, state, windows[0].windows
+                graphdef, optimizer, config.optimizer.clip_norm, state, example
             )
             report.say(f"compiled in {time.perf_counter() - began:.1f} s")
 
@@ -101,7 +105,8 @@ def train(config: TrainConfig) -> Path:
             skipped_in_a_row = 0
             while step < config.steps:
                 batch = next(batches)
-                state, metrics = train_step(state, batch.windows, np.bool_(batch.restart))
+                placed = jax.device_put(batch.windows, where.by_row)
+                state, metrics = train_step(state, placed, np.bool_(batch.restart))
                 pending.append(metrics)
                 step += 1
                 signal_received = interrupts.received
@@ -152,13 +157,18 @@ def train(config: TrainConfig) -> Path:
                 log.close()
                 plot_loss(directory / "metrics.jsonl", directory / "loss.png")
 
-        nnx.update(model, optimizer.eval_params(state.optimizer, state.params))
+        weights = optimizer.eval_params(state.optimizer, state.params)
+        nnx.update(model, jax.device_put(weights, jax.devices()[0]))
         _sample(model, config, directory, report)
         report.say(
             f"{directory}: best validation {best:.3f} bits per byte; metrics in metrics.jsonl and "
             f"tensorboard/, curve in loss.png, more text with experiments/sample.py {directory}"
         )
     return directory
+
+
+def _describe_devices(where: devices.Placement) -> str:
+    return f"{where.everywhere.num_devices} x {jax.devices()[0].device_kind}"
 
 
 def _summarise(steps: list[StepMetrics]) -> dict[str, Any]:

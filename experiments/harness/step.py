@@ -13,6 +13,7 @@ from jax import Array, lax
 from e88_jax.model import E88LM, LMState
 
 from .data import Batch
+from .devices import Placement, placement
 from .optimizer import Optimizer, Params
 
 BITS_PER_NAT = 1.4426950408889634
@@ -68,6 +69,12 @@ def init_state(
         )
     zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
     return TrainState(params, optimizer.transform.init(params), carry, *zeros)
+
+
+def place(state: TrainState, where: Placement) -> TrainState:
+    """The state on the devices of `where`: what is carried divided by row, the rest everywhere."""
+    carry = jax.device_put(state.carry, where.by_row)
+    return jax.device_put(state._replace(carry=None), where.everywhere)._replace(carry=carry)
 
 
 def make_train_step(
@@ -130,10 +137,16 @@ def compile_train_step(
     optimizer: Optimizer,
     clip_norm: float,
     state: TrainState,
-    windows: np.ndarray,
+    windows: Array,
 ) -> jax.stages.Compiled:
-    """`make_train_step` compiled for arguments like these; each call consumes its `state`."""
-    step = jax.jit(make_train_step(graphdef, optimizer, clip_norm), donate_argnums=0)
+    """`make_train_step` compiled for arguments like these, which are where they are to stay.
+
+    Each call consumes its `state`.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, state), state.updates.sharding
+    step = jax.jit(
+        make_train_step(graphdef, optimizer, clip_norm), donate_argnums=0, out_shardings=shardings
+    )
     return step.lower(state, windows, np.bool_(True)).compile()
 
 
@@ -153,5 +166,6 @@ def make_evaluate(
 
         return jnp.mean(lax.scan(one, model.init_state(rows), windows)[1])
 
-    windows = jnp.concatenate([batch.windows for batch in batches])
+    windows = np.concatenate([batch.windows for batch in batches])
+    windows = jax.device_put(windows, placement(rows).by_row)
     return lambda params: float(evaluate(params, windows)) * BITS_PER_NAT

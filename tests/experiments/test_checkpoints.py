@@ -1,8 +1,9 @@
 """Checkpoints: what is kept, what is restored, and what happens when files are cut short."""
 
+import gc
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import chex
@@ -10,6 +11,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from harness.checkpoints import Checkpoints
+
+# Orbax leaves coroutines behind when arrays on disk are cut short.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect_what_orbax_left() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 def state_of(step: int) -> dict[str, object]:
@@ -73,8 +83,6 @@ def cut(path: Path, how: str) -> None:
             file.truncate(0 if how == "empty" else size // 2)
 
 
-# When Orbax gives up on arrays cut short, coroutines of its own are left behind.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["half", "empty", "missing"])
 def test_a_checkpoint_cut_short_is_passed_over(
     saved: Callable[..., Checkpoints], tmp_path: Path, warnings: list[str], how: str
@@ -115,7 +123,6 @@ def test_evaluations_cut_short(
     assert "checkpoint 2 cannot be read" in warnings[0]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_reader_moves_nothing(
     saved: Callable[..., Checkpoints], tmp_path: Path, warnings: list[str]
 ):

@@ -1,0 +1,41 @@
+"""Data parallelism over the devices of one machine: weights everywhere, rows of a batch divided."""
+
+import os
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def use_every_core() -> None:
+    """Makes each processor core a JAX device, unless JAX has already started.
+
+    XLA's threads gain nothing on operations as small as a step of the recurrence; rows of the
+    batch on cores of their own do.
+    """
+    available = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(available(0)) if available else os.cpu_count() or 1
+    try:
+        jax.config.update("jax_num_cpu_devices", cores)
+    except RuntimeError:
+        return
+
+
+class Placement(NamedTuple):
+    """Where arrays live."""
+
+    everywhere: NamedSharding
+    """Each device has a copy."""
+    by_row: NamedSharding
+    """Arrays `[passes, rows, ...]`: each device has its share of the rows."""
+
+
+def placement(rows: int) -> Placement:
+    """Over as many devices as divide `rows` evenly."""
+    devices = jax.devices()
+    n = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
+    mesh = Mesh(np.array(devices[:n]), ("rows",))
+    return Placement(
+        NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "rows"))
+    )
