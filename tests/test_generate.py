@@ -44,7 +44,6 @@ class TestGenerate:
         np.testing.assert_array_equal(drawn, np.argmax(logits, axis=-1)[:, 4:-1])
         assert len(set(drawn.flatten().tolist())) > 1
         np.testing.assert_array_equal(draw(model, top_k=1, temperature=3.0), drawn)
-        np.testing.assert_array_equal(draw(model, top_p=1e-6, temperature=3.0), drawn)
 
     def test_the_prompt_in_one_pass_equals_token_by_token(self, model: E88LM) -> None:
         logits, state = run(model, jnp.asarray(PROMPT[:, :1]), model.init_state(2))

@@ -74,7 +74,7 @@ def name_of(options: dict[str, Any]) -> str:
 
 def make_config(options: dict[str, Any], dtype: Any = "float64") -> E88Config:
     # No two sizes equal, so that a transposed weight cannot fit.
-    return E88Config(dim=10, n_heads=3, n_state=4, checkpoint_every=4, dtype=dtype, **options)
+    return E88Config(dim=10, n_heads=3, n_state=4, checkpoint_every=2, dtype=dtype, **options)
 
 
 def make_input(time: int = TIME, seed: int = 0, batch: int = BATCH) -> np.ndarray:

@@ -23,7 +23,7 @@ LAYER = E88Config(
     conv_size=3,
     write_gate=True,
     output_norm=True,
-    checkpoint_every=4,
+    checkpoint_every=2,
     dtype="float32",
 )
 CONFIG = LMConfig(layer=LAYER, depth=DEPTH, vocab_size=VOCAB, channel_mixer_dim=14)
@@ -147,13 +147,12 @@ class TestForward:
 
 class TestDtypes:
     def test_bfloat16(self) -> None:
-        layer = E88Config(dim=DIM, n_heads=3, n_state=4, conv_size=3, dtype="bfloat16")
+        layer = E88Config(dim=DIM, n_heads=3, n_state=4, checkpoint_every=2, dtype="bfloat16")
         config = LMConfig(layer=layer, depth=1, vocab_size=VOCAB, channel_mixer_dim=14)
         model = E88LM(config, rngs=nnx.Rngs(0))
         logits, (state,) = run(model, jnp.asarray(TOKENS))
         assert logits.dtype == jnp.float32
         assert state.recurrent.dtype == jnp.float32
-        assert state.conv["q"].dtype == jnp.bfloat16
         grads = nnx.jit(nnx.grad(loss_of))(model, jnp.asarray(TOKENS))
         chex.assert_tree_all_finite(grads)
         for grad in jax.tree.leaves(grads):
