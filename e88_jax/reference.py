@@ -141,8 +141,7 @@ def _joined(pieces: Array) -> Array:
     return pieces.reshape(pieces.shape[0], -1, *pieces.shape[3:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_equal_pieces(
+def _run_equal_pieces(
     run: _Run, length: int, state: Array, inputs: _Inputs, restart: Array | None
 ) -> tuple[Array, Array]:
     """`run` on `length` steps at a time, of a whole multiple of them.
@@ -176,6 +175,7 @@ def _in_equal_pieces_backward(run, length, residuals, d_results):
     return d_state, jax.tree.map(_joined, d_inputs), None
 
 
+_in_equal_pieces = jax.custom_vjp(_run_equal_pieces, nondiff_argnums=(0, 1))
 _in_equal_pieces.defvjp(_in_equal_pieces_forward, _in_equal_pieces_backward)
 
 
