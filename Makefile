@@ -1,5 +1,6 @@
 # `make train` and `make test` are all that a fresh machine needs; both create .venv on first use.
 PYTHON ?= python3
+export PATH ?= /usr/local/bin:/usr/bin:/bin
 BIN := .venv/bin
 
 .PHONY: train test check clean
