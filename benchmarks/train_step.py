@@ -54,7 +54,7 @@ def main(args: Sequence[str]) -> None:
     windows = np.random.default_rng(0).integers(
         0, 256, (*shape, config.data.seq_len + 1), dtype=np.uint8
     )
-    windows = jax.device_put(windows, where.by_row)
+    windows = where.put_rows(windows)
     began = time.perf_counter()
     step = compile_train_step(
         nnx.graphdef(model), optimizer, config.optimizer.clip_norm, state, windows
@@ -70,15 +70,14 @@ def main(args: Sequence[str]) -> None:
     median = statistics.median(seconds[2:])
     tokens = windows[..., 1:].size
     memory = step.memory_analysis()
-    device = f"{where.everywhere.num_devices} x {jax.devices()[0].device_kind}"
     print(
-        f"{n_params:,} parameters, {tokens:,} tokens a step on {device}: "
+        f"{n_params:,} parameters, {tokens:,} tokens a step on {where}: "
         f"{tokens / median:,.0f} tokens/s (median of {config.repeats} steps, "
         f"{min(seconds[2:]):.3f} to {max(seconds[2:]):.3f} s), compiled in {compile_seconds:.1f} s"
     )
     if config.json is not None:
         numbers = {
-            "devices": device,
+            "devices": str(where),
             "versions": versions(),
             "config": dataclasses.asdict(dataclasses.replace(config, json=None)),
             "parameters": n_params,

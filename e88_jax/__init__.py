@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from e88_jax.mixer import E88Mixer as E88Mixer
     from e88_jax.mixer import MixerState as MixerState
     from e88_jax.model import E88LM as E88LM
+    from e88_jax.model import LMState as LMState
+    from e88_jax.model import count_params as count_params
     from e88_jax.model import weight_decay_mask as weight_decay_mask
     from e88_jax.recurrence import e88_recurrence as e88_recurrence
 
@@ -23,9 +25,13 @@ _HOME = {
     "E88Mixer": "mixer",
     "MixerState": "mixer",
     "E88LM": "model",
+    "LMState": "model",
+    "count_params": "model",
     "weight_decay_mask": "model",
     "e88_recurrence": "recurrence",
 }
+
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

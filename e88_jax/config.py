@@ -1,6 +1,7 @@
 """Configurations of a layer and of a language model: plain data that imports no JAX."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 OutputGate = Literal["silu", "sigmoid", "none"]
@@ -16,10 +17,10 @@ def _require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+def _require_choice(config: Any, name: str, choices: tuple[str | None, ...]) -> None:
     value = getattr(config, name)
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,10 @@ class E88Config:
         _require_choice(
             self, "head_mix", ("concat", "weighted_sum", "per_head", "input_weighted", "sum")
         )
+        _require_choice(self, "implementation", (None, "scan", "mosaic_gpu"))
+        _require_choice(self, "dtype", (None, "float32", "bfloat16", "float64"))
         n_value = self.n_state * self.expansion
-        if n_value < 1 or n_value != int(n_value):
+        if not math.isfinite(n_value) or n_value < 1 or n_value != int(n_value):
             raise ValueError(
                 f"expansion * n_state must be a whole number of columns, at least 1; "
                 f"got {self.expansion} * {self.n_state} = {n_value}."
@@ -124,7 +127,8 @@ class LMConfig:
         """The configuration that `to_dict` wrote.
 
         Raises:
-            TypeError: an unknown or missing field.
+            KeyError: no `layer`.
+            TypeError: another field is missing or unknown.
             ValueError: values that contradict each other.
         """
         return cls(**{**values, "layer": E88Config(**values["layer"])})

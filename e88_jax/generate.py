@@ -52,7 +52,7 @@ def _advance(
     return state, jax.random.categorical(key, filter_logits(logits, temperature, top_k, top_p))
 
 
-def stream(
+def generate_stream(
     model: E88LM,
     prompt: Array | np.ndarray,
     *,
@@ -67,7 +67,7 @@ def stream(
 
     Args:
         model: the language model.
-        prompt: ids `[B, T]`, T at least 1.
+        prompt: ids `[B, T]`, integers, T at least 1.
         key: a JAX random key; the same key gives the same tokens.
         temperature: divides the logits; 0 takes the likeliest token each time.
         top_k: sample among the k likeliest tokens; None for all.
@@ -77,20 +77,30 @@ def stream(
         The next token of each row, `[B]` int32.
 
     Raises:
-        ValueError: an empty prompt, or an option out of range.
+        ValueError: a prompt that is empty or not of the vocabulary, or an option out of range.
     """
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise ValueError(f"prompt must be [B, T] with at least one token, got {prompt.shape}.")
+    prompt = np.asarray(prompt)
+    if prompt.ndim != 2 or prompt.size == 0 or not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError(
+            f"prompt must be integers [B, T] with at least one token, got {prompt.dtype} of shape "
+            f"{prompt.shape}."
+        )
+    vocab_size = model.config.vocab_size
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        raise ValueError(
+            f"the prompt's ids must be from 0 to {vocab_size - 1}, got {prompt.min()} to "
+            f"{prompt.max()}."
+        )
     if not temperature >= 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}.")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}.")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
-    return _stream(model, jnp.asarray(prompt, jnp.int32), key, temperature, top_k, top_p)
+    return _tokens(model, jnp.asarray(prompt, jnp.int32), key, temperature, top_k, top_p)
 
 
-def _stream(
+def _tokens(
     model: E88LM,
     tokens: Array,
     key: Array,
@@ -100,7 +110,7 @@ def _stream(
 ) -> Iterator[np.ndarray]:
     graphdef, params = nnx.split(model)
     state = model.init_state(tokens.shape[0])
-    greedy = temperature == 0
+    greedy = temperature < 1e-6  # where dividing by it would overflow
     while True:
         key, step_key = jax.random.split(key)
         state, drawn = _advance(
@@ -128,13 +138,15 @@ def generate(
     top_k: int | None = 40,
     top_p: float = 1.0,
 ) -> np.ndarray:
-    """The next `length` tokens of each row, `[B, length]` int32; see `stream`.
+    """The next `length` tokens of each row, `[B, length]` int32; see `generate_stream`.
 
     Raises:
-        ValueError: as `stream`, or a negative length.
+        ValueError: as `generate_stream`, or a negative length.
     """
     if length < 0:
         raise ValueError(f"length must be at least 0 tokens, got {length}.")
-    tokens = stream(model, prompt, key=key, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = generate_stream(
+        model, prompt, key=key, temperature=temperature, top_k=top_k, top_p=top_p
+    )
     rows = [next(tokens) for _ in range(length)]
     return np.stack(rows, axis=1) if rows else np.zeros((prompt.shape[0], 0), np.int32)

@@ -146,13 +146,15 @@ class E88Mixer(nnx.Module):
             `(y, state)`: y `[B, T, dim]` in the dtype of the matrix products.
 
         Raises:
-            ValueError: x is not `[B, T, dim]`, or another shape does not go with it.
+            ValueError: x is not `[B, T, dim]`, or the state or the ids do not go with it.
         """
         config = self.config
         if x.ndim != 3 or x.shape[-1] != config.dim:
             raise ValueError(f"x must be [B, T, {config.dim}], got shape {x.shape}.")
         if state is None:
             state = self.init_state(x.shape[0])
+        else:
+            self._check_state(state, x.shape[0])
         x = x.astype(self.dtype)
         q, k, v, conv_state = self._qkv(x, state.conv, segment_ids)
         out, recurrent = e88_recurrence(
@@ -176,6 +178,14 @@ class E88Mixer(nnx.Module):
             gate = wide(self.g_proj(x)).reshape(out.shape)
             out *= jax.nn.silu(gate) if config.output_gate == "silu" else jax.nn.sigmoid(gate)
         return self._mix_heads(out, x), MixerState(recurrent, conv_state)
+
+    def _check_state(self, state: MixerState, batch: int) -> None:
+        fresh = jax.eval_shape(lambda: self.init_state(batch))
+        got, wanted = (jax.tree.map(lambda x: x.shape, s) for s in (state, fresh))
+        if got != wanted:
+            raise ValueError(
+                f"the state must have shapes {wanted} for a batch of {batch}, got {got}."
+            )
 
     def _qkv(
         self, x: Array, conv_state: dict[str, Array], segment_ids: Array | None

@@ -70,6 +70,7 @@ class E88LM(nnx.Module):
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.dtype = compute_dtype(config.layer.dtype)
         self.embed = nnx.Embed(
             config.vocab_size,
             config.layer.dim,
@@ -114,7 +115,7 @@ class E88LM(nnx.Module):
         for block, layer_state in zip(self.blocks, layer_states, strict=True):
             x, layer_state = block(x, layer_state, segment_ids)
             new_state.append(layer_state)
-        dtype = compute_dtype(self.config.layer.dtype)
+        dtype = self.dtype
         logits = jnp.einsum(
             "btd,vd->btv",
             self.norm(x).astype(dtype),

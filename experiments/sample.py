@@ -1,7 +1,7 @@
 """Writes text with a trained byte model, as long as asked for, in constant memory."""
 
-import codecs
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,10 +40,6 @@ class SampleConfig:
             raise ValueError("--prompt must have at least one byte.")
 
 
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
 def main(args: Sequence[str]) -> None:
     """Parses, then writes to standard output as the bytes come."""
     config = cli.parse(SampleConfig, args)
@@ -52,12 +48,12 @@ def main(args: Sequence[str]) -> None:
     import numpy as np
     from harness.trained import load_trained
 
-    from e88_jax.generate import stream
+    from e88_jax.generate import generate_stream
 
-    model, _ = load_trained(config.run, latest=config.latest, warn=_warn)
-    prompt = np.frombuffer(config.prompt.encode(), np.uint8)
+    model, _ = load_trained(config.run, latest=config.latest)
+    prompt = np.frombuffer(os.fsencode(config.prompt), np.uint8)
     try:
-        tokens = stream(
+        tokens = generate_stream(
             model,
             prompt[None],
             key=jax.random.key(config.seed),
@@ -67,11 +63,13 @@ def main(args: Sequence[str]) -> None:
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    print(config.prompt, end="", flush=True)
+    out = sys.stdout.buffer
+    out.write(prompt.tobytes())
     for _ in range(config.length):
-        print(decoder.decode(bytes(next(tokens).tolist())), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+        out.write(bytes(next(tokens).tolist()))
+        out.flush()
+    out.write(b"\n")
+    out.flush()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from flax import nnx
 
 from e88_jax import generate as generate_module
 from e88_jax.config import E88Config, LMConfig
-from e88_jax.generate import filter_logits, generate, stream
+from e88_jax.generate import filter_logits, generate, generate_stream
 from e88_jax.model import E88LM
 
 VOCAB = 19
@@ -83,7 +83,7 @@ class TestGenerate:
         np.testing.assert_allclose(frequencies, expected, atol=5 * 0.5 / np.sqrt(n))
 
     def test_a_stream_goes_on_as_generate_began(self, model: E88LM) -> None:
-        tokens = stream(model, jnp.asarray(PROMPT), key=jax.random.key(KEY))
+        tokens = generate_stream(model, jnp.asarray(PROMPT), key=jax.random.key(KEY))
         first = np.stack(list(itertools.islice(tokens, 12)), axis=1)
         np.testing.assert_array_equal(first, draw(model))
 
@@ -124,7 +124,7 @@ class TestGenerate:
     def test_bad_prompts(self, model: E88LM, shape: tuple[int, ...]) -> None:
         """Refused by the call, not by the first token."""
         with pytest.raises(ValueError, match="prompt") as error:
-            stream(model, np.zeros(shape, np.int32), key=jax.random.key(0))
+            generate_stream(model, np.zeros(shape, np.int32), key=jax.random.key(0))
         assert str(shape) in str(error.value)
 
 

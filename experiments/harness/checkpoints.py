@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-Warn = Callable[[str], None]
+from .errors import UsageError, warn
 
 
 def _bits_per_byte(metrics: dict[str, float]) -> float:
@@ -30,20 +29,14 @@ class Checkpoints:
         directory: created if need be.
         keep: how many of the newest stay; the best by bits per byte stays besides. None only reads,
             as another process may be writing: unreadable checkpoints are passed over in place.
-        warn: told of each checkpoint that cannot be read.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None, warn: Warn):
+    def __init__(self, directory: Path, *, keep: int | None):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
         self._directory = directory.absolute()
-        self._warn = warn
         self._reads_only = keep is None
-        # Orbax reads the metrics of every step when it opens a directory.
-        for metrics in sorted(self._directory.glob("[0-9]*/metrics/metrics")):
-            try:
-                json.loads(metrics.read_text())
-            except ValueError:
-                self._set_aside(int(metrics.parts[-3]), "its metrics are cut short")
+        if not self._reads_only:
+            self._set_aside_unreadable_metrics()
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -87,33 +80,46 @@ class Checkpoints:
             raise RuntimeError(f"Orbax refused to save step {step} in {self._directory}.")
 
     def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest readable `(step, state, meta)`, or None.
+        """The newest readable `(step, state, meta)`, or None if nothing was ever saved.
 
         `like` gives structure, shapes and, if it holds arrays, the devices to restore to.
+
+        Raises:
+            UsageError: there are checkpoints, but none can be read; nothing was moved.
         """
-        return self._first_readable(sorted(self._manager.all_steps(), reverse=True), like)
+        unreadable = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            # Orbax raises a bare Exception for truncated arrays.
+            try:
+                state, meta = self._restore(step, like)
+            except Exception as error:
+                unreadable[step] = str(error).partition("\n")[0]
+                continue
+            for bad, why in unreadable.items():
+                if self._reads_only:
+                    warn(f"checkpoint {bad} cannot be read ({why}).")
+                else:
+                    self._set_aside(bad, why)
+            self._manager.reload()
+            return step, state, meta
+        if unreadable:
+            step, why = next(iter(unreadable.items()))
+            raise UsageError(
+                f"none of the {len(unreadable)} checkpoints in {self._directory} can be read; "
+                f"that of step {step}: {why}."
+            )
+        return None
 
     def restore_best(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """As `restore_latest`, but the one with the fewest bits per byte if it can be read."""
-        newest_first = sorted(self._manager.all_steps(), reverse=True)
         best = self._manager.best_step()
-        return self._first_readable([best, *newest_first] if best else newest_first, like)
-
-    def _first_readable(
-        self, steps: list[int], like: Any
-    ) -> tuple[int, Any, dict[str, Any]] | None:
-        for step in steps:
-            # Orbax raises a bare Exception for truncated arrays.
+        if best is not None:
             try:
-                return step, *self._restore(step, like)
+                return best, *self._restore(best, like)
             except Exception as error:
                 why = str(error).partition("\n")[0]
-                if self._reads_only:
-                    self._warn(f"checkpoint {step} cannot be read ({why}).")
-                else:
-                    self._set_aside(step, why)
-                    self._manager.reload()
-        return None
+                warn(f"the best checkpoint, {best}, cannot be read ({why}).")
+        return self.restore_latest(like)
 
     def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -128,6 +134,17 @@ class Checkpoints:
         )
         return restored["state"], restored["meta"]
 
+    def _set_aside_unreadable_metrics(self) -> None:
+        # Orbax reads the metrics of every step when it opens a directory, and fails on bad ones.
+        for directory in self._directory.glob("[0-9]*"):
+            try:
+                json.loads((directory / "metrics" / "metrics").read_text())
+            except FileNotFoundError:
+                continue
+            except ValueError:
+                if directory.name.isdigit():  # else a save that was cut short
+                    self._set_aside(int(directory.name), "its metrics are cut short")
+
     def _set_aside(self, step: int, why: str) -> None:
         aside = self._directory / "unreadable"
         aside.mkdir(exist_ok=True)
@@ -137,7 +154,7 @@ class Checkpoints:
             if not (path := aside / (f"{step}.{n}" if n else f"{step}")).exists()
         )
         (self._directory / str(step)).rename(target)
-        self._warn(f"checkpoint {step} cannot be read ({why}); it is now {target}.")
+        warn(f"checkpoint {step} cannot be read ({why}); it is now {target}.")
 
     def close(self) -> None:
         """Waits for what is being written."""

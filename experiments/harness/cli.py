@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, get_type_hints
@@ -63,12 +65,26 @@ def _flags(config: Any) -> Iterator[str]:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main` on the command line and exits: 2 for a usage error, with its one sentence."""
-    prog = sys.argv[0].rpartition("/")[2]
+    """Runs `main` on the command line; what goes wrong is one sentence and an exit code.
+
+    2 for what cannot be done as asked, 130 for Ctrl-C, 141 if nobody reads the output any more.
+    """
+    prog = os.path.basename(sys.argv[0])
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush to
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except UsageError as error:
         print(f"{prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{prog}: {error.filename}: {error.strerror}.", file=sys.stderr)
         sys.exit(2)
     except RunStopped as stop:
         print(f"{prog}: {stop}", file=sys.stderr)

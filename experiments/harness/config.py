@@ -57,7 +57,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient; larger ones are scaled down."""
     max_skipped_steps: int = 20
-    """Stop after so many steps in a row whose loss or gradient is not finite."""
+    """Stop after so many steps in a row whose loss or gradient is not finite (such a step changes
+    nothing), counted at each --log-every."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,8 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in --out where its last checkpoint left it, with the flags it had."""
     steps: int = 600
-    """Updates of the weights, counted from the start of the run."""
+    """Updates of the weights, counted from the start of the run. More on --resume lengthens the
+    cosine of the learning rate."""
     log_every: int = 10
     """Steps between lines of progress and of metrics.jsonl."""
     eval_every: int = 100
@@ -131,6 +133,10 @@ class TrainConfig:
                 raise ValueError(f"--{flag} must be between 0 and 1, got {value}.")
         if self.sample_bytes and not self.prompt:
             raise ValueError("--prompt must have at least one byte when --sample-bytes is not 0.")
+        if self.data.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2**32, got {self.data.seed}.")
+        if self.model.layer.dtype == "float64":
+            raise ValueError("--dtype float64 is for comparisons; train in float32 or bfloat16.")
         if self.model.vocab_size != 256:
             raise ValueError(
                 f"--vocab-size must be 256, as tokens are bytes; got {self.model.vocab_size}."
@@ -162,7 +168,6 @@ _MAY_CHANGE_ON_RESUME = {
     "steps",
     "log_every",
     "eval_every",
-    "eval_bytes",
     "save_every",
     "keep",
     "sample_bytes",

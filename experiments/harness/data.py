@@ -50,6 +50,8 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 def _files_in(path: Path) -> list[Path]:
     if not path.is_dir():
+        if not path.is_file():
+            raise UsageError(f"--data {path} is not a regular file.")
         return [path]
     return [
         file
@@ -58,7 +60,7 @@ def _files_in(path: Path) -> list[Path]:
     ]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)  # each holds a file descriptor
 def _map_file(path: Path) -> np.ndarray:
     return np.memmap(path, np.uint8, mode="r")
 
@@ -84,7 +86,7 @@ class Corpus:
         try:
             sizes = {file: file.stat().st_size for file in files}
             for file in files:
-                with file.open("rb"):
+                with file.open("rb"):  # may be forbidden
                     pass
         except OSError as error:
             raise UsageError(f"--data {error.filename} cannot be read: {error.strerror}.") from None

@@ -30,6 +30,14 @@ class Placement(NamedTuple):
     by_row: NamedSharding
     """Arrays `[passes, rows, ...]`: each device has its share of the rows."""
 
+    def __str__(self) -> str:
+        return f"{self.everywhere.num_devices} x {jax.devices()[0].device_kind}"
+
+    def put_rows(self, x: np.ndarray) -> jax.Array:
+        """`[passes, rows, ...]` by row if each device can have as many rows, else everywhere."""
+        divisible = x.shape[1] % self.everywhere.num_devices == 0
+        return jax.device_put(x, self.by_row if divisible else self.everywhere)
+
 
 def placement(rows: int) -> Placement:
     """Over as many devices as divide `rows` evenly."""

@@ -1,4 +1,11 @@
-"""Errors that a program reports in one sentence, without a traceback."""
+"""What a program tells its user on standard error: one sentence, without a traceback."""
+
+import sys
+
+
+def warn(message: str) -> None:
+    """Says that something is not as it should be, while the program goes on."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class UsageError(Exception):

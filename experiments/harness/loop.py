@@ -1,11 +1,14 @@
 """The training loop: from a configuration to a run directory."""
 
+import contextlib
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -15,7 +18,7 @@ from e88_jax.model import E88LM, count_params
 from . import data, devices, run_directory
 from .checkpoints import Checkpoints
 from .config import TrainConfig
-from .errors import RunStopped, UsageError
+from .errors import RunStopped, UsageError, warn
 from .interrupts import Interrupts
 from .metrics import MetricsLog, TrainingClock
 from .optimizer import make_optimizer
@@ -45,117 +48,114 @@ def train(config: TrainConfig) -> Path:
     val_batches = data.validation_batches(
         validation, flags.batch_size, flags.seq_len, config.eval_bytes
     )
-    if config.resume:
-        directory = config.out
-        assert directory is not None, "the command line names the run to resume"
-        if run_directory.load_corpus_fingerprint(directory) != corpus.fingerprint():
-            raise UsageError(f"the corpus is not the one that the run in {directory} began with.")
-    else:
-        directory = run_directory.claim(config.out)
 
-    model = E88LM(config.model, rngs=nnx.Rngs(flags.seed))
-    graphdef = nnx.graphdef(model)
-    optimizer = make_optimizer(config.optimizer, config.steps)
     where = devices.placement(flags.batch_size)
-    state = init_state(model, optimizer, shape if flags.stateful else None)
-    state = place(state, where)
-    evaluate = make_evaluate(graphdef, val_batches, stateful=flags.stateful)
-    run_directory.describe(
-        directory,
-        config,
-        corpus={
-            "bytes": len(corpus),
-            "files": len(corpus.files),
-            "fingerprint": corpus.fingerprint(),
-        },
-        parameters=count_params(model),
-        devices=_describe_devices(where),
-    )
-
-    step, best = 0, math.inf
+    model = _build(config)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = place(init_state(model, optimizer, shape if flags.stateful else None), where)
+    evaluate = make_evaluate(nnx.graphdef(model), val_batches, where, stateful=flags.stateful)
     batches = data.prefetch(windows)
-    with Interrupts() as interrupts, Report(config.steps) as report:
+    step, best = 0, math.inf
+
+    directory = config.out if config.resume else run_directory.claim(config.out)
+    assert directory is not None, "the command line names the run to resume"
+    description = run_directory.Description(
+        config,
+        corpus=corpus.fingerprint(),
+        corpus_bytes=len(corpus),
+        parameters=count_params(model),
+        devices=str(where),
+    )
+    with contextlib.ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(directory / "checkpoints", keep=config.keep))
+        )
+        if config.resume:
+            run_directory.check_same_data(directory, description)
+            if (restored := checkpoints.restore_latest(state)) is None:
+                warn(f"{directory} has no checkpoint yet: starting from step 0.")
+            else:
+                step, state, meta = restored
+                best = math.inf if meta["best"] is None else meta["best"]
+                batches.set_state(meta["data"])
+            if step > config.steps:
+                raise UsageError(f"the run in {directory} has done {step} steps: raise --steps.")
+        run_directory.describe(directory, description, resumed_at=step if config.resume else None)
+
+        report = stack.enter_context(Report(config.steps, start=step))
         report.say(
             f"{directory}: {count_params(model):,} parameters, {len(training):,} bytes for "
             f"training and {len(validation):,} for validation in {len(corpus.files):,} files, "
-            f"{_describe_devices(where)}"
+            f"{where}"
         )
-        checkpoints = Checkpoints(directory / "checkpoints", keep=config.keep, warn=report.warn)
-        log = None
-        try:
-            if config.resume:
-                if (restored := checkpoints.restore_latest(state)) is None:
-                    report.warn("there is no readable checkpoint: starting from step 0.")
-                else:
-                    step, state, meta = restored
-                    best = math.inf if meta["best"] is None else meta["best"]
-                    batches.set_state(meta["data"])
-                    report.say(f"continuing from step {step}")
-            log = MetricsLog(directory, start=step)
+        if step:
+            report.say(f"continuing from step {step}")
+        log = stack.enter_context(contextlib.closing(MetricsLog(directory, start=step)))
+        stack.callback(plot_loss, directory / "metrics.jsonl", directory / "loss.png")
 
-            began = time.perf_counter()
-            example = jax.device_put(windows[step].windows, where.by_row)
-            train_step = compile_train_step(
-                graphdef, optimizer, config.optimizer.clip_norm, state, example
+        began = time.perf_counter()
+        train_step = compile_train_step(
+            nnx.graphdef(model),
+            optimizer,
+            config.optimizer.clip_norm,
+            state,
+            where.put_rows(windows[step].windows),
+        )
+        report.say(f"compiled in {time.perf_counter() - began:.1f} s")
+
+        clock = TrainingClock()
+        pending: list[StepMetrics] = []
+        skipped_in_a_row = 0
+        while step < config.steps:
+            batch = next(batches)
+            state, metrics = train_step(
+                state, where.put_rows(batch.windows), np.bool_(batch.restart)
             )
-            report.say(f"compiled in {time.perf_counter() - began:.1f} s")
+            pending.append(metrics)
+            step += 1
+            stop = interrupts.received
+            ends = step == config.steps or stop is not None
 
-            clock = TrainingClock()
-            pending: list[StepMetrics] = []
-            skipped_in_a_row = 0
-            while step < config.steps:
-                batch = next(batches)
-                placed = jax.device_put(batch.windows, where.by_row)
-                state, metrics = train_step(state, placed, np.bool_(batch.restart))
-                pending.append(metrics)
-                step += 1
-                signal_received = interrupts.received
-                last = step == config.steps or signal_received is not None
+            if ends or step % config.log_every == 0:
+                record = _summarise(jax.device_get(pending))
+                n_bytes = len(pending) * batch.windows[..., 1:].size
+                pending = []
+                record["bytes_per_second"] = n_bytes / clock.lap()
+                log.write("train", step, **record)
+                report.advance(step, _line(record))
+                skipped_in_a_row = record["skipped_in_a_row"]
+            stuck = skipped_in_a_row >= config.optimizer.max_skipped_steps
 
-                if last or step % config.log_every == 0:
-                    done = jax.device_get(pending)
-                    n_bytes = len(done) * batch.windows[..., 1:].size
-                    record = _summarise(done) | {"bytes_per_second": n_bytes / clock.lap()}
-                    log.write("train", step, **record)
-                    report.advance(step, _line(record))
-                    skipped_in_a_row = record["skipped_in_a_row"]
-                    pending = []
-                stuck = skipped_in_a_row >= config.optimizer.max_skipped_steps
-
+            bits = None
+            if step % config.eval_every == 0 or step == config.steps:
+                jax.block_until_ready(state)  # the clock counts the steps that still run
                 with clock.paused():
-                    bits = math.nan
-                    if step % config.eval_every == 0 or step == config.steps:
-                        jax.block_until_ready(state)
-                        bits = evaluate(optimizer.eval_params(state.optimizer, state.params))
-                        log.write("validation", step, bits_per_byte=bits)
-                        report.say(f"step {step}: validation {bits:.3f} bits per byte")
-                    is_best = bits < best
-                    best = bits if is_best else best
-                    if last or stuck or is_best or step % config.save_every == 0:
-                        meta = {
-                            "data": batches.get_state(),
-                            "best": best if math.isfinite(best) else None,
-                        }
-                        checkpoints.save(step, state, meta, None if math.isnan(bits) else bits)
+                    bits = evaluate(optimizer.eval_params(state.optimizer, state.params))
+                log.write("validation", step, bits_per_byte=bits)
+                report.say(f"step {step}: validation {bits:.3f} bits per byte")
+            is_best = bits is not None and bits < best
+            if bits is not None and is_best:
+                best = bits
+            if ends or stuck or is_best or step % config.save_every == 0:
+                meta = {"data": batches.get_state(), "best": best if best < math.inf else None}
+                jax.block_until_ready(state)
+                with clock.paused():
+                    checkpoints.save(step, state, meta, bits)
 
-                if stuck:
-                    raise RunStopped(
-                        f"stopped at step {step}: {skipped_in_a_row} steps in a row had a "
-                        f"loss or gradient that is not finite. The checkpoint has the weights "
-                        f"before them; a lower --learning-rate in a new run may help.",
-                        exit_code=1,
-                    )
-                if signal_received is not None and step < config.steps:
-                    raise RunStopped(
-                        f"stopped by {signal_received.name} at step {step}: continue with "
-                        f"--out {directory} --resume.",
-                        exit_code=128 + signal_received,
-                    )
-        finally:
-            checkpoints.close()
-            if log is not None:
-                log.close()
-                plot_loss(directory / "metrics.jsonl", directory / "loss.png")
+            if stuck:
+                raise RunStopped(
+                    f"stopped at step {step}: {skipped_in_a_row} steps in a row had a "
+                    f"loss or gradient that is not finite. The checkpoint has the weights before "
+                    f"them; a lower --learning-rate in a new run may help.",
+                    exit_code=1,
+                )
+            if stop is not None and step < config.steps:
+                raise RunStopped(
+                    f"stopped by {stop.name} at step {step}: continue with "
+                    f"--out {directory} --resume.",
+                    exit_code=128 + stop,
+                )
 
         weights = optimizer.eval_params(state.optimizer, state.params)
         nnx.update(model, jax.device_put(weights, jax.devices()[0]))
@@ -167,8 +167,19 @@ def train(config: TrainConfig) -> Path:
     return directory
 
 
-def _describe_devices(where: devices.Placement) -> str:
-    return f"{where.everywhere.num_devices} x {jax.devices()[0].device_kind}"
+def _build(config: TrainConfig) -> E88LM:
+    """The model before training.
+
+    Raises:
+        UsageError: the named implementation of the recurrence cannot do it.
+    """
+    model = E88LM(config.model, rngs=nnx.Rngs(config.data.seed))
+    tokens = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len), jnp.int32)
+    try:
+        jax.eval_shape(model, tokens)
+    except NotImplementedError as error:
+        raise UsageError(str(error)) from None
+    return model
 
 
 def _summarise(steps: list[StepMetrics]) -> dict[str, Any]:
@@ -202,9 +213,9 @@ def _line(record: dict[str, Any]) -> str:
 def _sample(model: E88LM, config: TrainConfig, directory: Path, report: Report) -> None:
     if not config.sample_bytes:
         return
-    prompt = np.frombuffer(config.prompt.encode(), np.uint8)
+    prompt = np.frombuffer(os.fsencode(config.prompt), np.uint8)
     key = jax.random.key(config.data.seed)
     drawn = generate(model, prompt[None], config.sample_bytes, key=key)
-    text = bytes([*prompt.tolist(), *drawn[0].tolist()]).decode("utf-8", errors="replace")
-    (directory / "sample.txt").write_text(text)
-    report.say(f"a sample:\n{text}\n")
+    sample = bytes([*prompt.tolist(), *drawn[0].tolist()])
+    (directory / "sample.txt").write_bytes(sample)
+    report.say(f"a sample:\n{sample.decode('utf-8', errors='replace')}\n")

@@ -1,6 +1,7 @@
 """Where a run's numbers go: JSON lines, TensorBoard, and a clock that counts training alone."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,12 +35,15 @@ class MetricsLog:
     def __init__(self, directory: Path, *, start: int):
         path = directory / "metrics.jsonl"
         kept = [record for record in read_metrics(path) if record["step"] <= start]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(path)
         self._file = path.open("a", buffering=1)
         self._tensorboard = Writer(str(directory / "tensorboard"))
 
     def write(self, kind: str, step: int, **values: float) -> None:
-        """Adds a record of `kind` ("train" or "validation")."""
+        """Adds a record of `kind` ("train" or "validation"); what is not finite is left out."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{kind}/{name}", value, step)

@@ -44,11 +44,6 @@ class Report:
         self._console.print(message, markup=False)
         sys.stdout.flush()
 
-    def warn(self, message: str) -> None:
-        """A line that stays and stands out."""
-        self._console.print(f"warning: {message}", style="yellow", markup=False)
-        sys.stdout.flush()
-
     def advance(self, step: int, line: str) -> None:
         """The run has done `step` steps; `line` says how it stands."""
         if self._bar is None:

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import e88_jax
 
 from .config import TrainConfig
-from .errors import UsageError
+from .errors import UsageError, warn
 
 RUNS = Path("runs")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -43,22 +42,20 @@ def load_config(directory: Path) -> TrainConfig:
         UsageError: there is no run, or this version does not know its configuration.
     """
     try:
-        described = json.loads((directory / "run.json").read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{directory} holds no run (no run.json in it).") from None
-    except ValueError:
-        raise UsageError(f"{directory / 'run.json'} is not valid JSON.") from None
-    try:
-        return TrainConfig.from_dict(described["config"])
+        return TrainConfig.from_dict(_read(directory)["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{directory / 'run.json'} is of another version of this program: {error}."
         ) from None
 
 
-def load_corpus_fingerprint(directory: Path) -> str:
-    """The fingerprint of the corpus that the run in `directory` was started with."""
-    return json.loads((directory / "run.json").read_text())["corpus"]["fingerprint"]
+def _read(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / "run.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{directory} holds no run (no run.json in it).") from None
+    except ValueError:
+        raise UsageError(f"{directory / 'run.json'} is not valid JSON.") from None
 
 
 def claim(out: Path | None) -> Path:
@@ -77,17 +74,53 @@ def claim(out: Path | None) -> Path:
         )
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"--out {out} is not empty: choose another directory.")
-    out.mkdir(parents=True, exist_ok=True)
+    if not out.exists():
+        out.mkdir(parents=True)
     return out
 
 
-def describe(directory: Path, config: TrainConfig, **facts: Any) -> None:
-    """Writes `run.json`: configuration, versions, machine, and `facts`."""
-    description = {
-        "config": dataclasses.replace(config, out=directory, resume=False).to_dict(),
-        "versions": versions(),
-        **facts,
-    }
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What `run.json` says of a run, besides versions."""
+
+    config: TrainConfig
+    corpus: str
+    """Fingerprint of the data."""
+    corpus_bytes: int
+    parameters: int
+    devices: str
+
+
+def check_same_data(directory: Path, now: Description) -> None:
+    """Holds the run in `directory` against what would continue it.
+
+    A different machine only gets a warning: sums are then rounded otherwise.
+
+    Raises:
+        UsageError: the run began with another corpus.
+    """
+    before = _read(directory)
+    if before["corpus"] != now.corpus:
+        raise UsageError(
+            f"the corpus is not the one that the run in {directory} began with: "
+            f"{now.corpus_bytes:,} bytes now, {before['corpus_bytes']:,} then."
+        )
+    for what, then, here in (
+        ("on", before["devices"], now.devices),
+        ("with", before["versions"], versions()),
+    ):
+        if then != here:
+            warn(f"the run began {what} {then}, not {here}: it will not continue bit for bit.")
+
+
+def describe(directory: Path, description: Description, *, resumed_at: int | None) -> None:
+    """Writes `run.json`; a resumed run keeps what it said and adds where and how it went on."""
+    config = dataclasses.replace(description.config, out=directory, resume=False).to_dict()
+    values = {**dataclasses.asdict(description), "config": config, "versions": versions()}
+    if resumed_at is not None:
+        before = _read(directory)
+        here = {"step": resumed_at, "devices": description.devices, "versions": versions()}
+        values = {**before, "config": config, "resumed": [*before.get("resumed", []), here]}
     partial = directory / "run.json.partial"
-    partial.write_text(json.dumps(description, indent=2) + "\n")
-    os.replace(partial, directory / "run.json")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(directory / "run.json")

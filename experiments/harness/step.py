@@ -13,7 +13,7 @@ from jax import Array, lax
 from e88_jax.model import E88LM, LMState
 
 from .data import Batch
-from .devices import Placement, placement
+from .devices import Placement
 from .optimizer import Optimizer, Params
 
 BITS_PER_NAT = 1.4426950408889634
@@ -151,7 +151,7 @@ def compile_train_step(
 
 
 def make_evaluate(
-    graphdef: nnx.GraphDef[E88LM], batches: list[Batch], *, stateful: bool
+    graphdef: nnx.GraphDef[E88LM], batches: list[Batch], where: Placement, *, stateful: bool
 ) -> Callable[[Params], float]:
     """The function from weights to bits per byte on `batches`, state carried if `stateful`."""
     rows = batches[0].windows.shape[1]
@@ -166,6 +166,5 @@ def make_evaluate(
 
         return jnp.mean(lax.scan(one, model.init_state(rows), windows)[1])
 
-    windows = np.concatenate([batch.windows for batch in batches])
-    windows = jax.device_put(windows, placement(rows).by_row)
+    windows = where.put_rows(np.concatenate([batch.windows for batch in batches]))
     return lambda params: float(evaluate(params, windows)) * BITS_PER_NAT

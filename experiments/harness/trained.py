@@ -7,26 +7,23 @@ from flax import nnx
 from e88_jax.model import E88LM
 
 from . import run_directory
-from .checkpoints import Checkpoints, Warn
+from .checkpoints import Checkpoints
 from .errors import UsageError
 from .optimizer import make_optimizer
 from .step import TrainState, init_state
 
 
-def load_trained(directory: Path, *, latest: bool, warn: Warn) -> tuple[E88LM, int]:
+def load_trained(directory: Path, *, latest: bool) -> tuple[E88LM, int]:
     """The model of the run in `directory` and the step it is from.
 
     Args:
         directory: of the run.
         latest: the newest checkpoint, rather than the one with the fewest bits per byte.
-        warn: told of each checkpoint that cannot be read.
 
     Raises:
         UsageError: no run there, or no checkpoint that can be read.
     """
     config = run_directory.load_config(directory)
-    if not (directory / "checkpoints").is_dir():
-        raise UsageError(f"{directory} holds no checkpoint yet.")
     optimizer = make_optimizer(config.optimizer, config.steps)
     carry_shape = (config.data.accumulate, config.data.batch_size) if config.data.stateful else None
 
@@ -35,11 +32,11 @@ def load_trained(directory: Path, *, latest: bool, warn: Warn) -> tuple[E88LM, i
         return model, init_state(model, optimizer, carry_shape)
 
     model, like = nnx.eval_shape(build)
-    checkpoints = Checkpoints(directory / "checkpoints", keep=None, warn=warn)
+    checkpoints = Checkpoints(directory / "checkpoints", keep=None)
     restored = checkpoints.restore_latest(like) if latest else checkpoints.restore_best(like)
     checkpoints.close()
     if restored is None:
-        raise UsageError(f"{directory} holds no checkpoint that can be read.")
+        raise UsageError(f"{directory} holds no checkpoint yet.")
     step, state, _ = restored
     nnx.update(model, optimizer.eval_params(state.optimizer, state.params))
     return model, step

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from harness.checkpoints import Checkpoints
+from harness.errors import UsageError
 
 # Orbax leaves coroutines behind when arrays on disk are cut short.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -28,20 +29,15 @@ def state_of(step: int) -> dict[str, object]:
 
 
 @pytest.fixture
-def warnings() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def saved(tmp_path: Path, warnings: list[str]) -> Callable[..., Checkpoints]:
+def saved(tmp_path: Path) -> Callable[..., Checkpoints]:
     """Opens checkpoints in which steps are saved with the given bits per byte."""
 
     def save(steps: dict[int, float | None], keep: int | None = 2) -> Checkpoints:
-        checkpoints = Checkpoints(tmp_path / "checkpoints", keep=keep, warn=warnings.append)
+        checkpoints = Checkpoints(tmp_path / "checkpoints", keep=keep)
         for step, bits in steps.items():
             checkpoints.save(step, state_of(step), {"data": {"next_index": step}}, bits)
         checkpoints.close()
-        return Checkpoints(tmp_path / "checkpoints", keep=keep, warn=warnings.append)
+        return Checkpoints(tmp_path / "checkpoints", keep=keep)
 
     return save
 
@@ -85,7 +81,7 @@ def cut(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["half", "empty", "missing"])
 def test_a_checkpoint_cut_short_is_passed_over(
-    saved: Callable[..., Checkpoints], tmp_path: Path, warnings: list[str], how: str
+    saved: Callable[..., Checkpoints], tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
 ):
     """Whichever file is cut, restoring gives the right values of that step or of the one before."""
     saved({1: None, 2: None}).close()
@@ -97,40 +93,60 @@ def test_a_checkpoint_cut_short_is_passed_over(
         copy = tmp_path / f"copy{n}"
         shutil.copytree(pristine, copy)
         cut(copy / file, how)
-        checkpoints = Checkpoints(copy, keep=2, warn=warnings.append)
+        checkpoints = Checkpoints(copy, keep=2)
         restored = checkpoints.restore_latest(jax.eval_shape(lambda: state_of(0)))
         assert restored is not None
         chex.assert_trees_all_equal(restored[1], state_of(restored[0]))
         if restored[0] == 1:
             passed_over += 1
-            assert len(warnings) == passed_over
-            assert "checkpoint 2 cannot be read" in warnings[-1]
+            (warning,) = capsys.readouterr().err.splitlines()[-1:]
+            assert "checkpoint 2 cannot be read" in warning
             assert (copy / "unreadable" / "2").is_dir()
             checkpoints.save(2, state_of(2), {"data": {"next_index": 2}}, None)
             checkpoints.close()
-            assert_restores(Checkpoints(copy, keep=2, warn=warnings.append), 2)
+            assert_restores(Checkpoints(copy, keep=2), 2)
         else:
             checkpoints.close()
     assert passed_over >= 4
 
 
 def test_evaluations_cut_short(
-    saved: Callable[..., Checkpoints], tmp_path: Path, warnings: list[str]
+    saved: Callable[..., Checkpoints], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     saved({1: 5.0, 2: 3.0}).close()
     cut(tmp_path / "checkpoints" / "2" / "metrics" / "metrics", "half")
     assert_restores(saved({}), 1)
-    assert "checkpoint 2 cannot be read" in warnings[0]
+    assert "checkpoint 2 cannot be read" in capsys.readouterr().err
 
 
 def test_a_reader_moves_nothing(
-    saved: Callable[..., Checkpoints], tmp_path: Path, warnings: list[str]
+    saved: Callable[..., Checkpoints], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     saved({1: 3.0, 2: 4.0}).close()
     cut(tmp_path / "checkpoints" / "2" / "state" / "_METADATA", "half")
     assert_restores(saved({}, keep=None), 1)
     assert kept(tmp_path) == [1, 2]
-    assert len(warnings) == 1
+    assert "checkpoint 2 cannot be read" in capsys.readouterr().err
+
+
+def test_nothing_readable_is_an_error_that_moves_nothing(
+    saved: Callable[..., Checkpoints], tmp_path: Path
+):
+    checkpoints = saved({1: None, 2: None})
+    other = {"weights": jax.ShapeDtypeStruct((3, 3), jnp.float32)}
+    with pytest.raises(UsageError, match=r"none of the 2 checkpoints .* step 2: "):
+        checkpoints.restore_latest(other)
+    assert kept(tmp_path) == [1, 2]
+
+
+def test_an_interrupted_save_with_metrics_cut_short(
+    saved: Callable[..., Checkpoints], tmp_path: Path
+):
+    saved({1: 3.0}).close()
+    metrics = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "metrics" / "metrics"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"bits')
+    assert_restores(saved({}), 1)
 
 
 def test_interrupted_save_is_ignored(saved: Callable[..., Checkpoints], tmp_path: Path):

@@ -15,11 +15,9 @@ def test_report(
     with Report(steps=30, start=10) as report:
         report.advance(20, "loss [bold]1.5")
         report.say("a sample: [red]x")
-        report.warn("mind this")
         report.advance(30, "loss 1.25")
     printed = capsys.readouterr().out
     assert "a sample: [red]x" in printed
-    assert "warning: mind this" in printed
     if terminal:
         assert "\x1b[" in printed
         assert "30/30" in printed

@@ -11,14 +11,17 @@ import pytest
 from flax import nnx
 from harness.config import OptimizerConfig
 from harness.data import Batch
+from harness.devices import placement
 from harness.optimizer import make_optimizer
 from harness.step import (
     BITS_PER_NAT,
     TrainState,
+    compile_train_step,
     init_state,
     make_evaluate,
     make_train_step,
     next_byte_loss,
+    place,
 )
 
 from e88_jax import E88LM, E88Config, LMConfig
@@ -73,7 +76,8 @@ def test_each_optimizer_learns(model: E88LM, optimizer: str):
         state, metrics = step(state, windows, ALWAYS)
         first = metrics.loss if first is None else first
     assert metrics.loss < 0.9 * first
-    evaluate = make_evaluate(nnx.graphdef(model), [Batch(windows, True)], stateful=False)
+    batches = [Batch(windows, True)]
+    evaluate = make_evaluate(nnx.graphdef(model), batches, placement(4), stateful=False)
     weights = chosen.eval_params(state.optimizer, state.params)
     assert evaluate(weights) < 0.95 * first * BITS_PER_NAT
 
@@ -150,7 +154,7 @@ def test_stateful_training_carries_the_state_and_truncates(model: E88LM):
 def test_evaluation_is_mean_bits_per_byte(model: E88LM, stateful: bool):
     long = windows_of((1, 2, 21))
     batches = [Batch(long[..., :11], True), Batch(long[..., 10:], False)]
-    evaluate = make_evaluate(nnx.graphdef(model), batches, stateful=stateful)
+    evaluate = make_evaluate(nnx.graphdef(model), batches, placement(2), stateful=stateful)
     if stateful:
         expected, _ = next_byte_loss(model, jnp.asarray(long[0]))
     else:
@@ -158,6 +162,27 @@ def test_evaluation_is_mean_bits_per_byte(model: E88LM, stateful: bool):
     np.testing.assert_allclose(
         evaluate(nnx.state(model, nnx.Param)), expected / np.log(2), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_data_parallel_steps_equal_those_of_one_device(model: E88LM, stateful: bool):
+    """Four rows over four devices; three validation rows, which do not divide among them."""
+    optimizer = make_optimizer(plain(), steps=20)
+    windows = windows_of((2, 4, 10))
+    results = []
+    for where in (placement(4), placement(1)):
+        state = init_state(model, optimizer, (2, 4) if stateful else None)
+        state = place(jax.tree.map(jnp.copy, state), where)  # steps consume their state
+        placed = where.put_rows(windows)
+        step = compile_train_step(nnx.graphdef(model), optimizer, 1.0, state, placed)
+        for restart in (True, False):
+            state, metrics = step(state, placed, np.bool_(restart))
+        batches = [Batch(windows_of((1, 3, 10)), True)]
+        evaluate = make_evaluate(nnx.graphdef(model), batches, where, stateful=stateful)
+        results.append((metrics, state.carry, evaluate(state.params)))
+        assert state.updates.sharding.num_devices == where.everywhere.num_devices
+    assert placement(4).everywhere.num_devices == 4
+    chex.assert_trees_all_close(*jax.device_get(results), rtol=1e-4, atol=1e-6)
 
 
 def test_schedules():

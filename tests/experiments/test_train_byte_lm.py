@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -56,7 +57,7 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
 
 
 def parameters(directory: Path) -> list[np.ndarray]:
-    model, _ = load_trained(directory, latest=True, warn=pytest.fail)
+    model, _ = load_trained(directory, latest=True)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
 
@@ -169,6 +170,7 @@ def test_steps_that_are_not_finite_stop_the_run(corpus: Path, tmp_path: Path):
         ("--tie-kv --expansion 2", "needs expansion = 1, got 2.0"),
         ("--vocab-size 300", "--vocab-size must be 256"),
         ("--data nowhere.txt", "nowhere.txt is no file"),
+        ("--data pipe", "pipe is not a regular file"),
         ("--data empty.txt", "empty.txt holds no bytes"),
         ("--data short.txt", "corpus of 40 bytes leaves 38 for training"),
         ("--resume", "there is no run under runs/"),
@@ -176,6 +178,12 @@ def test_steps_that_are_not_finite_stop_the_run(corpus: Path, tmp_path: Path):
         ("--out taken", "taken already holds a run"),
         ("--out full", "full is not empty"),
         ("--out short.txt", "short.txt is a file"),
+        ("--out short.txt --resume", "short.txt holds no run"),
+        ("--out short.txt/deeper", "short.txt/deeper: Not a directory"),
+        ("--out taken --resume --steps 100", "has done 200 steps: raise --steps"),
+        ("--implementation mosaic_gpu", "use implementation='scan'"),
+        ("--seed 4294967296", "--seed must be below 2**32"),
+        ("--dtype float64", "--dtype float64 is for comparisons"),
         ("--out taken --resume --dim 32", "another configuration, --dim 16 (not 32)"),
         ("--out taken --resume --data short.txt", "another configuration, --data"),
     ],
@@ -186,6 +194,7 @@ def test_mistakes_get_one_sentence(whole: Path, tmp_path: Path, flags: str, sent
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").touch()
     (tmp_path / "taken").symlink_to(whole)
+    os.mkfifo(tmp_path / "pipe")
     before = sorted(tmp_path.rglob("*")), (whole / "run.json").read_bytes()
     done = run(tmp_path, "train_byte_lm.py", *flags.split())
     assert done.returncode == 2
@@ -213,6 +222,34 @@ def test_help_is_quick_and_says_units():
     assert done.returncode == 0
     for flag in ("--data", "--seq-len", "--learning-rate", "--n-state", "--resume"):
         assert flag in done.stdout
+
+
+def test_other_devices_get_a_warning(whole: Path, tmp_path: Path):
+    """The devices on which a run began are part of its bits, so it says where they differ."""
+    shutil.copytree(whole, tmp_path / "run")
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**described, "devices": "1 x abacus"}))
+    done = run(tmp_path, "train_byte_lm.py", "--out", "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "warning: the run began on 1 x abacus" in done.stderr
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["devices"] == "1 x abacus"
+    assert described["resumed"][0]["step"] == 200
+
+
+def test_a_reader_that_stops_reading(whole: Path):
+    sample = subprocess.Popen(
+        command("sample.py", str(whole), "--length", "100000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert sample.stdout is not None
+    assert sample.stdout.read(4) == b"def "
+    sample.stdout.close()
+    with sample:
+        assert sample.stderr is not None
+        assert sample.stderr.read() == b""
+        assert sample.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
 def test_sampling_from_a_run(whole: Path, tmp_path: Path):
