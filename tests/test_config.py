@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -27,6 +28,9 @@ def layer(**changes: Any) -> E88Config:
         ({"expansion": 2.0, "tie_kv": True}, ["tie_kv", "expansion", "1", "2.0"]),
         ({"output_gate": "tanh"}, ["output_gate", "silu", "sigmoid", "none", "tanh"]),
         ({"decay_mode": "gru"}, ["decay_mode", "mamba", "simple", "constant", "none", "gru"]),
+        ({"dtype": "flaot32"}, ["dtype", "float32", "bfloat16", "flaot32"]),
+        ({"implementation": "cuda"}, ["implementation", "scan", "mosaic_gpu", "cuda"]),
+        ({"expansion": float("inf")}, ["expansion", "inf"]),
         ({"head_mix": "mean"}, ["head_mix", "concat", "per_head", "input_weighted", "mean"]),
     ],
 )
@@ -85,8 +89,9 @@ def test_importing_it_starts_no_jax() -> None:
 def test_names_of_the_package() -> None:
     import e88_jax
 
-    for name in e88_jax._HOME:
-        assert getattr(e88_jax, name).__name__ == name
+    for name in e88_jax.__all__:
+        home = importlib.import_module(f"e88_jax.{e88_jax._HOME[name]}")
+        assert getattr(e88_jax, name) is getattr(home, name)
         assert name in dir(e88_jax)
     with pytest.raises(AttributeError, match="nothing_such"):
         _ = e88_jax.nothing_such

@@ -174,3 +174,18 @@ class TestFilterLogits:
         """Also what is too unlikely for a float32 sum of probabilities to notice."""
         logits = np.array([[0.0, -20.0, -30.0, -80.0]], np.float32)
         assert np.all(self.probabilities(logits) > 0)
+
+    @pytest.mark.parametrize("token", [-1, 256])
+    def test_prompts_outside_the_vocabulary(self, model: E88LM, token: int) -> None:
+        vocab_size = model.config.vocab_size
+        token = min(token, vocab_size)
+        with pytest.raises(ValueError, match=f"from 0 to {vocab_size - 1}, got {token} to {token}"):
+            generate_stream(model, np.full((1, 3), token), key=jax.random.key(0))
+
+    def test_prompts_that_are_not_integers(self, model: E88LM) -> None:
+        with pytest.raises(ValueError, match="integers.*float32"):
+            generate_stream(model, np.zeros((1, 3), np.float32), key=jax.random.key(0))
+
+    def test_a_vanishing_temperature_is_greedy(self, model: E88LM) -> None:
+        greedy = draw(model, temperature=0.0)
+        np.testing.assert_array_equal(draw(model, temperature=1e-40), greedy)

@@ -413,3 +413,14 @@ class TestInitialValues:
                 for path, param in nnx.to_flat_state(nnx.state(mixer, nnx.Param)):
                     assert param.dtype == jnp.float32
                     assert path[-1] != "bias"
+
+
+def test_a_state_that_does_not_fit() -> None:
+    config = E88Config(dim=8, n_heads=2, n_state=4, conv_size=3)
+    mixer = E88Mixer(config, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 5, 8))
+    with pytest.raises(ValueError, match=r"batch of 2.*\(2, 2, 4, 4\).*got.*\(3, 2, 4, 4\)"):
+        mixer(x, mixer.init_state(3))
+    without_conv = MixerState(mixer.init_state(2).recurrent, {})
+    with pytest.raises(ValueError, match="batch of 2.*'q'"):
+        mixer(x, without_conv)
