@@ -183,7 +183,7 @@ class TestFilterLogits:
             generate_stream(model, np.full((1, 3), token), key=jax.random.key(0))
 
     def test_prompts_that_are_not_integers(self, model: E88LM) -> None:
-        with pytest.raises(ValueError, match="integers.*float32"):
+        with pytest.raises(ValueError, match=r"integers.*float32"):
             generate_stream(model, np.zeros((1, 3), np.float32), key=jax.random.key(0))
 
     def test_a_vanishing_temperature_is_greedy(self, model: E88LM) -> None:
