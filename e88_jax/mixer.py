@@ -12,6 +12,7 @@ from e88_jax.config import E88Config
 from e88_jax.precision import compute_dtype, wide, wide_dtype
 from e88_jax.projection import Projection
 from e88_jax.recurrence import e88_recurrence
+from e88_jax.reference import document_starts
 from e88_jax.short_conv import ShortConv
 
 NORM_EPSILON = 1e-5
@@ -201,8 +202,7 @@ class E88Mixer(nnx.Module):
         if config.conv_size is not None:
             document = None
             if segment_ids is not None:
-                changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-                document = jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+                document = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
             for name, stream in streams.items():
                 conv: ShortConv = getattr(self, f"{name}_conv")
                 streams[name], new_conv_state[name] = conv(stream, conv_state[name], document)

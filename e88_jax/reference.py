@@ -195,6 +195,12 @@ def _in_pieces(
     return state, out
 
 
+def document_starts(segment_ids: Array) -> Array:
+    """Where the id changes from the step before, `[B, T]` bool; never at step 0."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changes, ((0, 0), (1, 0)))
+
+
 def scan_recurrence(
     q: Array,
     k: Array,
@@ -212,10 +218,7 @@ def scan_recurrence(
     wide = wide_dtype(q.dtype)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, n_state, v.shape[-1]), wide)
-    restart = None
-    if segment_ids is not None:
-        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-        restart = jnp.pad(changes, ((0, 0), (1, 0)))
+    restart = None if segment_ids is None else document_starts(segment_ids)
     run = functools.partial(_steps, linear_state)
     if checkpoint_every > MAX_WRITTEN_OUT:
         run = functools.partial(_in_pieces, run, MAX_WRITTEN_OUT)

@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Path:
             contextlib.closing(Checkpoints(directory / "checkpoints", keep=config.keep))
         )
         if config.resume:
-            run_directory.check_same_data(directory, description)
+            run_directory.check_continues(directory, description)
             if (restored := checkpoints.restore_latest(state)) is None:
                 warn(f"{directory} has no checkpoint yet: starting from step 0.")
             else:

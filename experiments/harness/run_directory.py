@@ -91,7 +91,7 @@ class Description:
     devices: str
 
 
-def check_same_data(directory: Path, now: Description) -> None:
+def check_continues(directory: Path, now: Description) -> None:
     """Holds the run in `directory` against what would continue it.
 
     A different machine only gets a warning: sums are then rounded otherwise.
