@@ -66,13 +66,14 @@ def train(config: TrainConfig) -> Path:
         parameters=count_params(model),
         devices=str(where),
     )
+    if config.resume:
+        run_directory.check_continues(directory, description)
     with contextlib.ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(directory / "checkpoints", keep=config.keep))
         )
         if config.resume:
-            run_directory.check_continues(directory, description)
             if (restored := checkpoints.restore_latest(state)) is None:
                 warn(f"{directory} has no checkpoint yet: starting from step 0.")
             else:
