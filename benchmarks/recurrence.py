@@ -1,0 +1,397 @@
+"""Times the recurrence on a GPU: forward and gradient, against the tanh limit and the scan.
+
+The tanh limit is the time that `tanh.approx.f32` alone takes, one for each element of the state at
+each step, at the clock read while timing. The backward pass recomputes the states, so its limit is
+the same.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from e88_jax.recurrence import Implementation, e88_recurrence
+
+TANH_PER_CYCLE = 16
+"""Of one SM's special-function units, on an H100 or H200: CUDA C++ Programming Guide, throughput of
+arithmetic instructions."""
+L2_BYTES = 50 * 2**20
+"""Of an H100 or H200. Inputs must not stay there from one call to the next."""
+MAX_INPUT_SETS = 16
+REPETITION_SECONDS = 0.025
+SCAN_REPETITIONS = 3
+
+Numbers = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one call; N = V."""
+
+    name: str
+    B: int
+    T: int
+    H: int
+    N: int
+
+    @property
+    def elements(self) -> int:
+        """Of the state, at every step: B * T * H * N * V."""
+        return self.B * self.T * self.H * self.N**2
+
+
+NAMED = {
+    shape.name: shape
+    for shape in (
+        Shape("A", 8, 2048, 72, 32),
+        Shape("B", 8, 512, 384, 32),
+        Shape("C", 1, 2048, 72, 32),
+        Shape("D", 8, 2048, 40, 64),
+        Shape("E", 4, 2048, 16, 128),
+        Shape("F", 8, 2048, 48, 48),
+    )
+}
+# About as many elements of state as A has, whatever N.
+SWEEP = {
+    n: Shape(f"N={n}", 8, 2048, max(1, round(72 * 32 * 32 / n**2)), n)
+    for n in (16, 32, 48, 64, 72, 96, 128)
+}
+PASSES = ("forward", "backward", "forward+backward")
+
+
+class ClockSampler:
+    """Reads the SM clock by nvidia-smi, again and again in a thread while its `with` block runs."""
+
+    def __init__(self) -> None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+        self._query = ["nvidia-smi", f"--id={visible or 0}", "--format=csv,noheader,nounits"]
+        self._samples: list[tuple[float, float]] = []  # seconds, MHz
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "ClockSampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def query(self, what: str) -> str | None:
+        """nvidia-smi's answer, or None without one."""
+        try:
+            command = [*self._query, f"--query-gpu={what}"]
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    def _sample(self) -> None:
+        while (answer := self.query("clocks.sm")) is not None:
+            if answer.isdecimal():
+                self._samples.append((time.perf_counter(), float(answer)))
+            if self._stop.wait(0.01):
+                break
+
+    def median_mhz(self, start: float, stop: float) -> float | None:
+        """Of the samples between two times of `time.perf_counter`; None if there are none."""
+        samples = [mhz for second, mhz in self._samples if start <= second <= stop]
+        return statistics.median(samples) if samples else None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def make_inputs(shape: Shape, dtype: str, key: jax.Array) -> dict[str, jax.Array]:
+    """Normalised q and k, normal v, decay in (0.9, 1), and the gradient of out."""
+    keys = jax.random.split(key, 5)
+    per_step = (shape.B, shape.T, shape.H)
+    q, k, v, d_out = (jax.random.normal(x, (*per_step, shape.N)) for x in keys[:4])
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    narrow = {"q": q, "k": k, "v": v, "d_out": d_out}
+    decay = jax.random.uniform(keys[4], per_step, minval=0.9, maxval=1.0)
+    return {name: x.astype(dtype) for name, x in narrow.items()} | {"decay": decay}
+
+
+def make_programs(
+    implementation: Implementation, checkpoint_every: int
+) -> dict[str, Callable[..., Any]]:
+    """What is timed: inference, and results with the gradients of every input."""
+
+    def run(arrays: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        return e88_recurrence(
+            **arrays, implementation=implementation, checkpoint_every=checkpoint_every
+        )
+
+    @jax.jit
+    def forward(d_out: jax.Array, **arrays: jax.Array) -> Any:
+        del d_out
+        return run(arrays)
+
+    @jax.jit
+    def forward_backward(d_out: jax.Array, **arrays: jax.Array) -> Any:
+        out, pullback = jax.vjp(lambda arrays: run(arrays)[0], arrays)
+        return out, pullback(d_out)
+
+    return {"forward": forward, "forward+backward": forward_backward}
+
+
+def time_calls(
+    program: Callable[..., Any],
+    input_sets: list[dict[str, jax.Array]],
+    repetitions: int,
+    clock: ClockSampler,
+) -> Numbers:
+    """Milliseconds of one call, median and spread over the repetitions, and the clock meanwhile.
+
+    A repetition enqueues several calls and waits once, so that the time to launch is hidden.
+    """
+    sets = itertools.cycle(input_sets)
+
+    def seconds(calls: int) -> float:
+        began = time.perf_counter()
+        result = None
+        for _ in range(calls):
+            result = program(**next(sets))
+        jax.block_until_ready(result)
+        return time.perf_counter() - began
+
+    compile_seconds = seconds(1)
+    seconds(2)
+    calls = min(max(round(REPETITION_SECONDS / (seconds(2) / 2)), 1), 100)
+    began = time.perf_counter()
+    ms = [1e3 * seconds(calls) / calls for _ in range(repetitions)]
+    p10, p50, p90 = (round(float(x), 6) for x in np.percentile(ms, (10, 50, 90)))
+    return {
+        "ms": p50,
+        "p10_ms": p10,
+        "p90_ms": p90,
+        "calls_per_repetition": calls,
+        "compile_seconds": round(compile_seconds, 1),
+        "clock_mhz": clock.median_mhz(began, time.perf_counter()),
+    }
+
+
+def time_shape(
+    shape: Shape,
+    dtype: str,
+    implementation: Implementation,
+    checkpoint_every: int,
+    repetitions: int,
+    clock: ClockSampler,
+) -> tuple[dict[str, Numbers], str | None]:
+    """Numbers of each pass, and what stopped those that are missing."""
+    passes: dict[str, Numbers] = {}
+    size = 4 * shape.B * shape.T * shape.H * shape.N * jnp.dtype(dtype).itemsize
+    n_sets = min(math.ceil(2 * L2_BYTES / size), MAX_INPUT_SETS)
+    try:
+        input_sets = [make_inputs(shape, dtype, jax.random.key(seed)) for seed in range(n_sets)]
+        for name, program in make_programs(implementation, checkpoint_every).items():
+            passes[name] = time_calls(program, input_sets, repetitions, clock)
+            passes[name]["input_sets"] = n_sets
+            print(
+                f"{shape.name} {implementation} {name}: {passes[name]['ms']:.3f} ms, compiled in "
+                f"{passes[name]['compile_seconds']:.1f} s",
+                file=sys.stderr,
+            )
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        return passes, " ".join(str(error).split())
+    both = passes["forward+backward"]
+    ms = round(both["ms"] - passes["forward"]["ms"], 6)
+    backward = {"ms": ms, "clock_mhz": both["clock_mhz"]}
+    return {name: {"backward": backward, **passes}[name] for name in PASSES}, None
+
+
+def time_all(
+    shapes: Sequence[Shape], options: argparse.Namespace, clock: ClockSampler
+) -> list[Numbers]:
+    """One entry for each shape: sizes, and numbers of each pass."""
+    device = jax.devices()[0]
+    sm_count = device.core_count if device.platform == "gpu" else None
+    measured = []
+    for shape in shapes:
+        time_with = functools.partial(
+            time_shape, shape, options.dtype, checkpoint_every=options.checkpoint_every, clock=clock
+        )
+        passes, error = time_with(options.implementation, repetitions=options.repetitions)
+        add_rates(shape, passes, sm_count)
+        entry = {**dataclasses.asdict(shape), "V": shape.N, "elements": shape.elements}
+        measured.append({**entry, "passes": passes, "error": error})
+        if options.scan and passes and options.implementation != "scan":
+            scan, measured[-1]["scan_error"] = time_with("scan", repetitions=SCAN_REPETITIONS)
+            for name in passes.keys() & scan.keys():
+                passes[name]["scan_ms"] = scan[name]["ms"]
+                ratio = scan[name]["ms"] / passes[name]["ms"]
+                passes[name]["times_faster_than_scan"] = round(ratio, 3)
+    sweep = {
+        entry["N"]: entry["passes"] for entry in measured if entry["name"] == f"N={entry['N']}"
+    }
+    for passes in sweep.values():
+        for name in passes.keys() & sweep.get(32, {}).keys():
+            ratio = passes[name]["ps_per_element"] / sweep[32][name]["ps_per_element"]
+            passes[name]["times_n32"] = round(ratio, 3)
+    return measured
+
+
+def tanh_limit_ms(elements: int, sm_count: int, clock_mhz: float) -> float:
+    """Milliseconds of one tanh for each element."""
+    return elements / (sm_count * TANH_PER_CYCLE * clock_mhz * 1e6) * 1e3
+
+
+def add_rates(shape: Shape, passes: dict[str, Numbers], sm_count: int | None) -> None:
+    """Puts into each pass its rates and its ratio to the tanh limit."""
+    for name, numbers in passes.items():
+        numbers["tokens_per_second"] = round(shape.B * shape.T / numbers["ms"] * 1e3)
+        numbers["ps_per_element"] = round(numbers["ms"] * 1e9 / shape.elements, 4)
+        if sm_count is not None and numbers["clock_mhz"] is not None:
+            tanhs = shape.elements * (2 if name == "forward+backward" else 1)
+            limit = tanh_limit_ms(tanhs, sm_count, numbers["clock_mhz"])
+            numbers["tanh_limit_ms"] = round(limit, 6)
+            numbers["times_tanh_limit"] = round(numbers["ms"] / limit, 3)
+
+
+def table(shapes: list[Numbers]) -> str:
+    """One row for each shape and pass."""
+    header = ("shape", "B", "T", "H", "N", "pass", "ms", "p10", "p90", "Mtoken/s", "MHz")
+    header += ("x tanh limit", "ps/element", "x N=32", "scan ms", "x faster")
+    columns = (
+        ("ms", ".3f", 1.0),
+        ("p10_ms", ".3f", 1.0),
+        ("p90_ms", ".3f", 1.0),
+        ("tokens_per_second", ".3f", 1e-6),
+        ("clock_mhz", ".0f", 1.0),
+        ("times_tanh_limit", ".2f", 1.0),
+        ("ps_per_element", ".3f", 1.0),
+        ("times_n32", ".2f", 1.0),
+        ("scan_ms", ".2f", 1.0),
+        ("times_faster_than_scan", ".1f", 1.0),
+    )
+    rows: list[tuple[str, ...]] = [header]
+    for shape in shapes:
+        sizes = [str(shape[key]) for key in ("name", *"BTHN")]
+        for name, numbers in shape["passes"].items():
+            values = [(numbers.get(key), spec, unit) for key, spec, unit in columns]
+            cells = ["-" if x is None else format(unit * x, spec) for x, spec, unit in values]
+            rows.append((*sizes, name, *cells))
+            sizes = [""] * len(sizes)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = {header.index("shape"), header.index("pass")}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Times e88_jax.recurrence.e88_recurrence on the GPU at hand: forward, forward "
+        "with the gradients of every input, and the difference as backward.",
+        epilog="Without --shapes, --shape or --sweep, times every named shape and the sweep.",
+    )
+    named = ", ".join(f"{x.name} ({x.B}, {x.T}, {x.H}, {x.N})" for x in NAMED.values())
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=[],
+        choices=NAMED,
+        metavar="NAME",
+        help=f"by name, (B, T, H, N = V): {named}",
+    )
+    parser.add_argument(
+        "--shape", action="append", default=[], type=_shape, metavar="B,T,H,N", help="any other"
+    )
+    parser.add_argument(
+        "--sweep",
+        action=argparse.BooleanOptionalAction,
+        help=f"N of {', '.join(map(str, SWEEP))} at about as many elements of state as A",
+    )
+    parser.add_argument(
+        "--scan",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time the scan too, for the ratio (slow)",
+    )
+    parser.add_argument(
+        "--implementation", default="mosaic_gpu", choices=get_args(Implementation), help="to time"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--checkpoint-every", type=int, default=32, metavar="STEPS")
+    parser.add_argument(
+        "--repetitions", type=int, default=20, help="of which the median and p10, p90 are taken"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
+    return parser.parse_args(args)
+
+
+def _shape(text: str) -> Shape:
+    try:
+        B, T, H, N = (int(size) for size in text.split(","))
+    except ValueError:
+        message = f"expected B,T,H,N, such as 8,2048,72,32, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+    if min(B, T, H, N) < 1:
+        raise argparse.ArgumentTypeError(f"sizes must be at least 1, got {text!r}")
+    return Shape(text, B, T, H, N)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Times, prints, records; returns 1 if a shape could not be timed."""
+    options = parse(args)
+    shapes = [*(NAMED[name] for name in options.shapes), *options.shape]
+    if not shapes and not options.sweep:
+        shapes = [*NAMED.values()]
+        options.sweep = options.sweep is None
+    shapes += SWEEP.values() if options.sweep else []
+
+    with ClockSampler() as clock:
+        measured = time_all(shapes, options, clock)
+    device = jax.devices()[0]
+    about = {
+        "device": device.device_kind,
+        "driver": clock.query("driver_version"),
+        "jax": importlib.metadata.version("jax"),
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "implementation": options.implementation,
+        "dtype": options.dtype,
+        "checkpoint_every": options.checkpoint_every,
+        "repetitions": options.repetitions,
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(table(measured))
+    if any(numbers["clock_mhz"] is None for x in measured for numbers in x["passes"].values()):
+        print("nvidia-smi gave no clock: no ratio to the tanh limit.")
+    errors = [
+        f"{entry['name']}: {entry[key]}"
+        for entry in measured
+        for key in ("error", "scan_error")
+        if entry.get(key) is not None
+    ]
+    for error in errors:
+        print(error, file=sys.stderr)
+    if options.json is not None:
+        options.json.write_text(json.dumps({**about, "shapes": measured}, indent=2) + "\n")
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What a block reads and writes in device memory, and how it moves through shared memory.
+
+Time goes by in chunks: while a block works on one, bulk tensor copies bring the next one into the
+other slot of a double buffer. All that knows about copies, barriers and alignment is here.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.layouts import HEADS, KEYS
+
+COPY_BYTES = 16
+"""Bytes that the rows and strides of a bulk tensor copy are multiples of."""
+SLOTS = 2
+
+
+class Block(NamedTuple):
+    """The heads and columns of one block."""
+
+    b: Any
+    heads: Any
+    values: Any
+    head_block: Any
+    value_block: Any
+
+    @classmethod
+    def from_index(cls, index: Any, n_heads: int, n_values: int, heads: int, values: int) -> "Block":
+        """Block `index` of `B * (n_heads / heads) * (n_values / values)`, columns fastest."""
+        index, value_block = _divmod(index, n_values // values)
+        b, head_block = _divmod(index, n_heads // heads)
+        own_heads = pl.ds(head_block * heads, heads)
+        own_values = pl.ds(value_block * values, values)
+        return cls(b, own_heads, own_values, head_block, value_block)
+
+    def steps(self, ref: Any, axes: tuple[int, ...], t: Any) -> Any:
+        """Steps t of an array `[B, T, H, ...]`, or `[B, H, scalars, T]` for HEADS."""
+        if axes == HEADS:
+            return ref.at[self.b, self.heads, :, t]
+        if axes == KEYS:
+            return ref.at[self.b, t, self.heads]
+        return ref.at[self.b, t, self.heads, self.values]
+
+
+def _divmod(x: Any, y: int) -> tuple[Any, Any]:
+    return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Time in chunks of `size` steps. Where they do not divide it, the last one begins early enough
+    to be whole, overlaps the one before it, and only its last `left_over` rows are worked on.
+    Scalars and results do not overlap: theirs are the first `left_over` rows."""
+
+    time: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.time < self.size:
+            raise ValueError(f"time must be padded to a chunk, got {self.time} < {self.size}.")
+
+    @property
+    def whole(self) -> int:
+        return self.time // self.size
+
+    @property
+    def left_over(self) -> int:
+        return self.time % self.size
+
+    @property
+    def count(self) -> int:
+        return self.whole + (self.left_over > 0)
+
+    def start(self, i: Any) -> Any:
+        """The step in row 0 of chunk i."""
+        return jnp.minimum(i * self.size, self.time - self.size)
+
+
+class Input(NamedTuple):
+    """An array in device memory, `axes` of it, and its double buffer in shared memory."""
+
+    source: Any
+    slots: Any
+    axes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Inputs that arrive together, chunk by chunk."""
+
+    block: Block
+    chunks: Chunks
+    inputs: Sequence[Input]
+    loaded: Any  # a barrier for each slot, which expects an arrival from each input
+
+    def start(self, i: Any, slot: Any) -> None:
+        """Starts to load chunk i, if there is one, into a slot that the block no longer reads."""
+
+        @pl.when((i >= 0) & (i < self.chunks.count))
+        def _() -> None:
+            for source, slots, axes in self.inputs:
+                if axes == HEADS:  # time is innermost, where a copy begins at 16 bytes
+                    t = pl.ds(i * self.chunks.size, slots.shape[-1])
+                else:
+                    t = pl.ds(self.chunks.start(i), self.chunks.size)
+                plgpu.copy_gmem_to_smem(
+                    self.block.steps(source, axes, t), slots.at[slot], self.loaded.at[slot]
+                )
+
+    def wait(self, slot: Any) -> None:
+        plgpu.barrier_wait(self.loaded.at[slot])
+
+
+def scalars_at_once(chunk: int) -> int:
+    """Steps of scalars that one copy brings: a copy is a multiple of 128 bytes."""
+    return round_up(chunk, 128 // 4)
+
+
+def start_stores(copies: Sequence[tuple[Any, Any]]) -> None:
+    """Starts `(shared, device)` copies of what the block's warps have written.
+
+    Waits for the warps: what any of them read before may be overwritten afterwards.
+    """
+    plgpu.commit_smem()
+    for source, target in copies:
+        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def wait_for_stores(in_flight: int = 0) -> None:
+    """Waits until at most the latest `in_flight` calls of `start_stores` read shared memory."""
+    plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)

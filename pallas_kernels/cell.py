@@ -1,0 +1,73 @@
+"""One step of the recurrence on a block's state in registers, and its gradient.
+
+The state is `[heads, values, keys]`; the formulas are those of `e88_jax.reference`.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.layouts import HEADS, KEYS, VALUES, Registers
+
+
+class Step(NamedTuple):
+    """What one step reads, in registers and float32."""
+
+    k: Array  # KEYS
+    v: Array  # VALUES
+    decay: Array  # HEADS; 0 where a document starts
+    write_gate: Array | None  # HEADS
+    keep: Array | None  # HEADS; 0 where a document starts, else 1
+
+
+class Update(NamedTuple):
+    state: Array  # STATE
+    error: Array  # VALUES: v - S^T k
+    correction: Array  # VALUES: the error times the write gate
+
+
+def _times(registers: Registers, x: Array, scalar: Array | None) -> Array:
+    """`x`, of VALUES, times a scalar for each head."""
+    return x if scalar is None else x * registers.spread(scalar, HEADS, VALUES)
+
+
+def update(registers: Registers, state: Array, x: Step, linear_state: bool) -> Update:
+    k = registers.spread(x.k, KEYS)
+    error = x.v - _times(registers, jnp.sum(state * k, axis=2), x.keep)
+    correction = _times(registers, error, x.write_gate)
+    state = state * registers.spread(x.decay, HEADS) + k * registers.spread(correction, VALUES)
+    return Update(state if linear_state else jnp.tanh(state), error, correction)
+
+
+def read(registers: Registers, state: Array, q: Array) -> Array:
+    """VALUES: S^T q."""
+    return jnp.sum(state * registers.spread(q, KEYS), axis=2)
+
+
+class Gradient(NamedTuple):
+    d_before: Array  # STATE
+    d_sum: Array  # STATE: of what is inside the tanh
+    d_correction: Array  # VALUES
+    d_v: Array  # VALUES
+    d_read: Array  # VALUES: of S^T k
+
+
+def step_back(
+    registers: Registers,
+    after: Array,
+    d_after: Array,
+    q: Array,
+    d_out: Array,
+    x: Step,
+    linear_state: bool,
+) -> Gradient:
+    """The gradients of one step, of what the critical path needs: the rest are sums over them."""
+    k = registers.spread(x.k, KEYS)
+    d_after = d_after + registers.spread(q, KEYS) * registers.spread(d_out, VALUES)
+    d_sum = d_after if linear_state else d_after * (1 - after * after)
+    d_correction = jnp.sum(d_sum * k, axis=2)
+    d_v = _times(registers, d_correction, x.write_gate)
+    d_read = -_times(registers, d_v, x.keep)
+    d_before = d_sum * registers.spread(x.decay, HEADS) + k * registers.spread(d_read, VALUES)
+    return Gradient(d_before, d_sum, d_correction, d_v, d_read)
