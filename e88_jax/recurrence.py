@@ -17,13 +17,63 @@ from e88_jax.reference import scan_recurrence
 
 Implementation = Literal["scan", "mosaic_gpu"]
 
+_MOSAIC_GPU_NEEDS = (9, 0)
+"""Compute capability: Hopper, the first with bulk tensor copies."""
+
 _log = logging.getLogger(__name__)
 
 
-def _mosaic_gpu(*_args: Array | None, **_options: object) -> tuple[Array, Array]:
-    raise NotImplementedError(
-        "implementation='mosaic_gpu' is not part of this version of e88_jax; "
-        "use implementation='scan', which runs on every platform."
+def _unsupported_device() -> str | None:
+    """Why the kernels do not run on the default device, or None if they do."""
+    device = jax.devices()[0]
+    needs = f"needs an NVIDIA GPU of compute capability {'.'.join(map(str, _MOSAIC_GPU_NEEDS))}"
+    if device.platform != "gpu":
+        return f"{needs} or later, got platform {device.platform!r}"
+    capability = device.compute_capability.split(".")
+    # AMD's are such as gfx90a.
+    if not capability[0].isdecimal() or tuple(map(int, capability)) < _MOSAIC_GPU_NEEDS:
+        return f"{needs} or later, got {device.device_kind} of {device.compute_capability}"
+    return None
+
+
+def _require(refusal: str | None) -> None:
+    if refusal is not None:
+        raise NotImplementedError(
+            f"implementation='mosaic_gpu' {refusal}; use implementation='scan', which takes every "
+            "size and dtype on every platform."
+        )
+
+
+def _mosaic_gpu(
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    write_gate: Array | None,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    *,
+    linear_state: bool,
+    checkpoint_every: int,
+) -> tuple[Array, Array]:
+    _require(_unsupported_device())
+    import pallas_kernels  # not every platform's jaxlib has what the kernels import
+
+    _require(pallas_kernels.unsupported(q.shape[-1], v.shape[-1], q.dtype))
+    if q.shape[1] == 1:
+        return pallas_kernels.single_step(
+            q, k, v, decay, write_gate, initial_state, linear_state=linear_state
+        )
+    return pallas_kernels.recurrence(
+        q,
+        k,
+        v,
+        decay,
+        write_gate,
+        initial_state,
+        segment_ids,
+        linear_state=linear_state,
+        checkpoint_every=checkpoint_every,
     )
 
 

@@ -1,10 +1,11 @@
 """The backward kernel: each block replays its columns and carries their gradient back in time.
 
-Segments, of the chunks between two checkpoints, go by from last to first. In each, the chunks are
-first replayed in order, to leave the state before each in device memory (a few states per head,
-whatever T is). Then, from last to first, a chunk is replayed again with every state kept in shared
-memory, and its gradient is taken step by step. What is not on the critical path from one step to
-the one before it, the sums that make the gradients of q and k, is done once for each chunk.
+Segments, of the steps between two checkpoints, go by from last to first. In each, the steps are
+first replayed in order, to leave the state before each group of a few steps in device memory (a
+few states per head, whatever T is). Then, from last to first, a group is replayed again with every
+state kept in shared memory, and its gradient is taken step by step. What is not on the critical
+path from one step to the one before it, the sums that make the gradients of q and k, is done once
+for each group.
 """
 
 from typing import Any, NamedTuple
@@ -24,9 +25,12 @@ from pallas_kernels.blocks import (
     Stream,
     scalars_at_once,
     start_stores,
+    synchronize,
     wait_for_stores,
 )
 from pallas_kernels.column_sums import column_sums
+from pallas_kernels.keys import Keys, TensorCoreKeys
+from pallas_kernels.keys import scratch as keys_scratch
 from pallas_kernels.layouts import HEADS, KEYS, STATE, VALUES
 from pallas_kernels.operands import Operands, load_step
 from pallas_kernels.tuning import Geometry
@@ -48,25 +52,27 @@ def backward(
     d_final_state: Array,
     checkpoints: Array,
     geometry: Geometry,
-    chunks_per_checkpoint: int,
+    checkpoint_every: int,
     *,
     linear_state: bool,
     interpret: Any = None,
 ) -> Gradients:
-    """The gradients of `forward`, whose checkpoints these are, in the same geometry of chunks."""
-    batch, time, n_heads, keys = x.q.shape
+    """The gradients of `forward`, from its checkpoints; one is every so many steps."""
+    batch, _, n_heads, keys = x.q.shape
     n_values = x.v.shape[-1]
     dtype = x.v.dtype
-    heads, values = geometry.heads, geometry.values
+    heads, values, size = geometry.heads, geometry.values, geometry.chunk
     value_blocks = n_values // values
     n_blocks = batch * (n_heads // heads) * value_blocks
-    chunks = Chunks(time, geometry.chunk)
-    size = chunks.size
+    chunks = Chunks(x.time, size)
+    segment_chunks = checkpoint_every // size
     registers = geometry.registers(keys, interpret is not None)
     n_scalars = x.scalars.shape[2]
     n_d_scalars = 1 + x.has_write_gate
     on_tensor_cores = dtype == jnp.bfloat16
     part = dtype if value_blocks == 1 else jnp.float32
+    history = geometry.history
+    groups_per_chunk = size // history
 
     inputs = {
         "q": x.q,
@@ -77,51 +83,49 @@ def backward(
         "d_final_state": d_final_state,
         "checkpoints": checkpoints,
     }
+    d_keys = jax.ShapeDtypeStruct((value_blocks, batch, x.time, n_heads, keys), part)
     outputs = {
-        "d_q": jax.ShapeDtypeStruct((value_blocks, *x.q.shape), part),
-        "d_k": jax.ShapeDtypeStruct((value_blocks, *x.q.shape), part),
-        "d_v": jax.ShapeDtypeStruct(x.v.shape, dtype),
+        "d_q": d_keys,
+        "d_k": d_keys,
+        "d_v": jax.ShapeDtypeStruct((batch, x.time, n_heads, n_values), dtype),
         "d_scalars": jax.ShapeDtypeStruct(
             (value_blocks, batch, n_heads // heads, chunks.count, n_d_scalars, size, heads),
             jnp.float32,
         ),
         "d_initial_state": jax.ShapeDtypeStruct((batch, n_heads, n_values, keys), jnp.float32),
-        # The state before each chunk of a segment: not a result.
+        # The state before each group of a segment: not a result.
         "replayed": jax.ShapeDtypeStruct(
-            (n_blocks, chunks_per_checkpoint, heads, values, keys), dtype
+            (n_blocks, segment_chunks * groups_per_chunk, heads, values, keys), dtype
         ),
     }
-
-    def smem(shape: tuple[int, ...], of: Any = dtype) -> Any:
-        return plgpu.SMEM(shape, of)
-
     lanes = registers.lane_sums_shape[1]
-    history = (heads, values, _padded_row(keys, dtype))
+    row, swizzle = _history_row(keys, dtype)
+    matrix = (heads, values, row)
     scratch = {
-        "k_slots": smem((SLOTS, size, heads, keys)),
-        "v_slots": smem((SLOTS, size, heads, values)),
-        "scalars_slots": smem((SLOTS, heads, n_scalars, scalars_at_once(size)), jnp.float32),
-        "q_slots": smem((SLOTS, size, heads, keys)),
-        "d_out_slots": smem((SLOTS, size, heads, values)),
-        "states": smem((size + 1, *history)),
-        "corrections": smem((size, heads, values), dtype),
-        "d_q_rows": smem((size, heads, keys), part),
-        "d_k_rows": smem((size, heads, keys), part),
-        "d_v_rows": smem((size, heads, values)),
-        "lane_sums": smem((n_d_scalars, size, heads, lanes), jnp.float32),
+        "k_slots": plgpu.SMEM((SLOTS, size, heads, keys), dtype),
+        "v_slots": plgpu.SMEM((SLOTS, size, heads, values), dtype),
+        "scalars_slots": plgpu.SMEM((SLOTS, heads, n_scalars, scalars_at_once(size)), jnp.float32),
+        "q_slots": plgpu.SMEM((SLOTS, size, heads, keys), dtype),
+        "d_out_slots": plgpu.SMEM((SLOTS, size, heads, values), dtype),
+        "states": plgpu.SMEM((history + 1, *matrix), dtype),
+        # The correction and the gradient of what was read.
+        "vectors": plgpu.SMEM((2, history, heads, values), dtype),
+        "d_keys_rows": plgpu.SMEM((2, size, heads, keys), part),  # of q and of k
+        "d_v_rows": plgpu.SMEM((size, heads, values), dtype),
+        "lane_sums": plgpu.SMEM((n_d_scalars, history, heads, lanes), jnp.float32),
         "replay_loaded": plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
         "return_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
     }
     if on_tensor_cores:
-        scratch |= {"d_sums": smem((size, *history)), "d_reads": smem((size, heads, values))}
+        scratch |= {"d_sums": plgpu.SMEM((history, *matrix), dtype)}
+        scratch |= keys_scratch(1, size, heads, keys)
     if x.has_write_gate:
-        scratch |= {"errors": smem((size, heads, values), jnp.float32)}
+        scratch |= {"errors": plgpu.SMEM((history, heads, values), jnp.float32)}
 
     def body(*refs: Any) -> None:
         ref = dict(zip([*inputs, *outputs, *scratch], refs, strict=True))
         index = lax.axis_index("block")
         block = Block.from_index(index, n_heads, n_values, heads, values)
-        replay_slots = ref["k_slots"], ref["v_slots"], ref["scalars_slots"]
         replay_stream = Stream(
             block,
             chunks,
@@ -139,168 +143,266 @@ def backward(
             ref["return_loaded"],
         )
 
-        def state_at(t: Any, name: str = "states") -> Any:
-            return ref[name].at[t, :, :, pl.ds(0, keys)]
+        def matrix_at(name: str, i: Any) -> Any:
+            return ref[name].at[i, :, :, pl.ds(0, keys)]
 
-        def replay(slot: Any, t: Any, state: Array) -> Array:
-            inputs = load_step(registers, x, replay_slots, slot, t, 0)
-            return cell.update(registers, state, inputs, linear_state).state
+        def store_matrix(name: str, i: Any, matrix: Array) -> None:
+            registers.store(matrix_at(name, i), matrix, STATE, swizzle)
 
-        def replay_and_keep(slot: Any, first: int, t: Any, state: Array) -> Array:
-            inputs = load_step(registers, x, replay_slots, slot, t, first)
-            state, error, correction = cell.update(registers, state, inputs, linear_state)
-            registers.store(state_at(t + 1), state, STATE)
-            registers.store(ref["corrections"].at[t], correction, VALUES)
-            if x.has_write_gate:
-                registers.store(ref["errors"].at[t], error, VALUES)
+        def load_state(i: Any) -> Array:
+            return registers.load(matrix_at("states", i), STATE, swizzle)
+
+        def keys_of(slot: Any, return_slot: Any = None) -> Keys:
+            k = ref["k_slots"].at[slot]
+            q = None if return_slot is None else ref["q_slots"].at[return_slot]
+            if not on_tensor_cores:
+                return Keys(registers, k, q)
+            chunk_keys = TensorCoreKeys(registers, k, q, ref["pairs"], ref["halves"])
+            chunk_keys.prepare()
+            synchronize()
+            return chunk_keys
+
+        def kept(group: Any) -> Any:
+            """The state before a group of the segment."""
+            return ref["replayed"].at[index, group]
+
+        def replay(
+            chunk_keys: Keys, slot: Any, rows: range, t0: Any, n: int, state: Array, keep: bool
+        ) -> Array:
+            """Steps t0 to t0 + n of a chunk, with their states and corrections kept or not."""
+            v, scalars = ref["v_slots"].at[slot], ref["scalars_slots"].at[slot]
+
+            def load(t: Any) -> cell.Step:
+                return load_step(chunk_keys, x, v, scalars, t, rows.start)
+
+            next_inputs = load(t0)
+            read = chunk_keys.read_exactly(state, t0)
+            for i in range(n):
+                inputs = next_inputs
+                if i + 1 < n:  # loaded a step ahead: a warp issues in order, and would wait
+                    read_row = chunk_keys.read_row(t0 + i + 1)
+                    next_inputs = load(t0 + i + 1)
+                update = cell.update(chunk_keys, state, read, inputs, linear_state)
+                state = update.state
+                if i + 1 < n:
+                    if linear_state:  # unbounded: too large for half precision
+                        read = chunk_keys.read_exactly(state, t0 + i + 1)
+                    else:
+                        (read,) = chunk_keys.read(state, read_row)
+                if keep:
+                    store_matrix("states", i + 1, state)
+                    registers.store(ref["vectors"].at[0, i], update.correction, VALUES)
+                    if x.has_write_gate:
+                        registers.store(ref["errors"].at[i], update.error, VALUES)
             return state
 
-        def step_back(slot: Any, return_slot: Any, first: int, t: Any, carry: Any) -> Any:
-            after, d_after = carry
-            row = t - first
-            inputs = load_step(registers, x, replay_slots, slot, t, first)
-            q = registers.load(ref["q_slots"].at[return_slot, t], KEYS)
-            d_o = registers.load(ref["d_out_slots"].at[return_slot, t], VALUES)
-            before = registers.load(state_at(t), STATE)
-            d = cell.step_back(registers, after, d_after, q, d_o, inputs, linear_state)
-            registers.store(ref["d_v_rows"].at[row], d.d_v, VALUES)
-            d_decay = registers.lane_sums(d.d_sum * before, STATE)
-            registers.store_lane_sums(ref["lane_sums"].at[0, t], d_decay)
-            if x.has_write_gate:
-                error = registers.load(ref["errors"].at[t], VALUES)
-                d_gate = registers.lane_sums(d.d_correction * error, VALUES)
-                registers.store_lane_sums(ref["lane_sums"].at[1, t], d_gate)
-            if on_tensor_cores:
-                registers.store(state_at(t, "d_sums"), d.d_sum, STATE)
-                registers.store(ref["d_reads"].at[t], d.d_read, VALUES)
-            else:
-                correction = registers.load(ref["corrections"].at[t], VALUES)
-                d_k = d.d_sum * registers.spread(correction, VALUES)
-                d_k = d_k + before * registers.spread(d.d_read, VALUES)
-                d_q = after * registers.spread(d_o, VALUES)
-                registers.store(ref["d_q_rows"].at[row], jnp.sum(d_q, axis=1), KEYS)
-                registers.store(ref["d_k_rows"].at[row], jnp.sum(d_k, axis=1), KEYS)
-            return before, d.d_before
+        def return_over(
+            chunk_keys: Keys,
+            slots: Any,
+            i: Any,
+            rows: range,
+            t0: Any,
+            n: int,
+            state: Array,
+            d_state: Array,
+        ) -> Array:
+            """The gradient of steps t0 to t0 + n of chunk i, from the state before them."""
+            slot, return_slot = slots
+            v, scalars = ref["v_slots"].at[slot], ref["scalars_slots"].at[slot]
 
-        def return_over(i: Any, n: Any, state: Array, d_state: Array, next_i: Any, first: int) -> Any:
-            """The gradient of steps `first` and later of chunk i, the n-th of each stream."""
-            n_replay, n_return = n
-            slot, return_slot = lax.rem(n_replay, SLOTS), lax.rem(n_return, SLOTS)
-            replay_stream.start(next_i, 1 - slot)
-            return_stream.start(i - 1, 1 - return_slot)
-            replay_stream.wait(slot)
-            registers.store(state_at(first), state, STATE)
-            unroll = geometry.unroll_of(size - first)
-            state = lax.fori_loop(
-                first, size, lambda t, s: replay_and_keep(slot, first, t, s), state, unroll=unroll
-            )
-            if on_tensor_cores:
-                for t in range(first):  # finite, for the products that leave them out
-                    registers.store(state_at(t), registers.full(0.0), STATE)
-                    registers.store(state_at(t, "d_sums"), registers.full(0.0), STATE)
-            return_stream.wait(return_slot)
-            wait_for_stores()
-            _, d_state = lax.fori_loop(
-                0,
-                size - first,
-                lambda t, c: step_back(slot, return_slot, first, size - 1 - t, c),
-                (state, d_state),
-                unroll=unroll,
-            )
-            plgpu.commit_smem()  # what follows reads what other warps wrote
+            def load(j: int) -> Any:
+                t = t0 + j
+                return (
+                    load_step(chunk_keys, x, v, scalars, t, rows.start),
+                    chunk_keys.sum_row(t),
+                    registers.load(ref["d_out_slots"].at[return_slot, t], VALUES),
+                    load_state(j),
+                )
+
+            store_matrix("states", 0, state)
+            state = registers.wide(state, STATE)
+            after = replay(chunk_keys, slot, rows, t0, n, state, keep=True)
+            next_loaded = load(n - 1)
+            for j in reversed(range(n)):
+                inputs, sum_row, d_o, before = next_loaded
+                if j:
+                    next_loaded = load(j - 1)
+                before = registers.wide(before, STATE)
+                d = cell.step_back(chunk_keys, after, d_state, d_o, sum_row, inputs, linear_state)
+                row = t0 + (j - rows.start)
+                registers.store(ref["d_v_rows"].at[row], d.d_v, VALUES)
+                sums = registers.lane_sums(d.d_sum, before, STATE)
+                registers.store_lane_sums(ref["lane_sums"].at[0, j], sums)
+                if x.has_write_gate:
+                    error = registers.load(ref["errors"].at[j], VALUES)
+                    sums = registers.lane_sums(d.d_correction, error, VALUES)
+                    registers.store_lane_sums(ref["lane_sums"].at[1, j], sums)
+                if on_tensor_cores:
+                    store_matrix("d_sums", j, d.narrow)
+                    registers.store(ref["vectors"].at[1, j], d.d_read, VALUES)
+                else:
+                    correction = registers.load(ref["vectors"].at[0, j], VALUES)
+                    d_k = d.d_sum * registers.spread(correction, VALUES)
+                    d_k = d_k + before * registers.spread(d.d_read, VALUES)
+                    d_q = after * registers.spread(d_o, VALUES)
+                    d_q, d_k = (jnp.sum(d, axis=1) for d in (d_q, d_k))
+                    registers.store(ref["d_keys_rows"].at[0, row], d_q, KEYS)
+                    registers.store(ref["d_keys_rows"].at[1, row], d_k, KEYS)
+                after, d_state = before, d.d_before
+            synchronize()  # what follows reads what other warps wrote
+            row = t0 - rows.start
             if on_tensor_cores:
                 column_sums(
                     ref["states"],
                     ref["d_sums"],
-                    ref["d_out_slots"].at[return_slot],
-                    ref["corrections"],
-                    ref["d_reads"],
-                    ref["d_q_rows"],
-                    ref["d_k_rows"],
-                    first,
+                    ref["d_out_slots"].at[return_slot, pl.ds(t0, n)],
+                    ref["vectors"],
+                    ref["d_keys_rows"].at[:, pl.ds(row, n)],
+                    swizzle,
                     interpret is not None,
                 )
             for j in range(n_d_scalars):
                 target = ref["d_scalars"].at[block.value_block, block.b, block.head_block, i, j]
-                registers.add_lanes(ref["lane_sums"].at[j], target)
-            t = pl.ds(chunks.start(i) + first, size - first)
-            rows = pl.ds(0, size - first)
+                registers.add_lanes(ref["lane_sums"].at[j], target.at[pl.ds(row, history)])
+            synchronize()  # what follows overwrites it
+            return d_state
+
+        def return_over_chunk(n: Any, i: Any, group: Any, rows: range, kept_state: Array,
+                              d_state: Array) -> Any:
+            """The gradient of these rows of chunk i, which is loaded.
+
+            `kept_state` is the state before its last group, number `group` of the segment.
+            """
+            slots = tuple(lax.rem(m, SLOTS) for m in n)
+            return_stream.start(i - 1, 1 - slots[1])
+            return_stream.wait(slots[1])
+            wait_for_stores()
+            chunk_keys = keys_of(*slots)
+            whole, left_over = divmod(len(rows), history)
+
+            def one(group: Any, t0: Any, steps: int, carry: Any) -> Any:
+                kept_state, d_state = carry
+                # Loaded a group ahead, as it comes from device memory.
+                next_state = registers.load(kept(jnp.maximum(group - 1, 0)), STATE)
+                d_state = return_over(
+                    chunk_keys, slots, i, rows, t0, steps, kept_state, d_state
+                )
+                return next_state, d_state
+
+            carry = kept_state, d_state
+            if left_over:
+                carry = one(group, rows.stop - left_over, left_over, carry)
+                group = group - 1
+            carry = lax.fori_loop(
+                0,
+                whole,
+                lambda j, carry: one(
+                    group - j, rows.start + (whole - 1 - j) * history, history, carry
+                ),
+                carry,
+            )
+            t = pl.ds(chunks.start(i) + rows.start, len(rows))
+            results = pl.ds(0, len(rows))
             start_stores(
                 [
-                    (ref["d_q_rows"].at[rows], block.steps(ref["d_q"].at[block.value_block], KEYS, t)),
-                    (ref["d_k_rows"].at[rows], block.steps(ref["d_k"].at[block.value_block], KEYS, t)),
-                    (ref["d_v_rows"].at[rows], block.steps(ref["d_v"], VALUES, t)),
+                    (
+                        ref["d_keys_rows"].at[j, results],
+                        block.steps(ref[name].at[block.value_block], KEYS, t),
+                    )
+                    for j, name in enumerate(("d_q", "d_k"))
                 ]
+                + [(ref["d_v_rows"].at[results], block.steps(ref["d_v"], VALUES, t))]
             )
-            return (n_replay + 1, n_return + 1), d_state
+            return carry
 
-        def segment(s: Any, n: Any, d_state: Array, count: int, first: int) -> Any:
-            """The gradient of segment s, of `count` chunks; steps `first` and later of its last."""
-            base = s * chunks_per_checkpoint
-            before_segment = s * chunks_per_checkpoint - chunks_per_checkpoint
+        def segment(s: Any, n: Any, d_state: Array, count: int, last_rows: range) -> Any:
+            """The gradient of segment s, of `count` chunks, of which the last has these rows."""
+            base = s * segment_chunks
+            before_segment = base - segment_chunks
             state = registers.load(
                 ref["checkpoints"].at[block.b, block.heads, s, block.values], STATE
             )
+            state = registers.wide(state, STATE)
+            whole_chunk = range(size)
 
-            def keep(c: Any, state: Array) -> None:
-                registers.store(ref["replayed"].at[index, c], state, STATE)
+            def replay_groups(slot: Any, rows: range, groups: int, group: Any, state: Array) -> Any:
+                chunk_keys = keys_of(slot)
 
-            def kept(c: Any) -> Array:
-                return registers.load(ref["replayed"].at[index, c], STATE)
+                def one(g: Any, state: Array) -> Array:
+                    registers.store(kept(group + g), state, STATE)
+                    t0 = rows.start + g * history
+                    return replay(chunk_keys, slot, rows, t0, history, state, keep=False)
+
+                return lax.fori_loop(0, groups, one, state)
 
             def replay_chunk(c: Any, carry: Any) -> Any:
                 (n_replay, n_return), state = carry
                 slot = lax.rem(n_replay, SLOTS)
                 replay_stream.start(base + c + 1, 1 - slot)
-                keep(c, state)
                 replay_stream.wait(slot)
-                state = lax.fori_loop(
-                    0, size, lambda t, s: replay(slot, t, s), state, unroll=geometry.unroll
+                state = replay_groups(
+                    slot, whole_chunk, groups_per_chunk, c * groups_per_chunk, state
                 )
-                plgpu.commit_smem()  # every warp has read the slot
+                synchronize()  # every warp has read the slot
                 return (n_replay + 1, n_return), state
 
             n, state = lax.fori_loop(0, count - 1, replay_chunk, (n, state))
 
-            def next_after(c: Any) -> Any:
-                return jnp.where(c > 0, base + c - 1, before_segment)
-
-            n, d_state = return_over(
-                base + count - 1, n, state, d_state, next_after(jnp.int32(count - 1)), first
+            # The last chunk stays loaded between its replay and its return.
+            slot = lax.rem(n[0], SLOTS)
+            c = count - 1
+            replay_stream.start(
+                base + c - 1 if count > 1 else before_segment, 1 - slot
             )
+            replay_stream.wait(slot)
+            groups = -(-len(last_rows) // history) - 1
+            state = replay_groups(slot, last_rows, groups, c * groups_per_chunk, state)
+            synchronize()  # every warp has read the keys that are to be prepared again
+            kept_state, d_state = return_over_chunk(
+                n, base + c, c * groups_per_chunk + groups, last_rows, state.astype(dtype), d_state
+            )
+            n = n[0] + 1, n[1] + 1
 
             def return_over_earlier(j: Any, carry: Any) -> Any:
-                n, d_state = carry
+                n, kept_state, d_state = carry
                 c = count - 2 - j
-                return return_over(base + c, n, kept(c), d_state, next_after(c), 0)
+                slot = lax.rem(n[0], SLOTS)
+                next_chunk = jnp.where(c > 0, base + c - 1, before_segment)
+                replay_stream.start(next_chunk, 1 - slot)
+                replay_stream.wait(slot)
+                kept_state, d_state = return_over_chunk(
+                    n, base + c, (c + 1) * groups_per_chunk - 1, whole_chunk, kept_state, d_state
+                )
+                return (n[0] + 1, n[1] + 1), kept_state, d_state
 
-            return lax.fori_loop(0, count - 1, return_over_earlier, (n, d_state))
+            n, _, d_state = lax.fori_loop(
+                0, count - 1, return_over_earlier, (n, kept_state, d_state)
+            )
+            return n, d_state
 
-        first = size - chunks.left_over if chunks.left_over else 0
-        n_segments = -(-chunks.count // chunks_per_checkpoint)
-        last_count = chunks.count - (n_segments - 1) * chunks_per_checkpoint
-        last_start = (n_segments - 1) * chunks_per_checkpoint
         zero = jnp.int32(0)
+        n = zero, zero  # chunks that came in each stream
+        n_segments = -(-chunks.count // segment_chunks)
+        last_start = (n_segments - 1) * segment_chunks
+        last_count = chunks.count - last_start
         replay_stream.start(jnp.int32(last_start), zero)
         return_stream.start(jnp.int32(chunks.count - 1), zero)
-        n = zero, zero
-        d_state = registers.load(
-            ref["d_final_state"].at[block.b, block.heads, block.values], STATE
-        )
+        source = ref["d_final_state"].at[block.b, block.heads, block.values]
+        d_state = registers.load(source, STATE)
         n_alike = n_segments
-        if first or last_count < chunks_per_checkpoint:
+        if chunks.whole < chunks.count or last_count < segment_chunks:
             n_alike -= 1
-            n, d_state = segment(jnp.int32(n_alike), n, d_state, last_count, first)
+            last_rows = chunks.last_rows
+            n, d_state = segment(jnp.int32(n_alike), n, d_state, last_count, last_rows)
         if n_alike:
             _, d_state = lax.fori_loop(
                 0,
                 n_alike,
-                lambda j, c: segment(n_alike - 1 - j, *c, chunks_per_checkpoint, 0),
+                lambda j, c: segment(n_alike - 1 - j, *c, segment_chunks, range(size)),
                 (n, d_state),
             )
-        registers.store(
-            ref["d_initial_state"].at[block.b, block.heads, block.values], d_state, STATE
-        )
+        target = ref["d_initial_state"].at[block.b, block.heads, block.values]
+        registers.store(target, d_state, STATE)
         wait_for_stores()
 
     d_q, d_k, d_v, d_scalars, d_initial_state, _ = plgpu.kernel(
@@ -313,20 +415,24 @@ def backward(
             approx_math=dtype == jnp.bfloat16,
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=8192,
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )(*inputs.values())
     return Gradients(d_q, d_k, d_v, _in_time(d_scalars, chunks), d_initial_state)
 
 
-def _padded_row(keys: int, dtype: Any) -> int:
-    """Keys of a row of the history: of bfloat16, an odd number of 16 bytes.
+def _history_row(keys: int, dtype: Any) -> tuple[int, int]:
+    """Elements of a row of the history, and the swizzle of its 16 bytes, in bytes.
 
-    8 rows then fall on different banks, both where lanes hold neighbouring columns and where the
-    tensor cores load 8 x 8 matrices.
+    In bfloat16, 8 rows must fall on different banks where the tensor cores load 8 x 8 matrices: an
+    odd number of 16 bytes does that, and so does a swizzle of rows of 64 or 128 bytes.
     """
-    per_16_bytes = 8
-    return keys + per_16_bytes if dtype == jnp.bfloat16 and keys // per_16_bytes % 2 == 0 else keys
+    if dtype != jnp.bfloat16:
+        return keys, 16
+    if keys in (32, 64):
+        return keys, 2 * keys
+    return (keys if keys // 8 % 2 else keys + 8), 16
 
 
 def _in_time(d_scalars: Array, chunks: Chunks) -> Array:
@@ -334,7 +440,6 @@ def _in_time(d_scalars: Array, chunks: Chunks) -> Array:
     x = jnp.moveaxis(d_scalars, 6, 3)
     x = x.reshape(*x.shape[:2], -1, *x.shape[4:])  # [P, B, H, chunks, S, size]
     x = jnp.moveaxis(x, 3, 4)
-    whole = x[..., : chunks.whole, :].reshape(*x.shape[:4], -1)
-    if not chunks.left_over:
-        return whole
-    return jnp.concatenate([whole, x[..., -1, chunks.size - chunks.left_over :]], axis=-1)
+    rows = len(chunks.last_rows)
+    earlier = x[..., :-1, :].reshape(*x.shape[:4], -1)
+    return jnp.concatenate([earlier, x[..., -1, :rows]], axis=-1)

@@ -57,32 +57,34 @@ def round_up(x: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """Time in chunks of `size` steps. Where they do not divide it, the last one begins early enough
-    to be whole, overlaps the one before it, and only its last `left_over` rows are worked on.
-    Scalars and results do not overlap: theirs are the first `left_over` rows."""
+    """Time in chunks of `size` steps.
+
+    Where they do not divide it, the last chunk begins early enough to be whole, overlaps the one
+    before it, and only its last rows are worked on; if there is one chunk only, its first rows.
+    Scalars and results do not overlap: theirs are rows 0 and later.
+    """
 
     time: int
     size: int
-
-    def __post_init__(self) -> None:
-        if self.time < self.size:
-            raise ValueError(f"time must be padded to a chunk, got {self.time} < {self.size}.")
 
     @property
     def whole(self) -> int:
         return self.time // self.size
 
     @property
-    def left_over(self) -> int:
-        return self.time % self.size
+    def count(self) -> int:
+        return -(-self.time // self.size)
 
     @property
-    def count(self) -> int:
-        return self.whole + (self.left_over > 0)
+    def last_rows(self) -> range:
+        """The rows of the last chunk to work on."""
+        left_over = self.time - (self.count - 1) * self.size
+        first = self.size - left_over if self.count > 1 else 0
+        return range(first, first + left_over)
 
     def start(self, i: Any) -> Any:
         """The step in row 0 of chunk i."""
-        return jnp.minimum(i * self.size, self.time - self.size)
+        return jnp.minimum(i * self.size, max(self.time - self.size, 0))
 
 
 class Input(NamedTuple):
@@ -125,12 +127,17 @@ def scalars_at_once(chunk: int) -> int:
     return round_up(chunk, 128 // 4)
 
 
+def synchronize() -> None:
+    """Waits for the warps of the block, and makes what they wrote visible to all of them."""
+    plgpu.commit_smem()
+
+
 def start_stores(copies: Sequence[tuple[Any, Any]]) -> None:
     """Starts `(shared, device)` copies of what the block's warps have written.
 
     Waits for the warps: what any of them read before may be overwritten afterwards.
     """
-    plgpu.commit_smem()
+    synchronize()
     for source, target in copies:
         plgpu.copy_smem_to_gmem(source, target, commit_group=False)
     plgpu.commit_smem_to_gmem_group()

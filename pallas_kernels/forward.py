@@ -1,6 +1,5 @@
 """The forward kernel: each block carries the state of its columns through time in registers."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import cell
-from pallas_kernels.blocks import SLOTS, Block, Chunks, Input, Stream, scalars_at_once, start_stores, wait_for_stores
+from pallas_kernels.blocks import (
+    SLOTS,
+    Block,
+    Chunks,
+    Input,
+    Stream,
+    scalars_at_once,
+    start_stores,
+    synchronize,
+    wait_for_stores,
+)
+from pallas_kernels.keys import Keys, TensorCoreKeys
+from pallas_kernels.keys import scratch as keys_scratch
 from pallas_kernels.layouts import HEADS, KEYS, STATE, VALUES
 from pallas_kernels.operands import Operands, load_step
 from pallas_kernels.tuning import Geometry
@@ -20,44 +31,50 @@ def forward(
     x: Operands,
     initial_state: Array | None,
     geometry: Geometry,
-    chunks_per_checkpoint: int | None,
+    checkpoint_every: int | None,
     *,
     linear_state: bool,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array | None]:
     """Returns out `[B, T, H, V]`, the final state `[B, H, V, N]` and checkpoints, if wanted.
 
-    Checkpoint i, of `[B, H, checkpoints, V, N]`, is the state before chunk
-    `i * chunks_per_checkpoint` in v's dtype.
+    Checkpoint i, of `[B, H, checkpoints, V, N]`, is the state before step `i * checkpoint_every`,
+    a multiple of a chunk, in v's dtype.
     """
-    batch, time, n_heads, keys = x.q.shape
+    batch, _, n_heads, keys = x.q.shape
     n_values = x.v.shape[-1]
     dtype = x.v.dtype
     heads, values = geometry.heads, geometry.values
-    chunks = Chunks(time, geometry.chunk)
+    chunks = Chunks(x.time, geometry.chunk)
     registers = geometry.registers(keys, interpret is not None)
     n_scalars = x.scalars.shape[2]
+    on_tensor_cores = dtype == jnp.bfloat16 and not linear_state
 
     inputs = {"q": x.q, "k": x.k, "v": x.v, "scalars": x.scalars}
     if initial_state is not None:
         inputs["initial_state"] = initial_state
     outputs = {
-        "out": jax.ShapeDtypeStruct(x.v.shape, dtype),
+        "out": jax.ShapeDtypeStruct((batch, x.time, n_heads, n_values), dtype),
         "final_state": jax.ShapeDtypeStruct((batch, n_heads, n_values, keys), jnp.float32),
     }
-    if chunks_per_checkpoint is not None:
-        n_checkpoints = -(-chunks.count // chunks_per_checkpoint)
+    if checkpoint_every is not None:
+        n_checkpoints = -(-x.time // checkpoint_every)
         outputs["checkpoints"] = jax.ShapeDtypeStruct(
             (batch, n_heads, n_checkpoints, n_values, keys), dtype
         )
     scratch = {
-        "q_slots": plgpu.SMEM((SLOTS, geometry.chunk, heads, keys), dtype),
-        "k_slots": plgpu.SMEM((SLOTS, geometry.chunk, heads, keys), dtype),
-        "v_slots": plgpu.SMEM((SLOTS, geometry.chunk, heads, values), dtype),
-        "scalars_slots": plgpu.SMEM((SLOTS, heads, n_scalars, scalars_at_once(chunks.size)), jnp.float32),
-        "out_slots": plgpu.SMEM((SLOTS, geometry.chunk, heads, values), dtype),
+        "q_slots": plgpu.SMEM((SLOTS, chunks.size, heads, keys), dtype),
+        "k_slots": plgpu.SMEM((SLOTS, chunks.size, heads, keys), dtype),
+        "v_slots": plgpu.SMEM((SLOTS, chunks.size, heads, values), dtype),
+        "scalars_slots": plgpu.SMEM(
+            (SLOTS, heads, n_scalars, scalars_at_once(chunks.size)), jnp.float32
+        ),
+        "out_slots": plgpu.SMEM((SLOTS, chunks.size, heads, values), dtype),
         "loaded": plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
     }
+
+    if on_tensor_cores:
+        scratch |= keys_scratch(2, chunks.size, heads, keys)
 
     def body(*refs: Any) -> None:
         ref = dict(zip([*inputs, *outputs, *scratch], refs, strict=True))
@@ -74,36 +91,58 @@ def forward(
             ref["loaded"],
         )
 
-        def step(slot: Any, first: int, t: Any, state: Array) -> Array:
-            q = registers.load(ref["q_slots"].at[slot, t], KEYS)
-            slots = ref["k_slots"], ref["v_slots"], ref["scalars_slots"]
-            inputs = load_step(registers, x, slots, slot, t, first)
-            state = cell.update(registers, state, inputs, linear_state).state
-            out = cell.read(registers, state, q)
-            registers.store(ref["out_slots"].at[slot, t - first], out, VALUES)
-            return state
-
-        def chunk(i: Any, state: Array, first: int = 0) -> Array:
-            """Steps `first` and later of chunk i."""
+        def chunk(i: Any, state: Array, rows: range = range(chunks.size)) -> Array:
+            """These rows of chunk i."""
             slot = lax.rem(i, SLOTS)
             stream.start(i + 1, 1 - slot)
-            if chunks_per_checkpoint is not None:
-                checkpoint, rest = lax.div(i, chunks_per_checkpoint), lax.rem(i, chunks_per_checkpoint)
+            if checkpoint_every is not None:
+                chunks_per_checkpoint = checkpoint_every // chunks.size
 
-                @pl.when(rest == 0)
+                @pl.when(lax.rem(i, chunks_per_checkpoint) == 0)
                 def _() -> None:
+                    checkpoint = lax.div(i, chunks_per_checkpoint)
                     target = ref["checkpoints"].at[block.b, block.heads, checkpoint, block.values]
                     registers.store(target, state, STATE)
+
+            chunk_keys = Keys(registers, ref["k_slots"].at[slot], ref["q_slots"].at[slot])
+            if on_tensor_cores:
+                chunk_keys = TensorCoreKeys(
+                    registers, chunk_keys.k, chunk_keys.q, ref["pairs"], ref["halves"]
+                )
+            v, scalars = ref["v_slots"].at[slot], ref["scalars_slots"].at[slot]
+
+            def load(t: Any) -> cell.Step:
+                return load_step(chunk_keys, x, v, scalars, t, rows.start)
+
+            def step(t: Any, carry: Any) -> Any:
+                # Loaded a step ahead: a warp issues in order, and would wait for them.
+                state, read, inputs = carry
+                next_t = jnp.minimum(t + 1, rows.stop - 1)
+                read_row = chunk_keys.read_row(next_t, t)
+                next_inputs = load(next_t)
+                state = cell.update(chunk_keys, state, read, inputs, linear_state).state
+                # What the next step reads and o_t are sums over the same state.
+                read, out = chunk_keys.read(state, read_row)
+                registers.store(ref["out_slots"].at[slot, t - rows.start], out, VALUES)
+                return state, read, next_inputs
 
             stream.wait(slot)
             # The slot of the results was read by the copy started two chunks ago.
             wait_for_stores(SLOTS - 1)
-            state = lax.fori_loop(
-                first, chunks.size, functools.partial(step, slot, first), state, unroll=geometry.unroll_of(chunks.size-first)
+            if isinstance(chunk_keys, TensorCoreKeys):
+                chunk_keys.prepare()
+                synchronize()
+            inputs = load(rows.start)
+            read = chunk_keys.read_exactly(state, rows.start)
+            state, _, _ = lax.fori_loop(
+                rows.start,
+                rows.stop,
+                step,
+                (state, read, inputs),
+                unroll=geometry.unroll_of(len(rows)),
             )
-            steps = chunks.size - first
-            t = pl.ds(chunks.start(i) + first, steps)
-            results = ref["out_slots"].at[slot, pl.ds(0, steps)]
+            t = pl.ds(chunks.start(i) + rows.start, len(rows))
+            results = ref["out_slots"].at[slot, pl.ds(0, len(rows))]
             start_stores([(results, block.steps(ref["out"], VALUES, t))])
             return state
 
@@ -111,10 +150,11 @@ def forward(
         if initial_state is None:
             state = registers.full(0.0)
         else:
-            state = registers.load(ref["initial_state"].at[block.b, block.heads, block.values], STATE)
+            source = ref["initial_state"].at[block.b, block.heads, block.values]
+            state = registers.load(source, STATE)
         state = lax.fori_loop(0, chunks.whole, chunk, state)
-        if chunks.left_over:
-            state = chunk(jnp.int32(chunks.whole), state, chunks.size - chunks.left_over)
+        if chunks.whole < chunks.count:
+            state = chunk(jnp.int32(chunks.whole), state, chunks.last_rows)
         registers.store(ref["final_state"].at[block.b, block.heads, block.values], state, STATE)
         wait_for_stores()
 
@@ -134,4 +174,3 @@ def forward(
     )(*inputs.values())
     out, final_state, *checkpoints = results
     return out, final_state, checkpoints[0] if checkpoints else None
-

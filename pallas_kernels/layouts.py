@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, math, vector
 
 WARPS = 4
 COLUMN_LANES = 8
@@ -59,9 +59,8 @@ class Registers:
         vector = keys_per_vector(self.keys)
         warp_tile = (1, COLUMN_LANES, KEY_LANES * vector)
         block_tile = (self.heads, COLUMN_LANES * WARPS // self.heads, KEY_LANES * vector)
-        # Columns vary fastest over lanes: 8 lanes read one address of k, and rows of the history
-        # that are padded to an odd number of 16 bytes fall on different banks.
-        state = _tiled((block_tile, warp_tile, (vector,)), (-7, -6), (-2, -3), -1)
+        # Keys vary fastest over lanes, as in the results of the tensor cores.
+        state = tiled((block_tile, warp_tile, (vector,)), (-7, -6), (-3, -2), -1)
         return {
             STATE: state,
             VALUES: state.reduce(2),
@@ -69,43 +68,112 @@ class Registers:
             HEADS: state.reduce(2).reduce(1),
         }
 
+    def layout(self, axes: tuple[int, ...]) -> Any:
+        return self._layouts[axes]
+
     def cast(self, x: Array, axes: tuple[int, ...]) -> Array:
         return x if self.interpret else plgpu.layout_cast(x, self._layouts[axes])
 
-    def load(self, ref: Any, axes: tuple[int, ...]) -> Array:
-        """What `ref`, of the axes given, holds, as float32 in registers."""
-        if self.interpret:
-            return ref[...].astype(jnp.float32)
-        return _load(ref, self._layouts[axes]).astype(jnp.float32)
+    def load(self, ref: Any, axes: tuple[int, ...], swizzle: int = 16) -> Array:
+        """What `ref`, of the axes given, holds, in its dtype."""
+        return ref[...] if self.interpret else _load(ref, self._layouts[axes], swizzle)
 
-    def store(self, ref: Any, x: Array, axes: tuple[int, ...]) -> None:
+    def wide(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """x in float32."""
+        if self.interpret or x.dtype == jnp.float32:
+            return x.astype(jnp.float32)
+        layout = self._layouts[axes]
+
+        @plgpu.inline_mgpu(
+            arg_types=(layout,),
+            return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout),
+        )
+        def widen(_: Any, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+            registers = np.empty(x.registers.shape, dtype=object)
+            for index, register in np.ndenumerate(x.registers):
+                registers[index] = _widen_bfloat16(register)
+            return mgpu.FragmentedArray(
+                _registers=registers, _layout=x.layout, _is_signed=None
+            )
+
+        return widen(x)
+
+    def sums_over_keys(self, x: Array, *ys: Array) -> tuple[Array, ...]:
+        """VALUES: for each y of KEYS, the sum of x y over keys. x is a STATE, all are float32.
+
+        The sums for all the ys are interleaved: their shuffles wait for each other's.
+        """
+        ys = tuple(self.spread(y, KEYS) for y in ys)
+        if self.interpret:
+            return tuple(jnp.sum(x * y, axis=2) for y in ys)
+        state, values = self._layouts[STATE], self._layouts[VALUES]
+        result = plgpu.ShapeDtypeStruct(self._shape(VALUES), jnp.float32, values)
+
+        @plgpu.inline_mgpu(arg_types=(state,) * (1 + len(ys)), return_type=(result,) * len(ys))
+        def add(_: Any, x: mgpu.FragmentedArray, *ys: mgpu.FragmentedArray) -> Any:
+            over_keys = (False,) * 3 + tuple(x.layout.tiling.tile_dimension(2))
+            over_keys = over_keys[-x.registers.ndim :]
+            kept = tuple(1 if r else n for r, n in zip(over_keys, x.registers.shape, strict=True))
+            summed = tuple(n if r else 1 for r, n in zip(over_keys, x.registers.shape, strict=True))
+            sums = []
+            for y in ys:
+                for index in np.ndindex(*kept):
+                    here = [
+                        tuple(i + j for i, j in zip(index, offset, strict=True))
+                        for offset in np.ndindex(*summed)
+                    ]
+                    sums.append(_dot([(x.registers[i], y.registers[i]) for i in here]))
+            for stride in (1, 2):
+                others = [mgpu.utils.shfl_bfly(value, stride) for value in sums]
+                sums = [arith.addf(a, b) for a, b in zip(sums, others, strict=True)]
+            layout = values.to_mgpu()
+            shape = layout.registers_shape(self._shape(VALUES))
+            per_y = np.array([None] * len(sums), dtype=object)
+            per_y[:] = [_as_vector(value) for value in sums]
+            return tuple(
+                mgpu.FragmentedArray(
+                    _registers=registers.reshape(shape), _layout=layout, _is_signed=None
+                )
+                for registers in np.split(per_y, len(ys))
+            )
+
+        return add(x, *ys)
+
+    def store(self, ref: Any, x: Array, axes: tuple[int, ...], swizzle: int = 16) -> None:
         """Writes x, in the dtype of `ref`; both have the axes given."""
         x = x.astype(ref.dtype)
         if self.interpret:
             ref[...] = x
         else:
-            _store(ref, x, self._layouts[axes])
+            _store(ref, x, self._layouts[axes], swizzle)
 
-    def lane_sums(self, x: Array, axes: tuple[int, ...]) -> Array:
-        """`[heads, lanes]`: numbers that add up to the sum of x over each head, one for each lane.
+    def lane_sums(self, x: Array, y: Array, axes: tuple[int, ...]) -> Array:
+        """`[heads, lanes]`: numbers that add up to the sum of x y over each head, one per lane.
 
         Leaves the sum over lanes for later, when it can be done for many steps at once.
         """
         heads, lanes = shape = self.lane_sums_shape
         if self.interpret:
-            total = jnp.sum(x.reshape(heads, -1), axis=1, keepdims=True)
+            total = jnp.sum((x * y).reshape(heads, -1), axis=1, keepdims=True)
             return jnp.pad(total, ((0, 0), (0, lanes - 1)))
         layout = self._lane_layout
         share = 1 if axes == STATE else 1 / KEY_LANES  # lanes that split the keys hold the same
 
         @plgpu.inline_mgpu(
-            arg_types=(self._layouts[axes],),
+            arg_types=(self._layouts[axes],) * 2,
             return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout),
         )
-        def add(_: Any, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-            return _sum_registers(x, shape, layout.to_mgpu(), share)
+        def add(_: Any, x: mgpu.FragmentedArray, y: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+            total = _dot(list(zip(x.registers.flat, y.registers.flat, strict=True)))
+            if share != 1:
+                total = arith.mulf(total, mgpu.c(share, ir.F32Type.get()))
+            registers = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)
+            registers.fill(_as_vector(total))
+            return mgpu.FragmentedArray(
+                _registers=registers, _layout=layout.to_mgpu(), _is_signed=None
+            )
 
-        return add(x)
+        return add(x, y)
 
     @property
     def lane_sums_shape(self) -> tuple[int, int]:
@@ -113,7 +181,7 @@ class Registers:
 
     @functools.cached_property
     def _lane_layout(self) -> Any:
-        return _tiled((self.lane_sums_shape, (1, 32), (1,)), (-5, -4), (-2,), -1)
+        return tiled((self.lane_sums_shape, (1, 32), (1,)), (-5, -4), (-2,), -1)
 
     def store_lane_sums(self, ref: Any, x: Array) -> None:
         if self.interpret:
@@ -129,7 +197,7 @@ class Registers:
         _, lanes = self.lane_sums_shape
         vector = lanes // 32
         # Warps share out the steps, whichever warp wrote them.
-        layout = _tiled(((WARPS, 1, lanes), (vector,)), (-4,), (-2,), -1)
+        layout = tiled(((WARPS, 1, lanes), (vector,)), (-4,), (-2,), -1)
         x = _load(ref, layout)
         _store(target, jnp.sum(x, axis=2), layout.reduce(2))
 
@@ -145,23 +213,23 @@ class Registers:
         return self.cast(jnp.full(self._shape(axes), value, jnp.float32), axes)
 
 
-def _load(ref: Any, layout: Any) -> Array:
+def _load(ref: Any, layout: Any, swizzle: int = 16) -> Array:
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
         return_type=plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout),
     )
     def load(_: Any, ref: Any) -> mgpu.FragmentedArray:
         return mgpu.FragmentedArray.load_tiled(
-            _as_one_tile(ref), swizzle=16, layout=layout.to_mgpu(), optimized=False
+            _as_one_tile(ref), swizzle=swizzle, layout=layout.to_mgpu(), optimized=False
         )
 
     return load(ref)
 
 
-def _store(ref: Any, x: Array, layout: Any) -> None:
+def _store(ref: Any, x: Array, layout: Any, swizzle: int = 16) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def store(_: Any, ref: Any, x: mgpu.FragmentedArray) -> None:
-        x.store_tiled(_as_one_tile(ref), swizzle=16, optimized=False)
+        x.store_tiled(_as_one_tile(ref), swizzle=swizzle, optimized=False)
 
     store(ref, x)
 
@@ -173,25 +241,51 @@ def _as_one_tile(ref: Any) -> Any:
     return ref
 
 
-def _tiled(tiling: Any, warp_dims: Any, lane_dims: Any, vector_dim: int) -> Any:
+def tiled(tiling: Any, warp_dims: Any, lane_dims: Any, vector_dim: int) -> Any:
     layout = mgpu.TiledLayout(
         plgpu.Tiling(tiling), warp_dims, lane_dims, vector_dim, _check_canonical=False
     ).canonicalize()
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
-def _sum_registers(x: Any, shape: tuple[int, ...], layout: Any, scale: float) -> Any:
-    """The sum of what each lane holds of x, times scale, as one register of `layout`."""
-    f32 = ir.F32Type.get()
-    total = None
-    for register in x.registers.flat:
-        for i in range(ir.VectorType(register.type).shape[0]):
-            value = vector.extract(
-                register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
-            )
-            total = value if total is None else arith.addf(total, value)
-    total = arith.mulf(total, mgpu.c(scale, f32))
-    register = vector.broadcast(ir.VectorType.get((1,), f32), total)
-    registers = np.empty(layout.registers_shape(shape), dtype=object)
-    registers.fill(register)
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+def _elements(register: Any) -> list[Any]:
+    return [
+        vector.extract(
+            register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
+        )
+        for i in range(ir.VectorType(register.type).shape[0])
+    ]
+
+
+def _as_vector(value: Any) -> Any:
+    return vector.broadcast(ir.VectorType.get((1,), value.type), value)
+
+
+def _dot(registers: list[tuple[Any, Any]]) -> Any:
+    """The sum of the products of pairs of float32 registers, in two chains to halve the wait."""
+    pairs = [
+        pair
+        for x, y in registers
+        for pair in zip(_elements(x), _elements(y), strict=True)
+    ]
+    chains: list[Any] = [None, None]
+    for i, (x, y) in enumerate(pairs):
+        chain = chains[i % 2]
+        chains[i % 2] = arith.mulf(x, y) if chain is None else math.fma(x, y, chain)
+    return chains[0] if chains[1] is None else arith.addf(*chains)
+
+
+def _widen_bfloat16(register: Any) -> Any:
+    """A register of bfloat16 as float32, in one instruction for each element."""
+    f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+    n = ir.VectorType(register.type).shape[0]
+    wide = ir.VectorType.get((n,), f32)
+    if n % 2:
+        return arith.extf(wide, register)
+    pairs = vector.bitcast(ir.VectorType.get((n // 2,), i32), register)
+    values = []
+    for pair in _elements(pairs):
+        low = arith.shli(pair, mgpu.c(16, i32))
+        high = arith.andi(pair, mgpu.c(-(1 << 16), i32))
+        values += [arith.bitcast(f32, low), arith.bitcast(f32, high)]
+    return vector.from_elements(wide, values)

@@ -1,44 +1,107 @@
-"""What the kernels read: the op's arguments, padded and laid out for bulk copies."""
+"""What the kernels read and write: the op's arrays, padded and laid out for bulk copies.
+
+Zero heads, keys and columns are exact. Zero steps are not: a kernel skips those past the time that
+it is told.
+"""
 
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import COPY_BYTES, round_up
+from pallas_kernels.blocks import round_up, scalars_at_once
 from pallas_kernels.cell import Step
-from pallas_kernels.layouts import HEADS, KEY_LANES, KEYS, VALUES, Registers
+from pallas_kernels.keys import Keys
+from pallas_kernels.layouts import HEADS, VALUES
+from pallas_kernels.tuning import KEYS_MULTIPLE, Geometry
+
+
+class Inputs(NamedTuple):
+    """What every step of the op reads, as the op takes it."""
+
+    q: Array  # [B, T, H, N]
+    k: Array  # [B, T, H, N]
+    v: Array  # [B, T, H, V]
+    decay: Array  # [B, T, H] float32
+    write_gate: Array | None  # [B, T, H] float32
+    starts: Array | None  # [B, T] bool: the step starts from a zero state
 
 
 class Operands(NamedTuple):
-    """Zero heads, keys and columns are exact; zero steps are not, and only scalars have any."""
-
     q: Array  # [B, T, H, N]
     k: Array  # [B, T, H, N]
     v: Array  # [B, T, H, V]
     scalars: Array  # [B, H, S, T] float32: decay, then the write gate and keep where given
     has_write_gate: bool
     has_keep: bool
+    time: int  # steps; the arrays may have more, which the kernels skip
 
 
-def padded(x: Array, *sizes: tuple[int, int]) -> Array:
-    """x with zeros after it, so that each `(axis, multiple)` holds."""
-    widths = [(0, 0)] * x.ndim
-    for axis, multiple in sizes:
-        widths[axis] = (0, round_up(x.shape[axis], multiple) - x.shape[axis])
+def _padded(x: Array, *multiples: int) -> Array:
+    """x with zeros after it, so that each axis is a multiple of the number given for it."""
+    widths = [
+        (0, round_up(size, multiple) - size)
+        for size, multiple in zip(x.shape, multiples, strict=True)
+    ]
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
-def load_step(registers: Registers, x: Operands, slots: Any, slot: Any, t: Any, first: int) -> Step:
-    """What a step reads, from row t of the double buffers of k and v and `t - first` of scalars."""
-    k, v, scalars = slots
+def _pad_columns(x: Array, multiple: int, geometry: Geometry) -> Array:
+    """`[B, T, H, columns]` with at least a chunk of steps."""
+    short = x.shape[1] < geometry.chunk
+    return _padded(x, 1, geometry.chunk if short else 1, geometry.heads, multiple)
+
+
+def prepare(x: Inputs, geometry: Geometry) -> Operands:
+    """The kernels' operands; copies only where a size is not what the geometry needs."""
+    time = x.q.shape[1]
+    decay, keep = x.decay, None
+    if x.starts is not None:
+        starts = jnp.broadcast_to(x.starts[:, :, None], decay.shape)
+        decay = jnp.where(starts, jnp.zeros_like(decay), decay)
+        keep = 1 - starts.astype(jnp.float32)
+    rows = [row for row in (decay, x.write_gate, keep) if row is not None]
+    scalars = _padded(jnp.transpose(jnp.stack(rows), (1, 3, 0, 2)), 1, geometry.heads, 1, 1)
+    # The last chunk's copy begins inside the array and must end there.
+    ends = round_up(time, geometry.chunk) + scalars_at_once(geometry.chunk)
+    scalars = jnp.pad(scalars, ((0, 0), (0, 0), (0, 0), (0, ends - time)))
+    return Operands(
+        _pad_columns(x.q, KEYS_MULTIPLE, geometry),
+        _pad_columns(x.k, KEYS_MULTIPLE, geometry),
+        prepare_values(x.v, geometry),
+        scalars,
+        has_write_gate=x.write_gate is not None,
+        has_keep=keep is not None,
+        time=time,
+    )
+
+
+def prepare_values(x: Array, geometry: Geometry) -> Array:
+    """v or the gradient of out, `[B, T, H, V]`, for the kernels."""
+    return _pad_columns(x, geometry.values, geometry)
+
+
+def prepare_states(states: Array, geometry: Geometry) -> Array:
+    """States `[B, H, ..., V, N]` for the kernels."""
+    between = (1,) * (states.ndim - 4)
+    return _padded(states, 1, geometry.heads, *between, geometry.values, KEYS_MULTIPLE)
+
+
+def cut(x: Array, *sizes: int) -> Array:
+    """x without its padding: the first so many of its last axes."""
+    return x[(..., *(slice(size) for size in sizes))]
+
+
+def load_step(keys: Keys, x: Operands, v: Any, scalars: Any, t: Any, first: int) -> Step:
+    """What a step reads, from row t of a chunk of k and v and row `t - first` of its scalars."""
+    registers = keys.registers
 
     def scalar(i: int) -> Array:
-        return registers.load(scalars.at[slot, :, i, t - first], HEADS)
+        return registers.load(scalars.at[:, i, t - first], HEADS)
 
     return Step(
-        k=registers.load(k.at[slot, t], KEYS),
-        v=registers.load(v.at[slot, t], VALUES),
+        row=keys.outer_row(t),
+        v=registers.load(v.at[t], VALUES),
         decay=scalar(0),
         write_gate=scalar(1) if x.has_write_gate else None,
         keep=scalar(1 + x.has_write_gate) if x.has_keep else None,

@@ -1,6 +1,7 @@
 """Block geometry: how the work is cut up, as data."""
 
 import dataclasses
+from typing import Any
 
 from pallas_kernels.layouts import COLUMN_LANES, WARPS, Registers
 
@@ -17,6 +18,7 @@ class Geometry:
     values: int
     chunk: int
     unroll: int = 4
+    history: int = 4
 
     def __post_init__(self) -> None:
         if self.heads not in (1, 2, 4):
@@ -35,3 +37,34 @@ class Geometry:
 
     def unroll_of(self, steps: int) -> int:
         return self.unroll if steps % self.unroll == 0 else 1
+
+
+KEYS_MULTIPLE = 8
+"""What a kernel's N is a multiple of."""
+CHUNK_MULTIPLE = 16
+"""What the chunks of the heuristics divide, whatever the call: checkpoints lie this far apart or a
+multiple of it, so that shards of one program agree on where."""
+
+
+def _block(n_value: int) -> tuple[int, int]:
+    """Heads and columns of a block: the fewest columns of padding, then the fewest heads."""
+    blocks = [(heads, COLUMN_LANES * WARPS // heads) for heads in (1, 2, 4)]
+    return min(blocks, key=lambda block: -(-n_value // block[1]) * block[1])
+
+
+def forward_geometry(
+    batch_heads: int, n_state: int, n_value: int, n_sms: int, dtype: Any
+) -> Geometry:
+    """The geometry of the forward kernel for B * H heads of `[N, V]`; never depends on T."""
+    del batch_heads, n_state, n_sms, dtype
+    heads, values = _block(n_value)
+    return Geometry(heads, values, chunk=16)
+
+
+def backward_geometry(
+    batch_heads: int, n_state: int, n_value: int, n_sms: int, dtype: Any
+) -> Geometry:
+    """The geometry of the backward kernel for B * H heads of `[N, V]`; never depends on T."""
+    del batch_heads, n_state, n_sms, dtype
+    heads, values = _block(n_value)
+    return Geometry(heads, values, chunk=8)

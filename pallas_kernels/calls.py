@@ -1,0 +1,234 @@
+"""The kernels as functions of the op's arrays, which `jax.vmap` and sharded programs can take.
+
+Rows of the batch and heads are independent: a mapped axis is folded into the batch, and a shard of
+the batch or of the heads runs where it lies. Neither function can be differentiated; `vjp.py` joins
+them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels import tuning
+from pallas_kernels.backward import backward
+from pallas_kernels.forward import forward
+from pallas_kernels.operands import Inputs, cut, prepare, prepare_states, prepare_values
+from pallas_kernels.tuning import Geometry
+
+INPUTS = Inputs("b t h n", "b t h n", "b t h v", "b t h", "b t h", "b t")
+STATE = "b h n v"
+CHECKPOINTS = "b h c v n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a call of the op fixes.
+
+    Geometries that are not given are chosen for the shapes at hand; `interpret` is None or the
+    interpreter's parameters.
+    """
+
+    linear_state: bool
+    checkpoint_every: int
+    forward_geometry: Geometry | None
+    backward_geometry: Geometry | None
+    interpret: Any
+
+    @property
+    def chunk_multiple(self) -> int:
+        """What the chunks of both kernels divide."""
+        given = [x.chunk for x in (self.forward_geometry, self.backward_geometry) if x]
+        return math.lcm(tuning.CHUNK_MULTIPLE, *given)
+
+
+def _geometry(choose: Callable[..., Geometry], x: Inputs) -> Geometry:
+    batch, _, heads, n_state = x.q.shape
+    h100 = 132
+    n_sms = getattr(jax.devices()[0], "core_count", h100)
+    return choose(batch * heads, n_state, x.v.shape[-1], n_sms, x.v.dtype)
+
+
+@functools.cache
+def forward_call(
+    options: Options, keep: bool
+) -> Callable[[Inputs, Array | None], tuple[Array, Array, Array | None]]:
+    """From inputs and the initial state to `out`, the final state, and checkpoints if kept.
+
+    Checkpoint i of `[B, H, checkpoints, V, N]`, in v's dtype, is the state before step
+    `i * checkpoint_every`.
+    """
+
+    def call(x: Inputs, initial_state: Array | None) -> tuple[Array, Array, Array | None]:
+        geometry = options.forward_geometry or _geometry(tuning.forward_geometry, x)
+        if initial_state is not None:
+            initial_state = prepare_states(jnp.swapaxes(initial_state, 2, 3), geometry)
+        out, final_state, checkpoints = forward(
+            prepare(x, geometry),
+            initial_state,
+            geometry,
+            options.checkpoint_every if keep else None,
+            linear_state=options.linear_state,
+            interpret=options.interpret,
+        )
+        _, time, heads, n_state = x.q.shape
+        n_value = x.v.shape[-1]
+        if checkpoints is not None:
+            checkpoints = cut(checkpoints[:, :heads], n_value, n_state)
+        return (
+            cut(out, time, heads, n_value),
+            jnp.swapaxes(cut(final_state, heads, n_value, n_state), 2, 3),
+            checkpoints,
+        )
+
+    def results(x: Inputs, _: Any) -> Any:
+        return x.v, STATE, CHECKPOINTS if keep else None
+
+    return _over_rows(call, (INPUTS, STATE), results, options.interpret is None)
+
+
+@functools.cache
+def backward_call(
+    options: Options,
+) -> Callable[[Inputs, Array, Array, Array], tuple[Inputs, Array]]:
+    """From inputs, checkpoints and the gradients of `out` and the final state to the gradients of
+    the inputs and of the initial state."""
+
+    def call(
+        x: Inputs, checkpoints: Array, d_out: Array, d_final_state: Array
+    ) -> tuple[Inputs, Array]:
+        geometry = options.backward_geometry or _geometry(tuning.backward_geometry, x)
+        d = backward(
+            prepare(x, geometry),
+            prepare_values(d_out, geometry),
+            prepare_states(jnp.swapaxes(d_final_state, 2, 3), geometry),
+            prepare_states(checkpoints, geometry),
+            geometry,
+            options.checkpoint_every,
+            linear_state=options.linear_state,
+            interpret=options.interpret,
+        )
+        _, time, heads, n_state = x.q.shape
+        n_value = x.v.shape[-1]
+
+        def total(parts: Array) -> Array:
+            return jnp.sum(parts, axis=0, dtype=jnp.float32)
+
+        d_q, d_k = (cut(total(parts), time, heads, n_state) for parts in (d.d_q, d.d_k))
+        d_scalars = jnp.moveaxis(cut(total(d.d_scalars)[:, :heads], time), 3, 1)  # [B, T, H, S]
+        d_decay = d_scalars[..., 0]
+        if x.starts is not None:
+            starts = jnp.broadcast_to(x.starts[:, :, None], d_decay.shape)
+            d_decay = jnp.where(starts, jnp.zeros_like(d_decay), d_decay)
+        d_inputs = Inputs(
+            q=d_q.astype(x.q.dtype),
+            k=d_k.astype(x.k.dtype),
+            v=cut(d.d_v, time, heads, n_value),
+            decay=d_decay,
+            write_gate=None if x.write_gate is None else d_scalars[..., 1],
+            starts=None,
+        )
+        return d_inputs, jnp.swapaxes(cut(d.d_initial_state, heads, n_value, n_state), 2, 3)
+
+    def results(x: Inputs, *_: Any) -> Any:
+        return x._replace(starts=None), STATE
+
+    arguments = INPUTS, CHECKPOINTS, INPUTS.v, STATE
+    return _over_rows(call, arguments, results, options.interpret is None)
+
+
+def _over_rows(
+    call: Callable[..., Any], arguments: Any, results: Callable[..., Any], partition: bool
+) -> Any:
+    """`call` for mapped and sharded arrays.
+
+    Args:
+        call: a function of arrays, or trees of them, that may be None.
+        arguments: the names of the axes of its arguments, in trees like theirs.
+        results: from those of the arguments that are given to those of its results.
+        partition: whether it can be sharded.
+    """
+    # The interpreter has side effects, which a partitioned function cannot have.
+    call = _fold_mapped(_partitioned(call, arguments, results) if partition else call)
+    call = jax.custom_jvp(call)
+    call.defjvp(_refuse_to_differentiate)
+    return call
+
+
+def _refuse_to_differentiate(*_: Any) -> Any:
+    raise NotImplementedError(
+        "implementation='mosaic_gpu' differentiates once; use implementation='scan' for "
+        "derivatives of higher order."
+    )
+
+
+def _fold_mapped(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, under `jax.vmap` with the mapped axis folded into the batch, every array's axis 0."""
+    folded = custom_vmap(call)
+
+    @folded.def_vmap
+    def _(axis_size: int, in_batched: Any, *arguments: Any) -> tuple[Any, Any]:
+        def fold(x: Array, batched: bool) -> Array:
+            x = x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = folded(*jax.tree.map(fold, arguments, tuple(in_batched)))
+        results = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return folded
+
+
+def _partitioned(
+    call: Callable[..., Any], arguments: Any, results: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`call`, in sharded programs run by each device on its rows of the batch and its heads."""
+
+    def partitioned(*arrays: Any) -> Any:
+        argument_axes = jax.tree.map(
+            lambda x, axes: None if x is None else axes,
+            arrays,
+            arguments,
+            is_leaf=lambda x: x is None,
+        )
+        result_axes = results(*argument_axes)
+
+        def partition(mesh: Any, shapes: Any, _: Any) -> Any:
+            q = shapes[0].q.sharding.spec
+            spec = dict(zip(INPUTS.q.split(), q, strict=True))
+            sharded = {name: spec[name] for name in ("b", "h")}
+
+            def shardings(axes: Any) -> Any:
+                return jax.tree.map(functools.partial(_sharding, mesh, sharded), axes)
+
+            return mesh, call, shardings(result_axes), shardings(argument_axes)
+
+        function = custom_partitioning(call)
+        function.def_partition(
+            partition,
+            sharding_rule=" -> ".join(
+                ", ".join(jax.tree.leaves(axes)) for axes in (argument_axes, result_axes)
+            ),
+            need_replication_factors=_others(argument_axes, result_axes),
+        )
+        return function(*arrays)
+
+    return partitioned
+
+
+def _others(*trees: Any) -> tuple[str, ...]:
+    """The axes that are neither the batch nor the heads, in the order in which they appear."""
+    names = dict.fromkeys(name for axes in jax.tree.leaves(trees) for name in axes.split())
+    return tuple(name for name in names if name not in ("b", "h"))
+
+
+def _sharding(mesh: Any, sharded: Mapping[str, Any], axes: str) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*(sharded.get(name) for name in axes.split())))

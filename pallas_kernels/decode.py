@@ -1,0 +1,29 @@
+"""One step of the recurrence in plain JAX: what decoding needs, without the kernels' chunks."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def single_step(
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    write_gate: Array | None,
+    initial_state: Array | None,
+    *,
+    linear_state: bool,
+) -> tuple[Array, Array]:
+    """`pallas_kernels.recurrence` for T = 1, where no document can start."""
+    batch, _, heads, n_state = q.shape
+    # Products and sums rather than einsum: float32 whatever the precision of matrix products.
+    key, query = (x[:, 0, :, :, None].astype(jnp.float32) for x in (k, q))
+    value = v[:, 0].astype(jnp.float32)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, n_state, v.shape[-1]), jnp.float32)
+    correction = value - jnp.sum(initial_state * key, axis=2)
+    if write_gate is not None:
+        correction = write_gate[:, 0, :, None] * correction
+    state = decay[:, 0, :, None, None] * initial_state + key * correction[:, :, None]
+    state = state if linear_state else jnp.tanh(state)
+    return jnp.sum(state * query, axis=2)[:, None].astype(v.dtype), state

@@ -1,0 +1,147 @@
+"""The recurrence as a differentiable function: the two kernels, joined."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.blocks import round_up
+from pallas_kernels.calls import Options, backward_call, forward_call
+from pallas_kernels.operands import Inputs
+from pallas_kernels.tuning import Geometry
+
+LONGEST_SEGMENT = 64
+"""Most steps between checkpoints that the backward kernel takes: it keeps the state before each
+chunk of them in device memory."""
+CLOSER = 32
+"""Steps between the checkpoints that the backward pass makes where those it has are further apart."""
+
+
+def recurrence(
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    write_gate: Array | None,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    *,
+    linear_state: bool,
+    checkpoint_every: int,
+    forward_geometry: Geometry | None = None,
+    backward_geometry: Geometry | None = None,
+    interpret: Any = None,
+) -> tuple[Array, Array]:
+    """The recurrence by the GPU kernels; differentiable once, in reverse mode.
+
+    Between the two passes it keeps its arguments and, in v's dtype, a state every
+    `checkpoint_every` steps, rounded up to whole chunks.
+
+    Args:
+        q, k: `[B, T, H, N]`, float32 or bfloat16.
+        v: `[B, T, H, V]`, dtype of q.
+        decay: `[B, T, H]` float32.
+        write_gate: `[B, T, H]` float32, or None for 1.
+        initial_state: `[B, H, N, V]` float32, or None for zeros.
+        segment_ids: `[B, T]` integers, or None: a step whose id is not the one before starts from
+            a zero state.
+        linear_state: leave out the tanh.
+        checkpoint_every: steps between the states that are kept.
+        forward_geometry, backward_geometry: how the kernels cut up the work; chosen by the
+            functions of these names in `tuning.py` if not given.
+        interpret: `compat.InterpretGPUParams` to run the kernels on a CPU.
+
+    Returns:
+        out `[B, T, H, V]` in v's dtype and the final state `[B, H, N, V]` float32.
+    """
+    options = Options(
+        linear_state, checkpoint_every, forward_geometry, backward_geometry, interpret
+    )
+    steps = round_up(min(checkpoint_every, q.shape[1]), options.chunk_multiple)
+    options = dataclasses.replace(options, checkpoint_every=steps)
+    return _recurrence(options, q, k, v, decay, write_gate, initial_state, segment_ids)
+
+
+def _inputs(
+    q: Array,
+    k: Array,
+    v: Array,
+    decay: Array,
+    write_gate: Array | None,
+    segment_ids: Array | None,
+) -> Inputs:
+    starts = None
+    if segment_ids is not None:
+        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return Inputs(q, k, v, decay, write_gate, starts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recurrence(options, q, k, v, decay, write_gate, initial_state, segment_ids):
+    x = _inputs(q, k, v, decay, write_gate, segment_ids)
+    out, final_state, _ = forward_call(options, False)(x, initial_state)
+    return out, final_state
+
+
+def _recurrence_forward(options, q, k, v, decay, write_gate, initial_state, segment_ids):
+    x = _inputs(q, k, v, decay, write_gate, segment_ids)
+    out, final_state, checkpoints = forward_call(options, True)(x, initial_state)
+    residuals = (q, k, v, decay, write_gate, segment_ids), initial_state, checkpoints
+    return (out, final_state), residuals
+
+
+def _recurrence_backward(options, residuals, d_results):
+    arguments, initial_state, checkpoints = residuals
+    backward = backward_call(options)
+    if options.checkpoint_every > LONGEST_SEGMENT:
+        backward = functools.partial(_backward_by_segments, options)
+    d, d_initial_state = backward(_inputs(*arguments), checkpoints, *d_results)
+    if initial_state is None:
+        d_initial_state = None
+    return d.q, d.k, d.v, d.decay, d.write_gate, d_initial_state, None
+
+
+_recurrence.defvjp(_recurrence_forward, _recurrence_backward)
+
+
+def _backward_by_segments(
+    options: Options, x: Inputs, checkpoints: Array, d_out: Array, d_final_state: Array
+) -> tuple[Inputs, Array]:
+    """As `backward_call`, from checkpoints so far apart that each segment first makes closer ones."""
+    length, time = options.checkpoint_every, x.q.shape[1]
+    steps = round_up(CLOSER, options.chunk_multiple)
+    closer = dataclasses.replace(options, checkpoint_every=steps)
+
+    def segment(d_state: Array, i: Array | int, steps: int) -> tuple[Array, Inputs]:
+        own, d_o = jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, i * length, steps, axis=1), (x, d_out)
+        )
+        state = lax.dynamic_index_in_dim(checkpoints, i, axis=2, keepdims=False)
+        state = jnp.swapaxes(state, 2, 3).astype(jnp.float32)
+        *_, own_checkpoints = forward_call(closer, True)(own, state)
+        d_own, d_state = backward_call(closer)(own, own_checkpoints, d_o, d_state)
+        return d_state, d_own
+
+    n_whole, left_over = divmod(time, length)
+    d_state, parts = d_final_state, []
+    if left_over:
+        d_state, d_last = segment(d_state, n_whole, left_over)
+        parts = [d_last]
+    if n_whole:
+        d_state, d_whole = lax.scan(
+            lambda d_state, i: segment(d_state, i, length),
+            d_state,
+            jnp.arange(n_whole, dtype=jnp.int32),
+            reverse=True,
+        )
+        parts = [jax.tree.map(_joined, d_whole), *parts]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *parts), d_state
+
+
+def _joined(segments: Array) -> Array:
+    """From `[segments, B, steps, ...]` to `[B, T, ...]`."""
+    x = jnp.moveaxis(segments, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

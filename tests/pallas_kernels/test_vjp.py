@@ -1,0 +1,116 @@
+"""The op around the kernels, with their functions in plain JAX in their place."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import kernels_in_jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from recurrence_contract import EVERY_OPTION, RecurrenceContract, Tensors, make_inputs, tensors
+
+from pallas_kernels import Geometry, calls, recurrence
+
+
+def call(arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
+    arguments = {"write_gate": None, "initial_state": None, **arrays, "segment_ids": segment_ids}
+    return recurrence(**arguments, **{"linear_state": False, "checkpoint_every": 32, **options})
+
+
+@pytest.fixture(autouse=True)
+def kernels_in_plain_jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(calls, "forward", kernels_in_jax.forward)
+    monkeypatch.setattr(calls, "backward", kernels_in_jax.backward)
+    _forget_traced_calls()
+    yield
+    _forget_traced_calls()
+
+
+def _forget_traced_calls() -> None:
+    calls.forward_call.cache_clear()
+    calls.backward_call.cache_clear()
+
+
+class TestAroundTheKernels(RecurrenceContract):
+    implementation = "kernels in plain JAX"
+    dtypes = ("float32", "bfloat16")
+
+    def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
+        return call(arrays, segment_ids, **options)
+    def test_heads_may_be_sharded_too(self) -> None:
+        arrays = tensors(make_inputs(9, 4, 6, EVERY_OPTION, batch=2, heads=4), "float32")
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+        def sharding(name: str, x: jax.Array) -> NamedSharding:
+            axes = {"b": "data", "h": "model"}
+            names = "b h n v" if name == "initial_state" else "b t h n"
+            return NamedSharding(
+                mesh, PartitionSpec(*(axes.get(n) for n in names.split()[: x.ndim]))
+            )
+
+        def gradient(arrays: Tensors) -> Any:
+            results, pullback = jax.vjp(call, arrays)
+            return results, pullback(results)
+
+        sharded = {name: jax.device_put(x, sharding(name, x)) for name, x in arrays.items()}
+        compiled = jax.jit(gradient).lower(sharded).compile()
+        for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
+            assert collective not in str(compiled.as_text())
+        actual, expected = compiled(sharded), jax.jit(gradient)(arrays)
+        assert actual[0][0].sharding.spec == PartitionSpec("data", None, "model")
+        jax.tree.map(np.testing.assert_allclose, actual, expected)
+
+
+@pytest.mark.parametrize("checkpoint_every", [7, 80])
+def test_what_is_kept_for_the_backward_pass(checkpoint_every: int) -> None:
+    inputs = make_inputs(100, 4, 8, EVERY_OPTION, batch=2, heads=3)
+    arrays = tensors(inputs, "bfloat16")
+    ids = jnp.asarray(inputs.segment_ids)
+    _, pullback = jax.vjp(
+        lambda arrays: call(arrays, ids, checkpoint_every=checkpoint_every), arrays
+    )
+    given = [x.shape for x in (*arrays.values(), ids)]
+    kept = sorted(x.shape for x in jax.tree.leaves(pullback))
+    checkpoints = {7: 7, 80: 2}[checkpoint_every]
+    assert kept == sorted([*given, (2, 3, checkpoints, 8, 4)])
+
+
+def test_nothing_is_kept_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+
+    def forward(*args: Any, **options: Any) -> Any:
+        kept.append(args[3])
+        return kernels_in_jax.forward(*args, **options)
+
+    monkeypatch.setattr(calls, "forward", forward)
+    call(tensors(make_inputs(5, 4, 8), "float32"))
+    assert set(kept) == {None}
+
+
+def test_segments_longer_than_the_kernel_takes() -> None:
+    inputs = make_inputs(211, 4, 8, EVERY_OPTION, batch=2, heads=1)
+    checker = TestAroundTheKernels()
+    for every in (80, 96, 500):  # a segment left over, a short one, one in all
+        checker.check_against_numpy(inputs, "float32", checkpoint_every=every)
+
+
+def test_a_geometry_may_be_given() -> None:
+    inputs = make_inputs(33, 4, 6, EVERY_OPTION, batch=1, heads=3)
+    TestAroundTheKernels().check_against_numpy(
+        inputs,
+        "float32",
+        forward_geometry=Geometry(heads=4, values=16, chunk=24),
+        backward_geometry=Geometry(heads=2, values=16, chunk=40),
+    )
+
+
+def test_higher_derivatives_are_refused() -> None:
+    arrays = tensors(make_inputs(5, 4, 8), "float32")
+
+    def slope(v: jax.Array) -> jax.Array:
+        return jnp.sum(jax.grad(lambda v: jnp.sum(call(arrays | {"v": v})[0]))(v))
+
+    with pytest.raises(NotImplementedError, match="implementation='scan'"):
+        jax.grad(slope)(arrays["v"])
