@@ -116,8 +116,9 @@ def e88_recurrence(
         o_t = S_t^T q_t                            # read after the write
 
     Running T steps equals running any split of them with the state handed over, outputs and
-    gradients alike; decoding is T = 1 of the same function. Differentiable (reverse mode) in every
-    array argument, through both results.
+    gradients alike; decoding is T = 1 of the same function. Differentiable (reverse mode; by the
+    GPU kernel once, by the scan to any order) in every array argument, through both results.
+    Programs with the batch or the heads sharded run without moving data between devices.
 
     Args:
         q: queries `[B, T, H, N]`, float32, bfloat16 or (scan only) float64; used as given, so the
@@ -131,9 +132,11 @@ def e88_recurrence(
             starts from a zero state. Token 0 continues `initial_state`.
         linear_state: leave out the tanh.
         checkpoint_every: the backward pass keeps one state every so many steps and recomputes
-            those between: memory grows with `T / checkpoint_every`.
+            those between: memory grows with `T / checkpoint_every`. The GPU kernel rounds it up
+            to a multiple of 16, and keeps bfloat16 states for bfloat16 inputs.
         implementation: `"scan"` (pure JAX, every platform, the numerical definition),
-            `"mosaic_gpu"` (GPU kernel), or None for the fastest that takes the call.
+            `"mosaic_gpu"` (GPU kernel: Hopper GPUs and later; N and V multiples of 4 up to 128;
+            float32 and bfloat16), or None for the fastest that takes the call.
 
     Returns:
         `(out, final_state)`: out `[B, T, H, V]` in v's dtype, and the state after step T,

@@ -23,14 +23,13 @@ from pallas_kernels.blocks import (
     Chunks,
     Input,
     Stream,
+    run_blocks,
     scalars_at_once,
     start_stores,
     synchronize,
     wait_for_stores,
 )
 from pallas_kernels.column_sums import column_sums
-from pallas_kernels.keys import Keys, TensorCoreKeys
-from pallas_kernels.keys import scratch as keys_scratch
 from pallas_kernels.layouts import HEADS, KEYS, STATE, VALUES
 from pallas_kernels.operands import Operands, load_step
 from pallas_kernels.tuning import Geometry
@@ -66,7 +65,7 @@ def backward(
     n_blocks = batch * (n_heads // heads) * value_blocks
     chunks = Chunks(x.time, size)
     segment_chunks = checkpoint_every // size
-    registers = geometry.registers(keys, interpret is not None)
+    registers = geometry.registers(keys, dtype, interpret is not None)
     n_scalars = x.scalars.shape[2]
     n_d_scalars = 1 + x.has_write_gate
     on_tensor_cores = dtype == jnp.bfloat16
@@ -113,18 +112,15 @@ def backward(
         "d_keys_rows": plgpu.SMEM((2, size, heads, keys), part),  # of q and of k
         "d_v_rows": plgpu.SMEM((size, heads, values), dtype),
         "lane_sums": plgpu.SMEM((n_d_scalars, history, heads, lanes), jnp.float32),
-        "replay_loaded": plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
-        "return_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+        "replay_loaded": plgpu.Barrier(num_arrivals=3),
+        "return_loaded": plgpu.Barrier(num_arrivals=2),
     }
     if on_tensor_cores:
         scratch |= {"d_sums": plgpu.SMEM((history, *matrix), dtype)}
-        scratch |= keys_scratch(1, size, heads, keys)
     if x.has_write_gate:
         scratch |= {"errors": plgpu.SMEM((history, heads, values), jnp.float32)}
 
-    def body(*refs: Any) -> None:
-        ref = dict(zip([*inputs, *outputs, *scratch], refs, strict=True))
-        index = lax.axis_index("block")
+    def body(index: Any, barriers: Any, ref: dict[str, Any]) -> None:
         block = Block.from_index(index, n_heads, n_values, heads, values)
         replay_stream = Stream(
             block,
@@ -135,12 +131,14 @@ def backward(
                 Input(ref["scalars"], ref["scalars_slots"], HEADS),
             ],
             ref["replay_loaded"],
+            barriers,
         )
         return_stream = Stream(
             block,
             chunks,
             [Input(ref["q"], ref["q_slots"], KEYS), Input(ref["d_out"], ref["d_out_slots"], VALUES)],
             ref["return_loaded"],
+            barriers,
         )
 
         def matrix_at(name: str, i: Any) -> Any:
@@ -152,83 +150,59 @@ def backward(
         def load_state(i: Any) -> Array:
             return registers.load(matrix_at("states", i), STATE, swizzle)
 
-        def keys_of(slot: Any, return_slot: Any = None) -> Keys:
-            k = ref["k_slots"].at[slot]
-            q = None if return_slot is None else ref["q_slots"].at[return_slot]
-            if not on_tensor_cores:
-                return Keys(registers, k, q)
-            chunk_keys = TensorCoreKeys(registers, k, q, ref["pairs"], ref["halves"])
-            chunk_keys.prepare()
-            synchronize()
-            return chunk_keys
-
         def kept(group: Any) -> Any:
             """The state before a group of the segment."""
             return ref["replayed"].at[index, group]
 
-        def replay(
-            chunk_keys: Keys, slot: Any, rows: range, t0: Any, n: int, state: Array, keep: bool
-        ) -> Array:
+        def loader(slot: Any, rows: range) -> Any:
+            k, v, scalars = (ref[name].at[slot] for name in ("k_slots", "v_slots", "scalars_slots"))
+            return lambda t: load_step(registers, x, k, v, scalars, t, rows.start)
+
+        # What a step reads is loaded a step ahead: a warp issues in order, and would wait for it.
+
+        def replay(slot: Any, rows: range, t0: Any, n: int, state: Array, keep: bool) -> Array:
             """Steps t0 to t0 + n of a chunk, with their states and corrections kept or not."""
-            v, scalars = ref["v_slots"].at[slot], ref["scalars_slots"].at[slot]
+            load = loader(slot, rows)
 
-            def load(t: Any) -> cell.Step:
-                return load_step(chunk_keys, x, v, scalars, t, rows.start)
-
-            next_inputs = load(t0)
-            read = chunk_keys.read_exactly(state, t0)
-            for i in range(n):
-                inputs = next_inputs
-                if i + 1 < n:  # loaded a step ahead: a warp issues in order, and would wait
-                    read_row = chunk_keys.read_row(t0 + i + 1)
-                    next_inputs = load(t0 + i + 1)
-                update = cell.update(chunk_keys, state, read, inputs, linear_state)
-                state = update.state
-                if i + 1 < n:
-                    if linear_state:  # unbounded: too large for half precision
-                        read = chunk_keys.read_exactly(state, t0 + i + 1)
-                    else:
-                        (read,) = chunk_keys.read(state, read_row)
+            def step(i: Any, carry: Any) -> Any:
+                state, read, inputs = carry
+                next_inputs = load(t0 + jnp.minimum(i + 1, n - 1))
+                update = cell.update(registers, state, read, inputs, linear_state)
+                (read,) = cell.read(registers, update.state, next_inputs.k)
                 if keep:
-                    store_matrix("states", i + 1, state)
+                    store_matrix("states", i + 1, update.state)
                     registers.store(ref["vectors"].at[0, i], update.correction, VALUES)
                     if x.has_write_gate:
                         registers.store(ref["errors"].at[i], update.error, VALUES)
-            return state
+                return update.state, read, next_inputs
+
+            inputs = load(t0)
+            (read,) = cell.read(registers, state, inputs.k)
+            carry = state, read, inputs
+            return lax.fori_loop(0, n, step, carry, unroll=geometry.unroll_of(n))[0]
 
         def return_over(
-            chunk_keys: Keys,
-            slots: Any,
-            i: Any,
-            rows: range,
-            t0: Any,
-            n: int,
-            state: Array,
-            d_state: Array,
+            slots: Any, i: Any, rows: range, t0: Any, n: int, state: Array, d_state: Array
         ) -> Array:
             """The gradient of steps t0 to t0 + n of chunk i, from the state before them."""
             slot, return_slot = slots
-            v, scalars = ref["v_slots"].at[slot], ref["scalars_slots"].at[slot]
+            load_inputs = loader(slot, rows)
 
-            def load(j: int) -> Any:
+            def load(j: Any) -> Any:
                 t = t0 + j
                 return (
-                    load_step(chunk_keys, x, v, scalars, t, rows.start),
-                    chunk_keys.sum_row(t),
+                    load_inputs(t),
+                    registers.load(ref["q_slots"].at[return_slot, t], KEYS),
                     registers.load(ref["d_out_slots"].at[return_slot, t], VALUES),
                     load_state(j),
                 )
 
-            store_matrix("states", 0, state)
-            state = registers.wide(state, STATE)
-            after = replay(chunk_keys, slot, rows, t0, n, state, keep=True)
-            next_loaded = load(n - 1)
-            for j in reversed(range(n)):
-                inputs, sum_row, d_o, before = next_loaded
-                if j:
-                    next_loaded = load(j - 1)
+            def step(back: Any, carry: Any) -> Any:
+                after, d_state, (inputs, q, d_o, before) = carry
+                j = n - 1 - back
+                next_loaded = load(jnp.maximum(j - 1, 0))
                 before = registers.wide(before, STATE)
-                d = cell.step_back(chunk_keys, after, d_state, d_o, sum_row, inputs, linear_state)
+                d = cell.step_back(registers, after, d_state, q, d_o, inputs, linear_state)
                 row = t0 + (j - rows.start)
                 registers.store(ref["d_v_rows"].at[row], d.d_v, VALUES)
                 sums = registers.lane_sums(d.d_sum, before, STATE)
@@ -238,17 +212,23 @@ def backward(
                     sums = registers.lane_sums(d.d_correction, error, VALUES)
                     registers.store_lane_sums(ref["lane_sums"].at[1, j], sums)
                 if on_tensor_cores:
-                    store_matrix("d_sums", j, d.narrow)
+                    store_matrix("d_sums", j, d.d_sum)
                     registers.store(ref["vectors"].at[1, j], d.d_read, VALUES)
                 else:
                     correction = registers.load(ref["vectors"].at[0, j], VALUES)
                     d_k = d.d_sum * registers.spread(correction, VALUES)
                     d_k = d_k + before * registers.spread(d.d_read, VALUES)
-                    d_q = after * registers.spread(d_o, VALUES)
+                    d_q = after * registers.spread(registers.wide(d_o, VALUES), VALUES)
                     d_q, d_k = (jnp.sum(d, axis=1) for d in (d_q, d_k))
                     registers.store(ref["d_keys_rows"].at[0, row], d_q, KEYS)
                     registers.store(ref["d_keys_rows"].at[1, row], d_k, KEYS)
-                after, d_state = before, d.d_before
+                return before, d.d_before, next_loaded
+
+            store_matrix("states", 0, state)
+            after = replay(slot, rows, t0, n, registers.wide(state, STATE), keep=True)
+            _, d_state, _ = lax.fori_loop(
+                0, n, step, (after, d_state, load(n - 1)), unroll=geometry.unroll_of(n)
+            )
             synchronize()  # what follows reads what other warps wrote
             row = t0 - rows.start
             if on_tensor_cores:
@@ -277,16 +257,13 @@ def backward(
             return_stream.start(i - 1, 1 - slots[1])
             return_stream.wait(slots[1])
             wait_for_stores()
-            chunk_keys = keys_of(*slots)
             whole, left_over = divmod(len(rows), history)
 
             def one(group: Any, t0: Any, steps: int, carry: Any) -> Any:
                 kept_state, d_state = carry
                 # Loaded a group ahead, as it comes from device memory.
                 next_state = registers.load(kept(jnp.maximum(group - 1, 0)), STATE)
-                d_state = return_over(
-                    chunk_keys, slots, i, rows, t0, steps, kept_state, d_state
-                )
+                d_state = return_over(slots, i, rows, t0, steps, kept_state, d_state)
                 return next_state, d_state
 
             carry = kept_state, d_state
@@ -326,12 +303,10 @@ def backward(
             whole_chunk = range(size)
 
             def replay_groups(slot: Any, rows: range, groups: int, group: Any, state: Array) -> Any:
-                chunk_keys = keys_of(slot)
-
                 def one(g: Any, state: Array) -> Array:
                     registers.store(kept(group + g), state, STATE)
                     t0 = rows.start + g * history
-                    return replay(chunk_keys, slot, rows, t0, history, state, keep=False)
+                    return replay(slot, rows, t0, history, state, keep=False)
 
                 return lax.fori_loop(0, groups, one, state)
 
@@ -357,7 +332,6 @@ def backward(
             replay_stream.wait(slot)
             groups = -(-len(last_rows) // history) - 1
             state = replay_groups(slot, last_rows, groups, c * groups_per_chunk, state)
-            synchronize()  # every warp has read the keys that are to be prepared again
             kept_state, d_state = return_over_chunk(
                 n, base + c, c * groups_per_chunk + groups, last_rows, state.astype(dtype), d_state
             )
@@ -405,21 +379,19 @@ def backward(
         registers.store(target, d_state, STATE)
         wait_for_stores()
 
-    d_q, d_k, d_v, d_scalars, d_initial_state, _ = plgpu.kernel(
+    results = run_blocks(
         body,
-        out_type=list(outputs.values()),
-        scratch_types=list(scratch.values()),
-        grid=(n_blocks,),
-        grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=dtype == jnp.bfloat16,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            reduction_scratch_bytes=8192,
-        ),
-        **({} if interpret is None else {"interpret": interpret}),
-    )(*inputs.values())
-    return Gradients(d_q, d_k, d_v, _in_time(d_scalars, chunks), d_initial_state)
+        n_blocks,
+        inputs,
+        outputs,
+        scratch,
+        warpgroups=geometry.warpgroups,
+        approximate=dtype == jnp.bfloat16,
+        reduction_bytes=0 if on_tensor_cores else 8192,
+        interpret=interpret,
+    )
+    results["d_scalars"] = _in_time(results["d_scalars"], chunks)
+    return Gradients(*(results[name] for name in Gradients._fields))
 
 
 def _history_row(keys: int, dtype: Any) -> tuple[int, int]:

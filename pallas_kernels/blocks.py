@@ -102,7 +102,8 @@ class Stream:
     block: Block
     chunks: Chunks
     inputs: Sequence[Input]
-    loaded: Any  # a barrier for each slot, which expects an arrival from each input
+    loaded: Any  # barriers, each of which expects an arrival from each input
+    first_barrier: Any  # of those of this stream, one for each slot
 
     def start(self, i: Any, slot: Any) -> None:
         """Starts to load chunk i, if there is one, into a slot that the block no longer reads."""
@@ -115,11 +116,13 @@ class Stream:
                 else:
                     t = pl.ds(self.chunks.start(i), self.chunks.size)
                 plgpu.copy_gmem_to_smem(
-                    self.block.steps(source, axes, t), slots.at[slot], self.loaded.at[slot]
+                    self.block.steps(source, axes, t),
+                    slots.at[slot],
+                    self.loaded.at[self.first_barrier + slot],
                 )
 
     def wait(self, slot: Any) -> None:
-        plgpu.barrier_wait(self.loaded.at[slot])
+        plgpu.barrier_wait(self.loaded.at[self.first_barrier + slot])
 
 
 def scalars_at_once(chunk: int) -> int:
@@ -146,3 +149,65 @@ def start_stores(copies: Sequence[tuple[Any, Any]]) -> None:
 def wait_for_stores(in_flight: int = 0) -> None:
     """Waits until at most the latest `in_flight` calls of `start_stores` read shared memory."""
     plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
+
+
+def run_blocks(
+    body: Any,
+    n_blocks: int,
+    inputs: dict[str, Any],
+    outputs: dict[str, Any],
+    scratch: dict[str, Any],
+    *,
+    warpgroups: int,
+    approximate: bool,
+    reduction_bytes: int,
+    interpret: Any,
+) -> dict[str, Any]:
+    """Runs `body(index, barriers, refs)` for each block, `warpgroups` of them side by side.
+
+    Blocks that share a thread block have nothing to do with each other, but are scheduled together:
+    `warpgroups` caps the registers of a thread at 65536 / (128 warpgroups), and so says how many
+    blocks a multiprocessor holds.
+
+    Args:
+        body: a function of the number of the block, the first of its `SLOTS` barriers in each ref
+            of barriers, and the refs of inputs, outputs and scratch by name.
+        scratch: what each block has for itself; barriers as `plgpu.Barrier(SLOTS)`.
+        approximate: whether tanh may be the instruction of that name.
+        reduction_bytes: shared memory for sums over warps.
+    """
+
+    def of_all(x: Any) -> Any:
+        if isinstance(x, plgpu.Barrier):
+            return plgpu.Barrier(num_arrivals=x.num_arrivals, num_barriers=SLOTS * warpgroups)
+        return plgpu.SMEM((warpgroups, *x.shape), x.dtype)
+
+    def one_thread(*refs: Any) -> None:
+        ref = dict(zip([*inputs, *outputs, *scratch], refs, strict=True))
+        group = lax.axis_index("warpgroup") if warpgroups > 1 else 0
+        index = lax.axis_index("block") * warpgroups + group
+        for name, x in scratch.items():
+            if not isinstance(x, plgpu.Barrier):
+                ref[name] = ref[name].at[group]
+
+        @pl.when(index < n_blocks)
+        def _() -> None:
+            body(index, group * SLOTS, ref)
+
+    threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
+    results = plgpu.kernel(
+        one_thread,
+        out_type=list(outputs.values()),
+        scratch_types=[of_all(x) for x in scratch.values()],
+        grid=(-(-n_blocks // warpgroups),),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=approximate,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=reduction_bytes,
+        ),
+        **threads,
+        **({} if interpret is None else {"interpret": interpret}),
+    )(*inputs.values())
+    return dict(zip(outputs, results, strict=True))

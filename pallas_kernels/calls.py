@@ -24,7 +24,8 @@ from pallas_kernels.forward import forward
 from pallas_kernels.operands import Inputs, cut, prepare, prepare_states, prepare_values
 from pallas_kernels.tuning import Geometry
 
-INPUTS = Inputs("b t h n", "b t h n", "b t h v", "b t h", "b t h", "b t")
+# The names of the axes of what the calls take and give.
+INPUTS: Any = Inputs._make(["b t h n", "b t h n", "b t h v", "b t h", "b t h", "b t"])
 STATE = "b h n v"
 CHECKPOINTS = "b h c v n"
 
@@ -60,7 +61,7 @@ def _geometry(choose: Callable[..., Geometry], x: Inputs) -> Geometry:
 @functools.cache
 def forward_call(
     options: Options, keep: bool
-) -> Callable[[Inputs, Array | None], tuple[Array, Array, Array | None]]:
+) -> Callable[[Inputs, Array | None], tuple[Array, Array, Any]]:
     """From inputs and the initial state to `out`, the final state, and checkpoints if kept.
 
     Checkpoint i of `[B, H, checkpoints, V, N]`, in v's dtype, is the state before step

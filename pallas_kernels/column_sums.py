@@ -144,9 +144,13 @@ def _emit_tile(
         for t in range(steps + 1):
             state = tc.load_transposed(tc.add(state_at, t * states.strides[0]), 2 * n_v)
             accs[t] = tc.multiply_add(accs[t], state, of_states)
+            if t % 2 == 0:
+                tc.order_loads()
         for t in range(steps):
             d_sum = tc.load_transposed(tc.add(d_sum_at, t * d_sums.strides[0]), 2 * n_v)
             accs[t] = tc.multiply_add(accs[t], d_sum, of_d_sums)
+            if t % 2:
+                tc.order_loads()
         return accs
 
     zero = arith.constant(ir.F32Type.get(), 0.0)

@@ -15,13 +15,11 @@ from pallas_kernels.blocks import (
     Chunks,
     Input,
     Stream,
+    run_blocks,
     scalars_at_once,
     start_stores,
-    synchronize,
     wait_for_stores,
 )
-from pallas_kernels.keys import Keys, TensorCoreKeys
-from pallas_kernels.keys import scratch as keys_scratch
 from pallas_kernels.layouts import HEADS, KEYS, STATE, VALUES
 from pallas_kernels.operands import Operands, load_step
 from pallas_kernels.tuning import Geometry
@@ -46,9 +44,8 @@ def forward(
     dtype = x.v.dtype
     heads, values = geometry.heads, geometry.values
     chunks = Chunks(x.time, geometry.chunk)
-    registers = geometry.registers(keys, interpret is not None)
+    registers = geometry.registers(keys, dtype, interpret is not None)
     n_scalars = x.scalars.shape[2]
-    on_tensor_cores = dtype == jnp.bfloat16 and not linear_state
 
     inputs = {"q": x.q, "k": x.k, "v": x.v, "scalars": x.scalars}
     if initial_state is not None:
@@ -70,15 +67,12 @@ def forward(
             (SLOTS, heads, n_scalars, scalars_at_once(chunks.size)), jnp.float32
         ),
         "out_slots": plgpu.SMEM((SLOTS, chunks.size, heads, values), dtype),
-        "loaded": plgpu.Barrier(num_arrivals=4, num_barriers=SLOTS),
+        "loaded": plgpu.Barrier(num_arrivals=4),
     }
 
-    if on_tensor_cores:
-        scratch |= keys_scratch(2, chunks.size, heads, keys)
 
-    def body(*refs: Any) -> None:
-        ref = dict(zip([*inputs, *outputs, *scratch], refs, strict=True))
-        block = Block.from_index(lax.axis_index("block"), n_heads, n_values, heads, values)
+    def body(index: Any, barriers: Any, ref: dict[str, Any]) -> None:
+        block = Block.from_index(index, n_heads, n_values, heads, values)
         stream = Stream(
             block,
             chunks,
@@ -89,6 +83,7 @@ def forward(
                 Input(ref["scalars"], ref["scalars_slots"], HEADS),
             ],
             ref["loaded"],
+            barriers,
         )
 
         def chunk(i: Any, state: Array, rows: range = range(chunks.size)) -> Array:
@@ -104,36 +99,27 @@ def forward(
                     target = ref["checkpoints"].at[block.b, block.heads, checkpoint, block.values]
                     registers.store(target, state, STATE)
 
-            chunk_keys = Keys(registers, ref["k_slots"].at[slot], ref["q_slots"].at[slot])
-            if on_tensor_cores:
-                chunk_keys = TensorCoreKeys(
-                    registers, chunk_keys.k, chunk_keys.q, ref["pairs"], ref["halves"]
-                )
-            v, scalars = ref["v_slots"].at[slot], ref["scalars_slots"].at[slot]
+            k, v, scalars = (ref[name].at[slot] for name in ("k_slots", "v_slots", "scalars_slots"))
 
             def load(t: Any) -> cell.Step:
-                return load_step(chunk_keys, x, v, scalars, t, rows.start)
+                return load_step(registers, x, k, v, scalars, t, rows.start)
 
             def step(t: Any, carry: Any) -> Any:
                 # Loaded a step ahead: a warp issues in order, and would wait for them.
                 state, read, inputs = carry
-                next_t = jnp.minimum(t + 1, rows.stop - 1)
-                read_row = chunk_keys.read_row(next_t, t)
-                next_inputs = load(next_t)
-                state = cell.update(chunk_keys, state, read, inputs, linear_state).state
+                q = registers.load(ref["q_slots"].at[slot, t], KEYS)
+                next_inputs = load(jnp.minimum(t + 1, rows.stop - 1))
+                state = cell.update(registers, state, read, inputs, linear_state).state
                 # What the next step reads and o_t are sums over the same state.
-                read, out = chunk_keys.read(state, read_row)
+                read, out = cell.read(registers, state, next_inputs.k, q)
                 registers.store(ref["out_slots"].at[slot, t - rows.start], out, VALUES)
                 return state, read, next_inputs
 
             stream.wait(slot)
             # The slot of the results was read by the copy started two chunks ago.
             wait_for_stores(SLOTS - 1)
-            if isinstance(chunk_keys, TensorCoreKeys):
-                chunk_keys.prepare()
-                synchronize()
             inputs = load(rows.start)
-            read = chunk_keys.read_exactly(state, rows.start)
+            (read,) = cell.read(registers, state, inputs.k)
             state, _, _ = lax.fori_loop(
                 rows.start,
                 rows.stop,
@@ -158,19 +144,15 @@ def forward(
         registers.store(ref["final_state"].at[block.b, block.heads, block.values], state, STATE)
         wait_for_stores()
 
-    n_blocks = batch * (n_heads // heads) * (n_values // values)
-    results = plgpu.kernel(
+    results = run_blocks(
         body,
-        out_type=list(outputs.values()),
-        scratch_types=list(scratch.values()),
-        grid=(n_blocks,),
-        grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=dtype == jnp.bfloat16,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        **({} if interpret is None else {"interpret": interpret}),
-    )(*inputs.values())
-    out, final_state, *checkpoints = results
-    return out, final_state, checkpoints[0] if checkpoints else None
+        batch * (n_heads // heads) * (n_values // values),
+        inputs,
+        outputs,
+        scratch,
+        warpgroups=geometry.warpgroups,
+        approximate=dtype == jnp.bfloat16,
+        reduction_bytes=0,
+        interpret=interpret,
+    )
+    return results["out"], results["final_state"], results.get("checkpoints")

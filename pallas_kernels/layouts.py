@@ -27,9 +27,9 @@ KEYS = (0, 2)
 HEADS = (0,)
 
 
-def keys_per_vector(n_keys: int) -> int:
-    """Neighbouring keys that a lane holds and loads at once."""
-    for vector in (8, 4, 2):
+def keys_per_vector(n_keys: int, itemsize: int) -> int:
+    """Neighbouring keys that a lane holds and loads at once: up to 16 bytes."""
+    for vector in (8, 4, 2)[itemsize // 4 :]:
         if n_keys % (KEY_LANES * vector) == 0:
             return vector
     raise ValueError(f"keys must be a multiple of {2 * KEY_LANES}, got {n_keys}.")
@@ -48,6 +48,7 @@ class Registers:
     heads: int
     values: int
     keys: int
+    itemsize: int  # of the inputs, in bytes
     interpret: bool = False
 
     @property
@@ -56,7 +57,7 @@ class Registers:
 
     @functools.cached_property
     def _layouts(self) -> dict[tuple[int, ...], Any]:
-        vector = keys_per_vector(self.keys)
+        vector = keys_per_vector(self.keys, self.itemsize)
         warp_tile = (1, COLUMN_LANES, KEY_LANES * vector)
         block_tile = (self.heads, COLUMN_LANES * WARPS // self.heads, KEY_LANES * vector)
         # Keys vary fastest over lanes, as in the results of the tensor cores.
@@ -197,7 +198,9 @@ class Registers:
         _, lanes = self.lane_sums_shape
         vector = lanes // 32
         # Warps share out the steps, whichever warp wrote them.
-        layout = tiled(((WARPS, 1, lanes), (vector,)), (-4,), (-2,), -1)
+        rows = min(ref.shape[0], WARPS)
+        warps = (-4,) if rows == WARPS else (-4, plgpu.Replicated(WARPS // rows))
+        layout = tiled(((rows, 1, lanes), (vector,)), warps, (-2,), -1)
         x = _load(ref, layout)
         _store(target, jnp.sum(x, axis=2), layout.reduce(2))
 

@@ -11,8 +11,7 @@ from jax import Array
 
 from pallas_kernels.blocks import round_up, scalars_at_once
 from pallas_kernels.cell import Step
-from pallas_kernels.keys import Keys
-from pallas_kernels.layouts import HEADS, VALUES
+from pallas_kernels.layouts import HEADS, KEYS, VALUES, Registers
 from pallas_kernels.tuning import KEYS_MULTIPLE, Geometry
 
 
@@ -92,15 +91,16 @@ def cut(x: Array, *sizes: int) -> Array:
     return x[(..., *(slice(size) for size in sizes))]
 
 
-def load_step(keys: Keys, x: Operands, v: Any, scalars: Any, t: Any, first: int) -> Step:
+def load_step(
+    registers: Registers, x: Operands, k: Any, v: Any, scalars: Any, t: Any, first: int
+) -> Step:
     """What a step reads, from row t of a chunk of k and v and row `t - first` of its scalars."""
-    registers = keys.registers
 
     def scalar(i: int) -> Array:
         return registers.load(scalars.at[:, i, t - first], HEADS)
 
     return Step(
-        row=keys.outer_row(t),
+        k=registers.load(k.at[t], KEYS),
         v=registers.load(v.at[t], VALUES),
         decay=scalar(0),
         write_gate=scalar(1) if x.has_write_gate else None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 
 def i32() -> ir.Type:
@@ -79,9 +79,9 @@ def load_transposed(address: ir.Value, n: int) -> list[ir.Value]:
 
 
 def multiply_add(
-    acc: list[ir.Value], a: list[ir.Value], b: list[ir.Value], dtype: str = "bf16"
+    acc: list[ir.Value], a: list[ir.Value], b: list[ir.Value]
 ) -> list[ir.Value]:
-    """acc + a @ b: `[16, 8] + [16, 8 len(b)] @ [8 len(b), 8]` of one warp, float32 sums.
+    """acc + a @ b: `[16, 8] + [16, 8 len(b)] @ [8 len(b), 8]` of one warp, in bfloat16.
 
     Lane 4 g + c holds of acc: `[g, 2c], [g, 2c + 1], [g + 8, 2c], [g + 8, 2c + 1]`; of a, in pairs:
     `[g, 2c], [g + 8, 2c]` and, where b has two registers, `[g, 2c + 8], [g + 8, 2c + 8]`; of b, in
@@ -97,31 +97,16 @@ def multiply_add(
     results = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * 4),
         [*a, *b, *acc],
-        f"mma.sync.aligned.{shape}.row.col.f32.{dtype}.{dtype}.f32 {', '.join(lists)};",
+        f"mma.sync.aligned.{shape}.row.col.f32.bf16.bf16.f32 {', '.join(lists)};",
         ",".join(["=f"] * 4 + ["r"] * (len(a) + len(b)) + ["f"] * 4),
         has_side_effects=False,
     )
     return [llvm.extractvalue(f32, results, [i]) for i in range(4)]
 
 
-def permute_bytes(x: ir.Value, y: ir.Value, selector: int) -> ir.Value:
-    """4 of the 8 bytes of x (0 to 3) and y (4 to 7), named by the digits of the selector."""
-    return llvm.inline_asm(
-        i32(), [x, y, constant(selector)], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r",
-        has_side_effects=False,
-    )
+def order_loads() -> None:
+    """Keeps the loads that follow from being started before those that precede have been used.
 
-
-def pack(low: ir.Value, high: ir.Value, dtype: Any) -> ir.Value:
-    """Two float32 rounded to a 16-bit type, in one register."""
-    name = {"bf16": "bf16x2", "f16": "f16x2"}[dtype]
-    return llvm.inline_asm(
-        i32(), [high, low], f"cvt.rn.{name}.f32 $0, $1, $2;", "=r,f,f", has_side_effects=False
-    )
-
-
-def unpack_bfloat16(x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    f32 = ir.F32Type.get()
-    low = arith.shli(x, constant(16))
-    high = arith.andi(x, constant(-(1 << 16)))
-    return arith.bitcast(f32, low), arith.bitcast(f32, high)
+    Started all at once, they hold registers that decide how many blocks a multiprocessor takes.
+    """
+    nvvm.bar_warp_sync(constant(-1))

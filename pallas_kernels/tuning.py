@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from pallas_kernels.layouts import COLUMN_LANES, WARPS, Registers
 
 
@@ -19,6 +21,7 @@ class Geometry:
     chunk: int
     unroll: int = 4
     history: int = 4
+    warpgroups: int = 1
 
     def __post_init__(self) -> None:
         if self.heads not in (1, 2, 4):
@@ -32,8 +35,8 @@ class Geometry:
         if self.chunk < 1 or self.chunk % 8:
             raise ValueError(f"a chunk has a multiple of 8 steps, got {self.chunk}.")
 
-    def registers(self, keys: int, interpret: bool) -> Registers:
-        return Registers(self.heads, self.values, keys, interpret)
+    def registers(self, keys: int, dtype: Any, interpret: bool) -> Registers:
+        return Registers(self.heads, self.values, keys, jnp.dtype(dtype).itemsize, interpret)
 
     def unroll_of(self, steps: int) -> int:
         return self.unroll if steps % self.unroll == 0 else 1
@@ -65,6 +68,7 @@ def backward_geometry(
     batch_heads: int, n_state: int, n_value: int, n_sms: int, dtype: Any
 ) -> Geometry:
     """The geometry of the backward kernel for B * H heads of `[N, V]`; never depends on T."""
-    del batch_heads, n_state, n_sms, dtype
-    heads, values = _block(n_value)
+    del batch_heads, n_state, n_sms
+    # In float32, sums over columns are taken in registers, where they cannot cross warps.
+    heads, values = (4, 8) if dtype == jnp.float32 else _block(n_value)
     return Geometry(heads, values, chunk=8)

@@ -17,7 +17,7 @@ LONGEST_SEGMENT = 64
 """Most steps between checkpoints that the backward kernel takes: it keeps the state before each
 chunk of them in device memory."""
 CLOSER = 32
-"""Steps between the checkpoints that the backward pass makes where those it has are further apart."""
+"""Steps between the checkpoints that the backward pass makes where it has none closer."""
 
 
 def recurrence(
@@ -110,7 +110,7 @@ _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 def _backward_by_segments(
     options: Options, x: Inputs, checkpoints: Array, d_out: Array, d_final_state: Array
 ) -> tuple[Inputs, Array]:
-    """As `backward_call`, from checkpoints so far apart that each segment first makes closer ones."""
+    """As `backward_call`, but each segment first makes closer checkpoints from its own."""
     length, time = options.checkpoint_every, x.q.shape[1]
     steps = round_up(CLOSER, options.chunk_multiple)
     closer = dataclasses.replace(options, checkpoint_every=steps)

@@ -18,5 +18,3 @@ class SingleStep(RecurrenceContract):
 @pytest.mark.parametrize("options", OPTIONS, ids="+".join)
 def test_single_step(options: tuple[str, ...]) -> None:
     SingleStep().check_against_numpy(make_inputs(1, 4, 6, options), "float32")
-
-

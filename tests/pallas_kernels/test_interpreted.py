@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,20 +22,35 @@ def no_races(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
     assert "RACE DETECTED" not in capsys.readouterr().out
 
 
-class Interpreted(RecurrenceContract):
+class TestInterpreted(RecurrenceContract):
     implementation = "mosaic_gpu, interpreted"
     dtypes = ("float32", "bfloat16")
     n_value = 8
     rows = MappingProxyType({"batch": 1, "heads": 1})
+    quick_to_compile = dtypes
+    checkpoint_intervals = (16, 80)
     supports_sharding = False  # `test_vjp.py` does that
     uses_xla_memory = False
-    geometries: Any = {}
 
     def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
         arguments = {"write_gate": None, "initial_state": None, **arrays}
-        options = {"linear_state": False, "checkpoint_every": 32, **self.geometries, **options}
+        options = {"linear_state": False, "checkpoint_every": 32, **options}
         return recurrence(**arguments, segment_ids=segment_ids, interpret=RACES, **options)
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("heads", [1, 2, 4])
+    def test_geometries(self, heads: int, dtype: str) -> None:
+        """Blocks of one to four heads, two blocks of columns, odd chunks, a head of padding."""
+        values = 32 // heads
+        inputs = make_inputs(27, 12, values + 4, EVERY_OPTION, batch=1, heads=max(heads - 1, 1))
+        rounded = {x: _rounded(getattr(inputs, x), dtype) for x in ("q", "k", "v")}
+        self.check_against_numpy(
+            inputs._replace(**rounded),
+            dtype,
+            forward_geometry=Geometry(heads, values, chunk=24),
+            backward_geometry=Geometry(heads, values, chunk=16),
+        )
 
-class TestInterpreted(Interpreted):
-    pass
+
+def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, dtype).astype("float32"), np.float64)

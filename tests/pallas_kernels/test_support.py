@@ -37,9 +37,7 @@ class Gpu:
 
 
 @pytest.mark.parametrize("capability", ["7.5", "8.9", "gfx90a"])
-def test_older_and_other_gpus_are_refused(
-    capability: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_older_and_other_gpus_are_refused(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [Gpu(capability)])
     x = jnp.zeros((1, 2, 1, 4))
     with pytest.raises(NotImplementedError, match=rf"9\.0 or later.*{capability}.*'scan'"):

@@ -36,9 +36,11 @@ def _forget_traced_calls() -> None:
 class TestAroundTheKernels(RecurrenceContract):
     implementation = "kernels in plain JAX"
     dtypes = ("float32", "bfloat16")
+    quick_to_compile = dtypes
 
     def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
         return call(arrays, segment_ids, **options)
+
     def test_heads_may_be_sharded_too(self) -> None:
         arrays = tensors(make_inputs(9, 4, 6, EVERY_OPTION, batch=2, heads=4), "float32")
         mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

@@ -1,0 +1,169 @@
+"""The kernels on the GPU that they are for: everything that the op takes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_reference import rms_ratio
+from recurrence_contract import (
+    EVERY_OPTION,
+    SIZES,
+    RecurrenceContract,
+    Tensors,
+    make_cotangents,
+    make_inputs,
+    tensors,
+)
+
+import pallas_kernels
+from e88_jax import recurrence
+from e88_jax.recurrence import e88_recurrence
+
+if refusal := recurrence._unsupported_device():
+    pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
+
+# Of ||x - scan|| / ||scan||, per tensor; the scan in float32.
+BOUNDS = {"float32": 2e-5, "bfloat16": 4e-3}
+SIZES_OF_STATES = range(4, 129, 4)
+
+
+class TestMosaicGpu(RecurrenceContract):
+    implementation = "mosaic_gpu"
+    dtypes = ("float32", "bfloat16")
+    sizes = [size for size in SIZES if size[1] % 4 == size[2] % 4 == 0]  # noqa: RUF012
+    n_value = 8
+
+
+class TestTheKernelsAlone(RecurrenceContract):
+    """`e88_recurrence` computes single steps otherwise; the kernels take them all the same."""
+
+    implementation = "kernels"
+    dtypes = ("float32", "bfloat16")
+    n_value = 8
+
+    def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
+        arguments = {"write_gate": None, "initial_state": None, **arrays}
+        options = {"linear_state": False, "checkpoint_every": 32, **options}
+        return pallas_kernels.recurrence(**arguments, segment_ids=segment_ids, **options)
+
+
+@jax.jit
+def _rounded_to_bfloat16(arrays: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), arrays)
+
+
+def _results_and_gradients(
+    implementation: Any, arrays: Tensors, ids: Any, cotangents: Any, linear_state: bool = False
+) -> Tensors:
+    @jax.jit
+    def run(arrays: Tensors, cotangents: Any) -> Tensors:
+        results, pullback = jax.vjp(
+            lambda arrays: e88_recurrence(
+                **arrays,
+                segment_ids=ids,
+                linear_state=linear_state,
+                implementation=implementation,
+            ),
+            arrays,
+        )
+        (d_arrays,) = pullback(cotangents)
+        return dict(zip(("out", "final_state"), results, strict=True)) | {
+            f"d_{name}": d for name, d in d_arrays.items()
+        }
+
+    return run(arrays, cotangents)
+
+
+def check_against_scan(
+    time: int,
+    n_state: int,
+    n_value: int,
+    dtype: str,
+    options: tuple[str, ...] = EVERY_OPTION,
+    **rows: int,
+) -> None:
+    inputs = make_inputs(time, n_state, n_value, options, **rows)
+    arrays, narrow = tensors(inputs, "float32"), ("q", "k", "v")
+    d_out, d_state = (jnp.asarray(x, "float32") for x in make_cotangents(inputs))
+    if dtype == "bfloat16":  # the same numbers to both
+        arrays |= _rounded_to_bfloat16({name: arrays[name] for name in narrow})
+        d_out = _rounded_to_bfloat16(d_out)
+    ids = None if inputs.segment_ids is None else jnp.asarray(inputs.segment_ids)
+    linear = inputs.linear_state
+    expected = _results_and_gradients("scan", arrays, ids, (d_out, d_state), linear)
+    arrays |= {name: arrays[name].astype(dtype) for name in narrow}
+    cotangents = d_out.astype(dtype), d_state
+    actual = _results_and_gradients("mosaic_gpu", arrays, ids, cotangents, linear)
+    ratios = {
+        name: rms_ratio(np.float32(actual[name]), np.float32(x)) for name, x in expected.items()
+    }
+    assert all(ratio < BOUNDS[dtype] for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", SIZES_OF_STATES)
+def test_square_states(size: int, dtype: str) -> None:
+    check_against_scan(67, size, size, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", range(16))
+def test_other_states(seed: int, dtype: str) -> None:
+    rng = np.random.default_rng(seed)
+    n_state, n_value = (int(n) for n in rng.choice(SIZES_OF_STATES, 2))
+    check_against_scan(50, n_state, n_value, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("heads", [83, 5, 1])
+@pytest.mark.parametrize("time", [1, 31, 2049])
+def test_odd_heads_and_times(time: int, heads: int, dtype: str) -> None:
+    for size in (32, 48):
+        check_against_scan(time, size, size, dtype, batch=2, heads=heads)
+        options = "initial_state", "linear_state"
+        check_against_scan(time, size, size, dtype, options, batch=2, heads=heads)
+
+
+def test_more_than_65535_blocks() -> None:
+    check_against_scan(5, 8, 8, "float32", batch=300, heads=900)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_runs_of_a_full_gpu_are_bitwise_equal(dtype: str) -> None:
+    inputs = make_inputs(300, 32, 32, EVERY_OPTION, batch=8, heads=72)
+    d_out, d_state = make_cotangents(inputs)
+    arguments = (
+        tensors(inputs, dtype),
+        jnp.asarray(inputs.segment_ids),
+        (jnp.asarray(d_out, dtype), jnp.asarray(d_state, "float32")),
+    )
+    first, second = (_results_and_gradients("mosaic_gpu", *arguments) for _ in range(2))
+    for name, x in first.items():
+        assert np.asarray(x).tobytes() == np.asarray(second[name]).tobytes(), name
+
+
+def test_more_than_2_31_elements() -> None:
+    """The last row of the batch, past 2**31 elements, is what it is on its own."""
+    batch, time, heads, size = 65, 8192, 128, 32
+    keys = jax.random.split(jax.random.key(0), 5)
+
+    @jax.jit
+    def draw() -> Any:
+        def normal(key: Any) -> Any:
+            return jax.random.normal(key, (batch, time, heads, size), jnp.bfloat16)
+
+        q, k, v, d_out = (normal(key) for key in keys[:4])
+        decay = jax.random.uniform(keys[4], (batch, time, heads), minval=0.9)
+        scale = jnp.bfloat16(size**-0.5)
+        return {"q": q * scale, "k": k * scale, "v": v, "decay": decay}, d_out
+
+    arrays, d_out = draw()
+    assert arrays["q"].size > 2**31
+    d_state = jnp.ones((batch, heads, size, size))
+    row = {name: x[-1:] for name, x in arrays.items()}
+    alone = _results_and_gradients("mosaic_gpu", row, None, (d_out[-1:], d_state[-1:]))
+    together = _results_and_gradients("mosaic_gpu", arrays, None, (d_out, d_state))
+    for name, x in alone.items():
+        assert rms_ratio(np.float32(together[name][-1:]), np.float32(x)) < BOUNDS["bfloat16"], name
