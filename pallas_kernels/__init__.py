@@ -1,8 +1,9 @@
 """The recurrence as Pallas kernels for Hopper GPUs and later."""
 
 from pallas_kernels.decode import single_step
+from pallas_kernels.geometry import Geometry
 from pallas_kernels.support import unsupported
-from pallas_kernels.tuning import Geometry, backward_geometry, forward_geometry
+from pallas_kernels.tuning import backward_geometry, forward_geometry
 from pallas_kernels.vjp import recurrence
 
 __all__ = [

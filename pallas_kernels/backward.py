@@ -30,9 +30,9 @@ from pallas_kernels.blocks import (
     wait_for_stores,
 )
 from pallas_kernels.column_sums import column_sums
+from pallas_kernels.geometry import Geometry
 from pallas_kernels.layouts import HEADS, KEYS, STATE, VALUES
 from pallas_kernels.operands import Operands, load_step
-from pallas_kernels.tuning import Geometry
 
 
 class Gradients(NamedTuple):
@@ -43,6 +43,46 @@ class Gradients(NamedTuple):
     d_v: Array  # [B, T, H, V]
     d_scalars: Array  # [P, B, H, S, T] float32: of decay, then of the write gate if there is one
     d_initial_state: Array  # [B, H, V, N] float32
+
+
+def part_dtype(geometry: Geometry, n_values: int, dtype: Any) -> Any:
+    """Of the gradients of q and k: float32 where blocks of columns each give a part of a sum."""
+    return dtype if n_values <= geometry.values else jnp.float32
+
+
+def reduction_bytes(dtype: Any) -> int:
+    """Shared memory for sums over the columns of several warps, in registers."""
+    return 0 if dtype == jnp.bfloat16 else 8192
+
+
+def scratch(
+    geometry: Geometry, keys: int, n_scalars: int, has_write_gate: bool, dtype: Any, part: Any
+) -> dict[str, Any]:
+    """The shared memory of a warpgroup, by name."""
+    heads, values, chunk = geometry.heads, geometry.values, geometry.chunk
+    history = geometry.history
+    lanes = geometry.registers(keys, dtype, False).lane_sums_shape[1]
+    matrix = (heads, values, _history_row(keys, dtype)[0])
+    memory = {
+        "k_slots": plgpu.SMEM((SLOTS, chunk, heads, keys), dtype),
+        "v_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
+        "scalars_slots": plgpu.SMEM((SLOTS, heads, n_scalars, scalars_at_once(chunk)), jnp.float32),
+        "q_slots": plgpu.SMEM((SLOTS, chunk, heads, keys), dtype),
+        "d_out_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
+        "states": plgpu.SMEM((history + 1, *matrix), dtype),
+        # The correction, and the gradient of what was read.
+        "vectors": plgpu.SMEM((2, history, heads, values), dtype),
+        "d_keys_rows": plgpu.SMEM((2, chunk, heads, keys), part),  # of q and of k
+        "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
+        "lane_sums": plgpu.SMEM((1 + has_write_gate, history, heads, lanes), jnp.float32),
+        "replay_loaded": plgpu.Barrier(num_arrivals=3),
+        "return_loaded": plgpu.Barrier(num_arrivals=2),
+    }
+    if dtype == jnp.bfloat16:
+        memory["d_sums"] = plgpu.SMEM((history, *matrix), dtype)
+    if has_write_gate:
+        memory["errors"] = plgpu.SMEM((history, heads, values), jnp.float32)
+    return memory
 
 
 def backward(
@@ -69,7 +109,7 @@ def backward(
     n_scalars = x.scalars.shape[2]
     n_d_scalars = 1 + x.has_write_gate
     on_tensor_cores = dtype == jnp.bfloat16
-    part = dtype if value_blocks == 1 else jnp.float32
+    part = part_dtype(geometry, n_values, dtype)
     history = geometry.history
     groups_per_chunk = size // history
 
@@ -97,28 +137,7 @@ def backward(
             (n_blocks, segment_chunks * groups_per_chunk, heads, values, keys), dtype
         ),
     }
-    lanes = registers.lane_sums_shape[1]
-    row, swizzle = _history_row(keys, dtype)
-    matrix = (heads, values, row)
-    scratch = {
-        "k_slots": plgpu.SMEM((SLOTS, size, heads, keys), dtype),
-        "v_slots": plgpu.SMEM((SLOTS, size, heads, values), dtype),
-        "scalars_slots": plgpu.SMEM((SLOTS, heads, n_scalars, scalars_at_once(size)), jnp.float32),
-        "q_slots": plgpu.SMEM((SLOTS, size, heads, keys), dtype),
-        "d_out_slots": plgpu.SMEM((SLOTS, size, heads, values), dtype),
-        "states": plgpu.SMEM((history + 1, *matrix), dtype),
-        # The correction and the gradient of what was read.
-        "vectors": plgpu.SMEM((2, history, heads, values), dtype),
-        "d_keys_rows": plgpu.SMEM((2, size, heads, keys), part),  # of q and of k
-        "d_v_rows": plgpu.SMEM((size, heads, values), dtype),
-        "lane_sums": plgpu.SMEM((n_d_scalars, history, heads, lanes), jnp.float32),
-        "replay_loaded": plgpu.Barrier(num_arrivals=3),
-        "return_loaded": plgpu.Barrier(num_arrivals=2),
-    }
-    if on_tensor_cores:
-        scratch |= {"d_sums": plgpu.SMEM((history, *matrix), dtype)}
-    if x.has_write_gate:
-        scratch |= {"errors": plgpu.SMEM((history, heads, values), jnp.float32)}
+    swizzle = _history_row(keys, dtype)[1]
 
     def body(index: Any, barriers: Any, ref: dict[str, Any]) -> None:
         block = Block.from_index(index, n_heads, n_values, heads, values)
@@ -136,7 +155,10 @@ def backward(
         return_stream = Stream(
             block,
             chunks,
-            [Input(ref["q"], ref["q_slots"], KEYS), Input(ref["d_out"], ref["d_out_slots"], VALUES)],
+            [
+                Input(ref["q"], ref["q_slots"], KEYS),
+                Input(ref["d_out"], ref["d_out_slots"], VALUES),
+            ],
             ref["return_loaded"],
             barriers,
         )
@@ -247,8 +269,9 @@ def backward(
             synchronize()  # what follows overwrites it
             return d_state
 
-        def return_over_chunk(n: Any, i: Any, group: Any, rows: range, kept_state: Array,
-                              d_state: Array) -> Any:
+        def return_over_chunk(
+            n: Any, i: Any, group: Any, rows: range, kept_state: Array, d_state: Array
+        ) -> Any:
             """The gradient of these rows of chunk i, which is loaded.
 
             `kept_state` is the state before its last group, number `group` of the segment.
@@ -326,9 +349,7 @@ def backward(
             # The last chunk stays loaded between its replay and its return.
             slot = lax.rem(n[0], SLOTS)
             c = count - 1
-            replay_stream.start(
-                base + c - 1 if count > 1 else before_segment, 1 - slot
-            )
+            replay_stream.start(base + c - 1 if count > 1 else before_segment, 1 - slot)
             replay_stream.wait(slot)
             groups = -(-len(last_rows) // history) - 1
             state = replay_groups(slot, last_rows, groups, c * groups_per_chunk, state)
@@ -372,7 +393,7 @@ def backward(
             _, d_state = lax.fori_loop(
                 0,
                 n_alike,
-                lambda j, c: segment(n_alike - 1 - j, *c, segment_chunks, range(size)),
+                lambda j, c: segment(n_alike - 1 - j, c[0], c[1], segment_chunks, range(size)),
                 (n, d_state),
             )
         target = ref["d_initial_state"].at[block.b, block.heads, block.values]
@@ -384,14 +405,14 @@ def backward(
         n_blocks,
         inputs,
         outputs,
-        scratch,
+        scratch(geometry, keys, n_scalars, x.has_write_gate, dtype, part),
         warpgroups=geometry.warpgroups,
         approximate=dtype == jnp.bfloat16,
-        reduction_bytes=0 if on_tensor_cores else 8192,
+        reduction_bytes=reduction_bytes(dtype),
         interpret=interpret,
     )
     results["d_scalars"] = _in_time(results["d_scalars"], chunks)
-    return Gradients(*(results[name] for name in Gradients._fields))
+    return Gradients(**{name: results[name] for name in Gradients._fields})
 
 
 def _history_row(keys: int, dtype: Any) -> tuple[int, int]:

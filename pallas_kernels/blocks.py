@@ -5,6 +5,7 @@ other slot of a double buffer. All that knows about copies, barriers and alignme
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,10 @@ from pallas_kernels.layouts import HEADS, KEYS
 COPY_BYTES = 16
 """Bytes that the rows and strides of a bulk tensor copy are multiples of."""
 SLOTS = 2
+MAX_SHARED_BYTES = 232_448 - 1024
+"""Shared memory of a thread block: the most that Hopper gives one, less what barriers may take.
+Source: CUDA C++ Programming Guide, technical specifications of compute capability 9.0 (227 KiB)."""
+_ALIGNMENT = 1024  # of each ref, by Pallas
 
 
 class Block(NamedTuple):
@@ -30,7 +35,9 @@ class Block(NamedTuple):
     value_block: Any
 
     @classmethod
-    def from_index(cls, index: Any, n_heads: int, n_values: int, heads: int, values: int) -> "Block":
+    def from_index(
+        cls, index: Any, n_heads: int, n_values: int, heads: int, values: int
+    ) -> "Block":
         """Block `index` of `B * (n_heads / heads) * (n_values / values)`, columns fastest."""
         index, value_block = _divmod(index, n_values // values)
         b, head_block = _divmod(index, n_heads // heads)
@@ -149,6 +156,16 @@ def start_stores(copies: Sequence[tuple[Any, Any]]) -> None:
 def wait_for_stores(in_flight: int = 0) -> None:
     """Waits until at most the latest `in_flight` calls of `start_stores` read shared memory."""
     plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
+
+
+def shared_bytes(scratch: dict[str, Any], warpgroups: int) -> int:
+    """Bytes that `run_blocks` takes for the scratch of so many warpgroups, barriers left out."""
+    sizes = [
+        warpgroups * math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+        for x in scratch.values()
+        if not isinstance(x, plgpu.Barrier)
+    ]
+    return sum(round_up(size, _ALIGNMENT) for size in sizes)
 
 
 def run_blocks(

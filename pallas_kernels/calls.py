@@ -21,8 +21,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels import tuning
 from pallas_kernels.backward import backward
 from pallas_kernels.forward import forward
+from pallas_kernels.geometry import Geometry
 from pallas_kernels.operands import Inputs, cut, prepare, prepare_states, prepare_values
-from pallas_kernels.tuning import Geometry
+
+_CHECKPOINT_MULTIPLE = 16
+"""Steps between checkpoints are a multiple of it, whatever the geometry: all shards of a program
+must agree on where they are."""
 
 # The names of the axes of what the calls take and give.
 INPUTS: Any = Inputs._make(["b t h n", "b t h n", "b t h v", "b t h", "b t h", "b t"])
@@ -48,14 +52,14 @@ class Options:
     def chunk_multiple(self) -> int:
         """What the chunks of both kernels divide."""
         given = [x.chunk for x in (self.forward_geometry, self.backward_geometry) if x]
-        return math.lcm(tuning.CHUNK_MULTIPLE, *given)
+        return math.lcm(_CHECKPOINT_MULTIPLE, *given)
 
 
-def _geometry(choose: Callable[..., Geometry], x: Inputs) -> Geometry:
+def _geometry(choose: Callable[..., Geometry], x: Inputs, *options: Any) -> Geometry:
     batch, _, heads, n_state = x.q.shape
     h100 = 132
     n_sms = getattr(jax.devices()[0], "core_count", h100)
-    return choose(batch * heads, n_state, x.v.shape[-1], n_sms, x.v.dtype)
+    return choose(batch, heads, n_state, x.v.shape[-1], n_sms, x.v.dtype, *options)
 
 
 @functools.cache
@@ -70,6 +74,8 @@ def forward_call(
 
     def call(x: Inputs, initial_state: Array | None) -> tuple[Array, Array, Array | None]:
         geometry = options.forward_geometry or _geometry(tuning.forward_geometry, x)
+        if keep:
+            geometry = geometry.for_checkpoints(options.checkpoint_every)
         if initial_state is not None:
             initial_state = prepare_states(jnp.swapaxes(initial_state, 2, 3), geometry)
         out, final_state, checkpoints = forward(
@@ -106,7 +112,11 @@ def backward_call(
     def call(
         x: Inputs, checkpoints: Array, d_out: Array, d_final_state: Array
     ) -> tuple[Inputs, Array]:
-        geometry = options.backward_geometry or _geometry(tuning.backward_geometry, x)
+        has_write_gate, has_starts = x.write_gate is not None, x.starts is not None
+        geometry = options.backward_geometry or _geometry(
+            tuning.backward_geometry, x, 1 + has_write_gate + has_starts, has_write_gate
+        )
+        geometry = geometry.for_checkpoints(options.checkpoint_every)
         d = backward(
             prepare(x, geometry),
             prepare_values(d_out, geometry),

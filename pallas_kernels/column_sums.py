@@ -19,7 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels import tensor_cores as tc
-from pallas_kernels.layouts import WARPS
+from pallas_kernels.layouts import WARPS, inline
 
 STEPS = 4
 
@@ -56,15 +56,13 @@ def column_sums(
         d_keys[1] = (contract(s, d_read) + contract(d_s, correction)).astype(d_keys.dtype)
         return
     refs = states, d_sums, d_out, vectors, d_keys
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(
-        functools.partial(_emit, swizzle)
-    )(*refs)
+    types = (plgpu.RefType(),) * len(refs)
+    inline(functools.partial(_emit, swizzle), *refs, arg_types=types)
 
 
 def _emit(swizzle: int, _: Any, *refs: ir.Value) -> None:
     states, d_sums, d_out, vectors, d_keys = (tc.SharedMemory(ref) for ref in refs)
     _, steps, heads, keys = d_keys.type.shape
-    values = d_out.type.shape[-1]
     key_tiles, step_tiles = -(-keys // 16), -(-steps // STEPS)
     warp, lane = tc.warp_and_lane()
 
@@ -114,7 +112,9 @@ def _emit_tile(
     matrix, row = tc.divide(lane, 8)
     upper, right = arith.divui(matrix, tc.constant(2)), arith.andi(matrix, tc.constant(1))
     v_row = tc.add(tc.multiply(upper, 8), row)
-    n_row = arith.minui(tc.add(n0, tc.multiply(right, 8)), tc.constant(keys - 8))  # past the end, any will do
+    n_row = arith.minui(
+        tc.add(n0, tc.multiply(right, 8)), tc.constant(keys - 8)
+    )  # past the end, any will do
 
     half, column = tc.divide(group, STEPS)
     t_column = arith.minui(tc.add(t0, column), tc.constant(n_steps - 1))
@@ -128,8 +128,10 @@ def _emit_tile(
         """Adds columns v0 to v0 + 8 n_v."""
         offset = tc.multiply(v0, 2) if not isinstance(v0, int) else 2 * v0
 
-        def load(at: ir.Value) -> list[ir.Value]:
-            return [llvm.load(i32, tc.pointer(tc.add(tc.add(at, offset), 16 * j))) for j in range(n_v)]
+        def load(at: ir.Value) -> list[Any]:
+            return [
+                llvm.load(i32, tc.pointer(tc.add(tc.add(at, offset), 16 * j))) for j in range(n_v)
+            ]
 
         of_states = load(of_states_at)
         of_d_sums = [arith.select(is_upper_half, b, tc.constant(0)) for b in load(correction_at)]
@@ -144,20 +146,19 @@ def _emit_tile(
         for t in range(steps + 1):
             state = tc.load_transposed(tc.add(state_at, t * states.strides[0]), 2 * n_v)
             accs[t] = tc.multiply_add(accs[t], state, of_states)
-            if t % 2 == 0:
-                tc.order_loads()
         for t in range(steps):
             d_sum = tc.load_transposed(tc.add(d_sum_at, t * d_sums.strides[0]), 2 * n_v)
             accs[t] = tc.multiply_add(accs[t], d_sum, of_d_sums)
-            if t % 2:
-                tc.order_loads()
         return accs
 
     zero = arith.constant(ir.F32Type.get(), 0.0)
     accs: list[Any] = [[zero] * 4 for _ in range(steps + 1)]
     if values >= 16:
         loop = scf.ForOp(
-            tc.constant(0), tc.constant(values // 16 * 16), tc.constant(16), list(itertools.chain.from_iterable(accs))
+            tc.constant(0),
+            tc.constant(values // 16 * 16),
+            tc.constant(16),
+            list(itertools.chain.from_iterable(accs)),
         )
 
         def split(flat: Any) -> list[Any]:

@@ -20,9 +20,22 @@ from pallas_kernels.blocks import (
     start_stores,
     wait_for_stores,
 )
+from pallas_kernels.geometry import Geometry
 from pallas_kernels.layouts import HEADS, KEYS, STATE, VALUES
 from pallas_kernels.operands import Operands, load_step
-from pallas_kernels.tuning import Geometry
+
+
+def scratch(geometry: Geometry, keys: int, n_scalars: int, dtype: Any) -> dict[str, Any]:
+    """The shared memory of a warpgroup, by name."""
+    heads, values, chunk = geometry.heads, geometry.values, geometry.chunk
+    return {
+        "q_slots": plgpu.SMEM((SLOTS, chunk, heads, keys), dtype),
+        "k_slots": plgpu.SMEM((SLOTS, chunk, heads, keys), dtype),
+        "v_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
+        "scalars_slots": plgpu.SMEM((SLOTS, heads, n_scalars, scalars_at_once(chunk)), jnp.float32),
+        "out_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
+        "loaded": plgpu.Barrier(num_arrivals=4),
+    }
 
 
 def forward(
@@ -59,17 +72,6 @@ def forward(
         outputs["checkpoints"] = jax.ShapeDtypeStruct(
             (batch, n_heads, n_checkpoints, n_values, keys), dtype
         )
-    scratch = {
-        "q_slots": plgpu.SMEM((SLOTS, chunks.size, heads, keys), dtype),
-        "k_slots": plgpu.SMEM((SLOTS, chunks.size, heads, keys), dtype),
-        "v_slots": plgpu.SMEM((SLOTS, chunks.size, heads, values), dtype),
-        "scalars_slots": plgpu.SMEM(
-            (SLOTS, heads, n_scalars, scalars_at_once(chunks.size)), jnp.float32
-        ),
-        "out_slots": plgpu.SMEM((SLOTS, chunks.size, heads, values), dtype),
-        "loaded": plgpu.Barrier(num_arrivals=4),
-    }
-
 
     def body(index: Any, barriers: Any, ref: dict[str, Any]) -> None:
         block = Block.from_index(index, n_heads, n_values, heads, values)
@@ -149,7 +151,7 @@ def forward(
         batch * (n_heads // heads) * (n_values // values),
         inputs,
         outputs,
-        scratch,
+        scratch(geometry, keys, n_scalars, dtype),
         warpgroups=geometry.warpgroups,
         approximate=dtype == jnp.bfloat16,
         reduction_bytes=0,

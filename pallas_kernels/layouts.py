@@ -29,9 +29,9 @@ HEADS = (0,)
 
 def keys_per_vector(n_keys: int, itemsize: int) -> int:
     """Neighbouring keys that a lane holds and loads at once: up to 16 bytes."""
-    for vector in (8, 4, 2)[itemsize // 4 :]:
-        if n_keys % (KEY_LANES * vector) == 0:
-            return vector
+    for n in (8, 4, 2)[itemsize // 4 :]:
+        if n_keys % (KEY_LANES * n) == 0:
+            return n
     raise ValueError(f"keys must be a multiple of {2 * KEY_LANES}, got {n_keys}.")
 
 
@@ -85,19 +85,14 @@ class Registers:
             return x.astype(jnp.float32)
         layout = self._layouts[axes]
 
-        @plgpu.inline_mgpu(
-            arg_types=(layout,),
-            return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout),
-        )
         def widen(_: Any, x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
             registers = np.empty(x.registers.shape, dtype=object)
             for index, register in np.ndenumerate(x.registers):
                 registers[index] = _widen_bfloat16(register)
-            return mgpu.FragmentedArray(
-                _registers=registers, _layout=x.layout, _is_signed=None
-            )
+            return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
-        return widen(x)
+        wide = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout)
+        return inline(widen, x, arg_types=(layout,), return_type=wide)
 
     def sums_over_keys(self, x: Array, *ys: Array) -> tuple[Array, ...]:
         """VALUES: for each y of KEYS, the sum of x y over keys. x is a STATE, all are float32.
@@ -110,8 +105,7 @@ class Registers:
         state, values = self._layouts[STATE], self._layouts[VALUES]
         result = plgpu.ShapeDtypeStruct(self._shape(VALUES), jnp.float32, values)
 
-        @plgpu.inline_mgpu(arg_types=(state,) * (1 + len(ys)), return_type=(result,) * len(ys))
-        def add(_: Any, x: mgpu.FragmentedArray, *ys: mgpu.FragmentedArray) -> Any:
+        def add(_: Any, x: Any, *ys: Any) -> Any:
             over_keys = (False,) * 3 + tuple(x.layout.tiling.tile_dimension(2))
             over_keys = over_keys[-x.registers.ndim :]
             kept = tuple(1 if r else n for r, n in zip(over_keys, x.registers.shape, strict=True))
@@ -138,7 +132,8 @@ class Registers:
                 for registers in np.split(per_y, len(ys))
             )
 
-        return add(x, *ys)
+        types = (state,) * (1 + len(ys))
+        return inline(add, x, *ys, arg_types=types, return_type=(result,) * len(ys))
 
     def store(self, ref: Any, x: Array, axes: tuple[int, ...], swizzle: int = 16) -> None:
         """Writes x, in the dtype of `ref`; both have the axes given."""
@@ -160,10 +155,6 @@ class Registers:
         layout = self._lane_layout
         share = 1 if axes == STATE else 1 / KEY_LANES  # lanes that split the keys hold the same
 
-        @plgpu.inline_mgpu(
-            arg_types=(self._layouts[axes],) * 2,
-            return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout),
-        )
         def add(_: Any, x: mgpu.FragmentedArray, y: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
             total = _dot(list(zip(x.registers.flat, y.registers.flat, strict=True)))
             if share != 1:
@@ -174,7 +165,8 @@ class Registers:
                 _registers=registers, _layout=layout.to_mgpu(), _is_signed=None
             )
 
-        return add(x, y)
+        sums = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout)
+        return inline(add, x, y, arg_types=(self._layouts[axes],) * 2, return_type=sums)
 
     @property
     def lane_sums_shape(self) -> tuple[int, int]:
@@ -216,25 +208,26 @@ class Registers:
         return self.cast(jnp.full(self._shape(axes), value, jnp.float32), axes)
 
 
+def inline(f: Any, *args: Any, arg_types: Any, return_type: Any = None) -> Any:
+    """f, in terms of Mosaic GPU, of the arguments here."""
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)(f)(*args)
+
+
 def _load(ref: Any, layout: Any, swizzle: int = 16) -> Array:
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout),
-    )
     def load(_: Any, ref: Any) -> mgpu.FragmentedArray:
         return mgpu.FragmentedArray.load_tiled(
             _as_one_tile(ref), swizzle=swizzle, layout=layout.to_mgpu(), optimized=False
         )
 
-    return load(ref)
+    loaded = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout)
+    return inline(load, ref, arg_types=(plgpu.RefType(),), return_type=loaded)
 
 
 def _store(ref: Any, x: Array, layout: Any, swizzle: int = 16) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
     def store(_: Any, ref: Any, x: mgpu.FragmentedArray) -> None:
         x.store_tiled(_as_one_tile(ref), swizzle=swizzle, optimized=False)
 
-    store(ref, x)
+    inline(store, ref, x, arg_types=(plgpu.RefType(), layout))
 
 
 def _as_one_tile(ref: Any) -> Any:
@@ -253,9 +246,7 @@ def tiled(tiling: Any, warp_dims: Any, lane_dims: Any, vector_dim: int) -> Any:
 
 def _elements(register: Any) -> list[Any]:
     return [
-        vector.extract(
-            register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])
-        )
+        vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
         for i in range(ir.VectorType(register.type).shape[0])
     ]
 
@@ -266,11 +257,7 @@ def _as_vector(value: Any) -> Any:
 
 def _dot(registers: list[tuple[Any, Any]]) -> Any:
     """The sum of the products of pairs of float32 registers, in two chains to halve the wait."""
-    pairs = [
-        pair
-        for x, y in registers
-        for pair in zip(_elements(x), _elements(y), strict=True)
-    ]
+    pairs = [pair for x, y in registers for pair in zip(_elements(x), _elements(y), strict=True)]
     chains: list[Any] = [None, None]
     for i, (x, y) in enumerate(pairs):
         chain = chains[i % 2]

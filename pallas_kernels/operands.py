@@ -11,8 +11,8 @@ from jax import Array
 
 from pallas_kernels.blocks import round_up, scalars_at_once
 from pallas_kernels.cell import Step
+from pallas_kernels.geometry import KEYS_MULTIPLE, Geometry
 from pallas_kernels.layouts import HEADS, KEYS, VALUES, Registers
-from pallas_kernels.tuning import KEYS_MULTIPLE, Geometry
 
 
 class Inputs(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, llvm
 
 
 def i32() -> ir.Type:
@@ -64,11 +64,11 @@ class SharedMemory:
         return add(address, offset) if offset else address
 
 
-def load_transposed(address: ir.Value, n: int) -> list[ir.Value]:
+def load_transposed(address: ir.Value, n: int) -> list[Any]:
     """n 8x8 matrices of 16 bits, transposed; each 8 lanes give the addresses of 8 rows."""
     registers = ", ".join(f"${i}" for i in range(n))
     # Other lanes write this memory between two loads, so a load must stay where it is.
-    results = llvm.inline_asm(
+    results: Any = llvm.inline_asm(
         llvm.StructType.get_literal([i32()] * n),
         [address],
         f"ldmatrix.sync.aligned.m8n8.x{n}.trans.shared.b16 {{{registers}}}, [${n}];",
@@ -78,9 +78,7 @@ def load_transposed(address: ir.Value, n: int) -> list[ir.Value]:
     return [llvm.extractvalue(i32(), results, [i]) for i in range(n)]
 
 
-def multiply_add(
-    acc: list[ir.Value], a: list[ir.Value], b: list[ir.Value]
-) -> list[ir.Value]:
+def multiply_add(acc: list[Any], a: list[Any], b: list[Any]) -> list[Any]:
     """acc + a @ b: `[16, 8] + [16, 8 len(b)] @ [8 len(b), 8]` of one warp, in bfloat16.
 
     Lane 4 g + c holds of acc: `[g, 2c], [g, 2c + 1], [g + 8, 2c], [g + 8, 2c + 1]`; of a, in pairs:
@@ -89,12 +87,11 @@ def multiply_add(
     """
     counter = itertools.count()
     lists = [
-        "{" + ", ".join(f"${next(counter)}" for _ in range(n)) + "}"
-        for n in (4, len(a), len(b), 4)
+        "{" + ", ".join(f"${next(counter)}" for _ in range(n)) + "}" for n in (4, len(a), len(b), 4)
     ]
     shape = f"m16n8k{8 * len(b)}"
     f32 = ir.F32Type.get()
-    results = llvm.inline_asm(
+    results: Any = llvm.inline_asm(
         llvm.StructType.get_literal([f32] * 4),
         [*a, *b, *acc],
         f"mma.sync.aligned.{shape}.row.col.f32.bf16.bf16.f32 {', '.join(lists)};",
@@ -102,11 +99,3 @@ def multiply_add(
         has_side_effects=False,
     )
     return [llvm.extractvalue(f32, results, [i]) for i in range(4)]
-
-
-def order_loads() -> None:
-    """Keeps the loads that follow from being started before those that precede have been used.
-
-    Started all at once, they hold registers that decide how many blocks a multiprocessor takes.
-    """
-    nvvm.bar_warp_sync(constant(-1))

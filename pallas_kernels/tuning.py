@@ -1,74 +1,178 @@
-"""Block geometry: how the work is cut up, as data."""
+"""The geometry that a kernel uses where the caller gives none: a few rules, from measurements.
+
+They read the number of heads, N, V, the number of multiprocessors and the dtype; never T. What they
+were measured on, and what they leave on the table, is in this folder's README.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.layouts import COLUMN_LANES, WARPS, Registers
+from pallas_kernels import backward, forward
+from pallas_kernels.blocks import MAX_SHARED_BYTES, round_up, shared_bytes
+from pallas_kernels.geometry import KEYS_MULTIPLE, Geometry, column_multiple
+
+MAX_HELD_AT_ONCE = 5
+"""Most warpgroups that are put side by side to be held by one multiprocessor together."""
+MANY = 8
+"""Warpgroups per multiprocessor from which fewer and larger ones are faster: the loads of k and q
+are shared by more columns, and there are enough to hide latency behind each other."""
+LARGEST_HISTORY = 32
+MOST_SCALARS = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """How a kernel cuts up the heads, the columns of the state and time.
+def forward_shared_bytes(
+    geometry: Geometry, n_state: int, dtype: Any, n_scalars: int = MOST_SCALARS
+) -> int:
+    """Shared memory of a thread block of the forward kernel, in bytes.
 
-    A block of 4 warps takes `heads` heads (1, 2 or 4) and `values` columns of each (a multiple of
-    32 / heads); time goes by in chunks of `chunk` steps (a multiple of 8).
+    Args:
+        n_scalars: arrays of scalars that a step reads: decay, the write gate, document starts.
     """
-
-    heads: int
-    values: int
-    chunk: int
-    unroll: int = 4
-    history: int = 4
-    warpgroups: int = 1
-
-    def __post_init__(self) -> None:
-        if self.heads not in (1, 2, 4):
-            raise ValueError(f"a block has 1, 2 or 4 heads, got {self.heads}.")
-        multiple = COLUMN_LANES * WARPS // self.heads
-        if self.values < 1 or self.values % multiple:
-            raise ValueError(
-                f"a block of {self.heads} heads has a multiple of {multiple} columns of each, "
-                f"got {self.values}."
-            )
-        if self.chunk < 1 or self.chunk % 8:
-            raise ValueError(f"a chunk has a multiple of 8 steps, got {self.chunk}.")
-
-    def registers(self, keys: int, dtype: Any, interpret: bool) -> Registers:
-        return Registers(self.heads, self.values, keys, jnp.dtype(dtype).itemsize, interpret)
-
-    def unroll_of(self, steps: int) -> int:
-        return self.unroll if steps % self.unroll == 0 else 1
+    keys = round_up(n_state, KEYS_MULTIPLE)
+    return shared_bytes(forward.scratch(geometry, keys, n_scalars, dtype), geometry.warpgroups)
 
 
-KEYS_MULTIPLE = 8
-"""What a kernel's N is a multiple of."""
-CHUNK_MULTIPLE = 16
-"""What the chunks of the heuristics divide, whatever the call: checkpoints lie this far apart or a
-multiple of it, so that shards of one program agree on where."""
-
-
-def _block(n_value: int) -> tuple[int, int]:
-    """Heads and columns of a block: the fewest columns of padding, then the fewest heads."""
-    blocks = [(heads, COLUMN_LANES * WARPS // heads) for heads in (1, 2, 4)]
-    return min(blocks, key=lambda block: -(-n_value // block[1]) * block[1])
+def backward_shared_bytes(
+    geometry: Geometry,
+    n_state: int,
+    n_value: int,
+    dtype: Any,
+    n_scalars: int = MOST_SCALARS,
+    has_write_gate: bool = True,
+) -> int:
+    """Shared memory of a thread block of the backward kernel, in bytes."""
+    keys = round_up(n_state, KEYS_MULTIPLE)
+    part = backward.part_dtype(geometry, n_value, dtype)
+    memory = backward.scratch(geometry, keys, n_scalars, has_write_gate, dtype, part)
+    return shared_bytes(memory, geometry.warpgroups) + backward.reduction_bytes(dtype)
 
 
 def forward_geometry(
-    batch_heads: int, n_state: int, n_value: int, n_sms: int, dtype: Any
+    batch: int, heads: int, n_state: int, n_value: int, n_sms: int, dtype: Any
 ) -> Geometry:
-    """The geometry of the forward kernel for B * H heads of `[N, V]`; never depends on T."""
-    del batch_heads, n_state, n_sms, dtype
-    heads, values = _block(n_value)
-    return Geometry(heads, values, chunk=16)
+    """The geometry of the forward kernel for `B * H` states `[N, V]`."""
+    block = _block(heads, n_value)
+    per_sm = _warpgroups(batch, heads, n_value, block) / n_sms
+    if per_sm >= MANY:
+        block = _larger(block, heads, n_value, columns=max(1, 32 // n_state) * 128)
+        held = 1
+    else:
+        held = _held_at_once(per_sm)
+    candidates = (
+        Geometry(*block, chunk=chunk, warpgroups=w)
+        for w in range(held, 0, -1)
+        for chunk in (32, 16, 8)
+    )
+    return _first_that_fits(candidates, lambda g: forward_shared_bytes(g, n_state, dtype))
 
 
 def backward_geometry(
-    batch_heads: int, n_state: int, n_value: int, n_sms: int, dtype: Any
+    batch: int,
+    heads: int,
+    n_state: int,
+    n_value: int,
+    n_sms: int,
+    dtype: Any,
+    n_scalars: int = MOST_SCALARS,
+    has_write_gate: bool = True,
 ) -> Geometry:
-    """The geometry of the backward kernel for B * H heads of `[N, V]`; never depends on T."""
-    del batch_heads, n_state, n_sms
-    # In float32, sums over columns are taken in registers, where they cannot cross warps.
-    heads, values = (4, 8) if dtype == jnp.float32 else _block(n_value)
-    return Geometry(heads, values, chunk=8)
+    """The geometry of the backward kernel for `B * H` states `[N, V]`."""
+    block = _block(heads, n_value)
+    per_sm = _warpgroups(batch, heads, n_value, block) / n_sms
+    # Sums over several warps, in float32, share what is for one warpgroup.
+    small_state = n_state <= 32 and dtype == jnp.bfloat16
+    if per_sm <= 1:
+        # One warpgroup has a multiprocessor to itself: nothing to save shared memory for.
+        candidates = [
+            Geometry(*block, chunk=max(h, 8), history=h) for h in (LARGEST_HISTORY, 16, 8, 4, 2)
+        ]
+    elif per_sm < MANY and small_state:
+        candidates = [
+            Geometry(*block, chunk=8, unroll=2, history=h, warpgroups=w)
+            for w in range(_held_at_once(per_sm), 0, -1)
+            for h in (8, 4)
+        ]
+    else:
+        if small_state:
+            block = _larger(block, heads, n_value, columns=64)
+        held = 3 if small_state else 1
+        candidates = [
+            Geometry(*block, chunk=chunk, history=h, warpgroups=w)
+            for w in range(held, 0, -1)
+            for chunk in ((8,) if small_state or n_state > 64 else (16, 8))
+            for h in (4, 2)
+        ]
+
+    def needed(geometry: Geometry) -> int:
+        return backward_shared_bytes(geometry, n_state, n_value, dtype, n_scalars, has_write_gate)
+
+    return _first_that_fits(candidates, needed)
+
+
+def _padded_columns(heads: int, n_value: int, block: tuple[int, int]) -> int:
+    return round_up(heads, block[0]) * round_up(n_value, block[1])
+
+
+def _block(heads: int, n_value: int) -> tuple[int, int]:
+    """Heads and columns of a warpgroup of 32 columns: the least padding, then the fewest heads."""
+    blocks = [(h, column_multiple(h)) for h in (1, 2, 4)]
+    return min(blocks, key=lambda block: _padded_columns(heads, n_value, block))
+
+
+def _larger(block: tuple[int, int], heads: int, n_value: int, columns: int) -> tuple[int, int]:
+    """The block doubled to at most so many columns, as long as that pads nothing more."""
+    padded = _padded_columns(heads, n_value, block)
+    while block[0] * block[1] < columns:
+        doubled = [(block[0] * 2, block[1])] if block[0] < 4 else []
+        doubled.append((block[0], block[1] * 2))
+        same = [b for b in doubled if _padded_columns(heads, n_value, b) == padded]
+        if not same:
+            break
+        block = same[0]
+    return block
+
+
+def _warpgroups(batch: int, heads: int, n_value: int, block: tuple[int, int]) -> float:
+    return batch * _padded_columns(heads, n_value, block) / (block[0] * block[1])
+
+
+def _held_at_once(per_sm: float) -> int:
+    """Warpgroups that a multiprocessor should hold for all of them to run at once."""
+    return min(max(1, -int(-per_sm // 1)), MAX_HELD_AT_ONCE)
+
+
+def _first_that_fits(candidates: Any, needed: Callable[[Geometry], int]) -> Geometry:
+    smallest: Geometry | None = None
+    for geometry in candidates:
+        if needed(geometry) <= MAX_SHARED_BYTES:
+            return geometry
+        smallest = geometry
+    assert smallest is not None
+    raise NotImplementedError(
+        f"needs {needed(smallest)} bytes of shared memory, of {MAX_SHARED_BYTES}, even in "
+        f"{smallest}."
+    )
+
+
+def neighbours(geometry: Geometry) -> list[Geometry]:
+    """Valid geometries that differ from this one in one number: what a search tries next."""
+    changes: list[dict[str, int]] = [
+        *({"heads": h} for h in (1, 2, 4)),
+        *({"values": v} for v in (geometry.values // 2, geometry.values * 2)),
+        *({"chunk": c} for c in (geometry.chunk // 2, geometry.chunk * 2)),
+        *({"unroll": u} for u in (1, 2, 4, 8)),
+        *({"history": h} for h in (geometry.history // 2, geometry.history * 2)),
+        *({"warpgroups": w} for w in (geometry.warpgroups - 1, geometry.warpgroups + 1)),
+    ]
+    found = []
+    for change in changes:
+        try:
+            candidate = dataclasses.replace(geometry, **change)
+        except ValueError:
+            continue
+        if candidate != geometry:
+            found.append(candidate)
+    return found

@@ -10,8 +10,8 @@ from jax import Array, lax
 
 from pallas_kernels.blocks import round_up
 from pallas_kernels.calls import Options, backward_call, forward_call
+from pallas_kernels.geometry import Geometry
 from pallas_kernels.operands import Inputs
-from pallas_kernels.tuning import Geometry
 
 LONGEST_SEGMENT = 64
 """Most steps between checkpoints that the backward kernel takes: it keeps the state before each

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.backward import Gradients
+from pallas_kernels.geometry import Geometry
 from pallas_kernels.operands import Operands
-from pallas_kernels.tuning import Geometry
 
 Steps = tuple[Array, ...]
 

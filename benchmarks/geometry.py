@@ -1,0 +1,122 @@
+"""Searches the kernels' block geometry on the GPU at hand, from the heuristic's choice.
+
+Steps to the fastest neighbour until none is faster, and prints how far from the best the heuristic
+is. What it finds can be given to `pallas_kernels.recurrence`, or become a rule of
+`pallas_kernels/tuning.py`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from recurrence import NAMED, ClockSampler, Shape, make_inputs, time_calls
+
+import pallas_kernels
+from pallas_kernels.geometry import Geometry
+from pallas_kernels.tuning import backward_geometry, forward_geometry, neighbours
+
+PASSES = {"forward": forward_geometry, "backward": backward_geometry}
+
+
+def milliseconds(
+    shape: Shape,
+    name: str,
+    geometry: Geometry,
+    options: argparse.Namespace,
+    clock: ClockSampler,
+) -> float | None:
+    """Of one pass in a geometry, or None where it does not compile or fit.
+
+    The backward pass is timed with the forward pass that goes before it, always the same.
+    """
+    run = functools.partial(
+        pallas_kernels.recurrence,
+        write_gate=None,
+        initial_state=None,
+        segment_ids=None,
+        linear_state=False,
+        checkpoint_every=options.checkpoint_every,
+        **{f"{name}_geometry": geometry},
+    )
+
+    def forward(d_out: jax.Array, **arrays: jax.Array) -> Any:
+        del d_out
+        return run(**arrays)
+
+    def forward_backward(d_out: jax.Array, **arrays: jax.Array) -> Any:
+        _, pullback = jax.vjp(lambda arrays: run(**arrays)[0], arrays)
+        return pullback(d_out)
+
+    program = jax.jit(forward if name == "forward" else forward_backward)
+    input_sets = [make_inputs(shape, options.dtype, jax.random.key(0))]
+    try:
+        return time_calls(program, input_sets, options.repetitions, clock)["ms"]
+    except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
+        print(f"  {geometry}: {' '.join(str(error).split())[:100]}", file=sys.stderr)
+        return None
+
+
+def search(
+    shape: Shape, name: str, options: argparse.Namespace, clock: ClockSampler
+) -> dict[Geometry, float]:
+    """Milliseconds of every geometry tried; the heuristic's is the first."""
+    n_sms = jax.devices()[0].core_count
+    geometry = PASSES[name](shape.B, shape.H, shape.N, shape.N, n_sms, options.dtype)
+    times: dict[Geometry, float] = {}
+    tried: set[Geometry] = set()
+    candidates = [geometry]
+    while candidates and len(tried) < options.limit:
+        for candidate in candidates[: options.limit - len(tried)]:
+            tried.add(candidate)
+            if (ms := milliseconds(shape, name, candidate, options, clock)) is not None:
+                times[candidate] = ms
+                print(f"{shape.name} {name} {ms:.3f} ms {candidate}", file=sys.stderr)
+        if not times:
+            break
+        best = min(times, key=times.__getitem__)
+        candidates = [x for x in neighbours(best) if x not in tried]
+    return times
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Searches the kernels' block geometry on the GPU at hand, from the heuristic's "
+        "choice, and prints how far from the best the heuristic is."
+    )
+    parser.add_argument("--shapes", nargs="+", default=list(NAMED), choices=NAMED, metavar="NAME")
+    parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--checkpoint-every", type=int, default=32, metavar="STEPS")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument(
+        "--limit", type=int, default=20, help="geometries tried for each pass of a shape"
+    )
+    options = parser.parse_args(args)
+    if jax.default_backend() != "gpu":
+        parser.error(f"needs a GPU, got {jax.default_backend()}.")
+    rows = []
+    with ClockSampler() as clock:
+        for shape in (NAMED[x] for x in options.shapes):
+            for name in options.passes:
+                times = search(shape, name, options, clock)
+                if not times:
+                    rows.append(f"{shape.name:5} {name:8}  nothing compiled")
+                    continue
+                first, best = next(iter(times)), min(times, key=times.__getitem__)
+                ratio = times[first] / times[best]
+                rows.append(
+                    f"{shape.name:5} {name:8} {times[first]:8.3f} ms, {ratio:.2f} x the best: "
+                    f"{times[best]:.3f} ms with {dataclasses.astuple(best)}"
+                )
+    fields = ", ".join(field.name for field in dataclasses.fields(Geometry))
+    print(f"the heuristic's time, and the best found, as ({fields})")
+    print("\n".join(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

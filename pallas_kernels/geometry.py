@@ -1,0 +1,77 @@
+"""Block geometry: how a kernel cuts up the work, as data."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.layouts import COLUMN_LANES, WARPS, Registers
+
+KEYS_MULTIPLE = 8
+"""What a kernel's N is a multiple of."""
+CHUNK_MULTIPLE = 8
+"""What a chunk is a multiple of: copies to shared memory are multiples of 128 bytes."""
+MAX_WARPGROUPS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """How a kernel cuts up the heads, the columns of the state and time.
+
+    Attributes:
+        heads: heads of a warpgroup of 4 warps: 1, 2 or 4.
+        values: columns of each of these heads: a multiple of `32 / heads`.
+        chunk: steps that are copied to shared memory at once, a multiple of 8.
+        unroll: steps that are written out in a row.
+        history: steps whose states the backward kernel keeps at once; divides `chunk`.
+        warpgroups: warpgroups of a thread block. They are independent, but a thread block of w of
+            them may use 65,536 / (128 w) registers per thread: w caps the registers, and so says
+            how many warpgroups a multiprocessor holds.
+    """
+
+    heads: int
+    values: int
+    chunk: int
+    unroll: int = 4
+    history: int = 4
+    warpgroups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.heads not in (1, 2, 4):
+            raise ValueError(f"a warpgroup has 1, 2 or 4 heads, got {self.heads}.")
+        multiple = column_multiple(self.heads)
+        if self.values < 1 or self.values % multiple:
+            raise ValueError(
+                f"a warpgroup of {self.heads} heads has a multiple of {multiple} columns of each, "
+                f"got {self.values}."
+            )
+        if self.chunk < 1 or self.chunk % CHUNK_MULTIPLE:
+            raise ValueError(f"a chunk has a multiple of {CHUNK_MULTIPLE} steps, got {self.chunk}.")
+        if self.history < 2 or self.chunk % self.history:
+            raise ValueError(
+                f"history must be 2 or more steps that divide a chunk of {self.chunk}, "
+                f"got {self.history}."
+            )
+        if self.unroll < 1:
+            raise ValueError(f"unroll must be at least 1 step, got {self.unroll}.")
+        if not 1 <= self.warpgroups <= MAX_WARPGROUPS:
+            raise ValueError(
+                f"a thread block has 1 to {MAX_WARPGROUPS} warpgroups, got {self.warpgroups}."
+            )
+
+    def registers(self, keys: int, dtype: Any, interpret: bool) -> Registers:
+        return Registers(self.heads, self.values, keys, jnp.dtype(dtype).itemsize, interpret)
+
+    def unroll_of(self, steps: int) -> int:
+        return self.unroll if steps % self.unroll == 0 else 1
+
+    def for_checkpoints(self, checkpoint_every: int) -> "Geometry":
+        """With chunks that divide the steps between two checkpoints, a multiple of 8."""
+        chunk = math.gcd(self.chunk, checkpoint_every)
+        return dataclasses.replace(self, chunk=chunk, history=math.gcd(self.history, chunk))
+
+
+def column_multiple(heads: int) -> int:
+    """What the columns of each head are a multiple of in a warpgroup of so many heads."""
+    return COLUMN_LANES * WARPS // heads
