@@ -16,8 +16,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.layouts import HEADS, KEYS
 
-COPY_BYTES = 16
-"""Bytes that the rows and strides of a bulk tensor copy are multiples of."""
 SLOTS = 2
 MAX_SHARED_BYTES = 232_448 - 1024
 """Shared memory of a thread block: the most that Hopper gives one, less what barriers may take.

@@ -1,0 +1,91 @@
+import dataclasses
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.blocks import MAX_SHARED_BYTES, round_up
+from pallas_kernels.geometry import Geometry, column_multiple
+from pallas_kernels.tuning import (
+    backward_geometry,
+    backward_shared_bytes,
+    forward_geometry,
+    forward_shared_bytes,
+    neighbours,
+)
+
+H100_SMS = 132
+SIZES = [4, 12, 32, 48, 72, 100, 128]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 5), (8, 83), (64, 384)])
+def test_every_size_fits_in_shared_memory(batch: int, heads: int, dtype: Any) -> None:
+    for n_state, n_value in itertools.product(SIZES, SIZES):
+        sizes = batch, heads, n_state, n_value, H100_SMS, dtype
+        forward, backward = forward_geometry(*sizes), backward_geometry(*sizes)
+        assert 0 < forward_shared_bytes(forward, n_state, dtype) <= MAX_SHARED_BYTES
+        assert 0 < backward_shared_bytes(backward, n_state, n_value, dtype) <= MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("n_value", [8, 32, 48, 72, 128])
+@pytest.mark.parametrize("heads", [1, 5, 83, 384])
+def test_no_block_pads_more_than_the_smallest_would(heads: int, n_value: int) -> None:
+    def columns(block_heads: int, values: int) -> int:
+        return round_up(heads, block_heads) * round_up(n_value, values)
+
+    least = min(columns(h, column_multiple(h)) for h in (1, 2, 4))
+    for choose in (forward_geometry, backward_geometry):
+        geometry = choose(8, heads, 32, n_value, H100_SMS, jnp.bfloat16)
+        assert columns(geometry.heads, geometry.values) == least
+
+
+def test_as_many_warpgroups_as_a_multiprocessor_has_work_for() -> None:
+    def side_by_side(batch: int) -> int:
+        return forward_geometry(batch, 132, 32, 32, H100_SMS, jnp.bfloat16).warpgroups
+
+    assert [side_by_side(batch) for batch in (1, 2, 5, 7, 40)] == [1, 2, 5, 5, 1]
+
+
+def test_float32_keeps_one_warpgroup_in_the_backward_pass() -> None:
+    """Its sums over several warps share memory that is for one warpgroup."""
+    for batch, n_state in itertools.product((1, 8, 64), SIZES):
+        geometry = backward_geometry(batch, 72, n_state, n_state, H100_SMS, jnp.float32)
+        assert geometry.warpgroups == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"heads": 3}, ["1, 2 or 4", "3"]),
+        ({"values": 24}, ["32", "24"]),
+        ({"values": 0}, ["32", "0"]),
+        ({"chunk": 12}, ["8", "12"]),
+        ({"history": 6}, ["16", "6"]),
+        ({"history": 1}, ["2", "1"]),
+        ({"unroll": 0}, ["1", "0"]),
+        ({"warpgroups": 9}, ["8", "9"]),
+    ],
+)
+def test_bad_geometry(changes: dict[str, int], fragments: list[str]) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (fragments below)
+        dataclasses.replace(Geometry(heads=1, values=32, chunk=16), **changes)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize("steps", [8, 16, 48, 96])
+def test_chunks_divide_the_steps_between_checkpoints(steps: int) -> None:
+    geometry = Geometry(heads=1, values=32, chunk=32, history=32).for_checkpoints(steps)
+    assert steps % geometry.chunk == 0
+    assert geometry.chunk % geometry.history == 0
+
+
+def test_neighbours_differ_in_one_number() -> None:
+    geometry = Geometry(heads=2, values=32, chunk=16, history=8, warpgroups=3)
+    found = neighbours(geometry)
+    assert len(set(found)) == len(found) > 5
+    for other in found:
+        pairs = zip(dataclasses.astuple(geometry), dataclasses.astuple(other), strict=True)
+        assert sum(a != b for a, b in pairs) == 1
