@@ -110,6 +110,12 @@ def backward(
     n_d_scalars = 1 + x.has_write_gate
     on_tensor_cores = dtype == jnp.bfloat16
     part = part_dtype(geometry, n_values, dtype)
+    if geometry.warpgroups > 1 and not on_tensor_cores:
+        # Sums over several warps take shared memory that is for one warpgroup.
+        raise ValueError(
+            f"the backward kernel takes 1 warpgroup in {jnp.dtype(dtype).name}, "
+            f"got {geometry.warpgroups}."
+        )
     history = geometry.history
     groups_per_chunk = size // history
 

@@ -187,7 +187,7 @@ def run_blocks(
     Args:
         body: a function of the number of the block, the first of its `SLOTS` barriers in each ref
             of barriers, and the refs of inputs, outputs and scratch by name.
-        scratch: what each block has for itself; barriers as `plgpu.Barrier(SLOTS)`.
+        scratch: what each block has for itself; of barriers, `SLOTS`.
         approximate: whether tanh may be the instruction of that name.
         reduction_bytes: shared memory for sums over warps.
     """

@@ -112,9 +112,8 @@ def _emit_tile(
     matrix, row = tc.divide(lane, 8)
     upper, right = arith.divui(matrix, tc.constant(2)), arith.andi(matrix, tc.constant(1))
     v_row = tc.add(tc.multiply(upper, 8), row)
-    n_row = arith.minui(
-        tc.add(n0, tc.multiply(right, 8)), tc.constant(keys - 8)
-    )  # past the end, any will do
+    # Past the end, any keys will do.
+    n_row = arith.minui(tc.add(n0, tc.multiply(right, 8)), tc.constant(keys - 8))
 
     half, column = tc.divide(group, STEPS)
     t_column = arith.minui(tc.add(t0, column), tc.constant(n_steps - 1))

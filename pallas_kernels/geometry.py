@@ -24,7 +24,8 @@ class Geometry:
         values: columns of each of these heads: a multiple of `32 / heads`.
         chunk: steps that are copied to shared memory at once, a multiple of 8.
         unroll: steps that are written out in a row.
-        history: steps whose states the backward kernel keeps at once; divides `chunk`.
+        history: steps whose states the backward kernel keeps at once: 2 or a multiple of 4 that
+            divides `chunk`.
         warpgroups: warpgroups of a thread block. They are independent, but a thread block of w of
             them may use 65,536 / (128 w) registers per thread: w caps the registers, and so says
             how many warpgroups a multiprocessor holds.
@@ -48,9 +49,9 @@ class Geometry:
             )
         if self.chunk < 1 or self.chunk % CHUNK_MULTIPLE:
             raise ValueError(f"a chunk has a multiple of {CHUNK_MULTIPLE} steps, got {self.chunk}.")
-        if self.history < 2 or self.chunk % self.history:
+        if self.history < 2 or self.chunk % self.history or (self.history > 2 and self.history % 4):
             raise ValueError(
-                f"history must be 2 or more steps that divide a chunk of {self.chunk}, "
+                f"history must be 2 or a multiple of 4 steps that divides a chunk of {self.chunk}, "
                 f"got {self.history}."
             )
         if self.unroll < 1:

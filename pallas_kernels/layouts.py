@@ -69,9 +69,6 @@ class Registers:
             HEADS: state.reduce(2).reduce(1),
         }
 
-    def layout(self, axes: tuple[int, ...]) -> Any:
-        return self._layouts[axes]
-
     def cast(self, x: Array, axes: tuple[int, ...]) -> Array:
         return x if self.interpret else plgpu.layout_cast(x, self._layouts[axes])
 

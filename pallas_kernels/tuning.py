@@ -19,6 +19,8 @@ MAX_HELD_AT_ONCE = 5
 MANY = 8
 """Warpgroups per multiprocessor from which fewer and larger ones are faster: the loads of k and q
 are shared by more columns, and there are enough to hide latency behind each other."""
+LARGEST_STATE = 4096
+"""Most elements of state of a warpgroup that is made larger: 32 in a lane."""
 LARGEST_HISTORY = 32
 MOST_SCALARS = 3
 
@@ -57,7 +59,7 @@ def forward_geometry(
     block = _block(heads, n_value)
     per_sm = _warpgroups(batch, heads, n_value, block) / n_sms
     if per_sm >= MANY:
-        block = _larger(block, heads, n_value, columns=max(1, 32 // n_state) * 128)
+        block = _larger(block, heads, n_value, columns=LARGEST_STATE // n_state)
         held = 1
     else:
         held = _held_at_once(per_sm)

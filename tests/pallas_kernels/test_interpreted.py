@@ -51,6 +51,16 @@ class TestInterpreted(RecurrenceContract):
             backward_geometry=Geometry(heads, values, chunk=16),
         )
 
+    def test_warpgroups_side_by_side(self) -> None:
+        """Two blocks in thread blocks of three: one has nothing to do."""
+        inputs = make_inputs(11, 8, 32, ("write_gate",), batch=1, heads=2)
+        rounded = {x: _rounded(getattr(inputs, x), "bfloat16") for x in ("q", "k", "v")}
+        three = Geometry(heads=1, values=32, chunk=8, warpgroups=3)
+        given = {"forward_geometry": three, "backward_geometry": three}
+        self.check_against_numpy(inputs._replace(**rounded), "bfloat16", **given)
+        with pytest.raises(ValueError, match="float32, got 3"):
+            self.check_against_numpy(inputs, "float32", **given)
+
 
 def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray(jnp.asarray(x, dtype).astype("float32"), np.float64)

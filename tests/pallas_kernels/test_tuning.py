@@ -55,6 +55,12 @@ def test_float32_keeps_one_warpgroup_in_the_backward_pass() -> None:
         assert geometry.warpgroups == 1
 
 
+def test_larger_warpgroups_hold_no_more_than_their_registers_do() -> None:
+    for n_state in (16, 32, 64, 128):
+        geometry = forward_geometry(64, 384, n_state, 128, H100_SMS, jnp.bfloat16)
+        assert geometry.heads * geometry.values * n_state in (2048, 4096)
+
+
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
@@ -64,6 +70,7 @@ def test_float32_keeps_one_warpgroup_in_the_backward_pass() -> None:
         ({"chunk": 12}, ["8", "12"]),
         ({"history": 6}, ["16", "6"]),
         ({"history": 1}, ["2", "1"]),
+        ({"chunk": 24, "history": 6}, ["24", "6"]),
         ({"unroll": 0}, ["1", "0"]),
         ({"warpgroups": 9}, ["8", "9"]),
     ],
