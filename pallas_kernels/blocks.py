@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.layouts import HEADS, KEYS
+from pallas_kernels.layouts import HEADS, KEYS, inline
 
 SLOTS = 2
 MAX_SHARED_BYTES = 232_448 - 1024
@@ -135,9 +136,10 @@ def scalars_at_once(chunk: int) -> int:
     return round_up(chunk, 128 // 4)
 
 
-def synchronize() -> None:
-    """Waits for the warps of the block, and makes what they wrote visible to all of them."""
-    plgpu.commit_smem()
+def synchronize(interpret: Any) -> None:
+    """Waits for the warps of the block, and sees what they wrote."""
+    if interpret is None:
+        inline(lambda _: mgpu.utils.warpgroup_barrier())
 
 
 def start_stores(copies: Sequence[tuple[Any, Any]]) -> None:
@@ -145,7 +147,7 @@ def start_stores(copies: Sequence[tuple[Any, Any]]) -> None:
 
     Waits for the warps: what any of them read before may be overwritten afterwards.
     """
-    synchronize()
+    plgpu.commit_smem()
     for source, target in copies:
         plgpu.copy_smem_to_gmem(source, target, commit_group=False)
     plgpu.commit_smem_to_gmem_group()
@@ -175,7 +177,6 @@ def run_blocks(
     *,
     warpgroups: int,
     approximate: bool,
-    reduction_bytes: int,
     interpret: Any,
 ) -> dict[str, Any]:
     """Runs `body(index, barriers, refs)` for each block, `warpgroups` of them side by side.
@@ -189,7 +190,6 @@ def run_blocks(
             of barriers, and the refs of inputs, outputs and scratch by name.
         scratch: what each block has for itself; of barriers, `SLOTS`.
         approximate: whether tanh may be the instruction of that name.
-        reduction_bytes: shared memory for sums over warps.
     """
 
     def of_all(x: Any) -> Any:
@@ -220,7 +220,6 @@ def run_blocks(
             approx_math=approximate,
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            reduction_scratch_bytes=reduction_bytes,
         ),
         **threads,
         **({} if interpret is None else {"interpret": interpret}),

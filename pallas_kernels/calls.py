@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import tuning
 from pallas_kernels.backward import backward
-from pallas_kernels.forward import forward
+from pallas_kernels.forward import Kept, forward
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.operands import Inputs, cut, prepare, prepare_states, prepare_values
 
@@ -31,7 +31,7 @@ must agree on where they are."""
 # The names of the axes of what the calls take and give.
 INPUTS: Any = Inputs._make(["b t h n", "b t h n", "b t h v", "b t h", "b t h", "b t"])
 STATE = "b h n v"
-CHECKPOINTS = "b h c v n"
+KEPT: Any = Kept._make(["b h c v n", INPUTS.v])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +59,25 @@ def _geometry(choose: Callable[..., Geometry], x: Inputs, *options: Any) -> Geom
     batch, _, heads, n_state = x.q.shape
     h100 = 132
     n_sms = getattr(jax.devices()[0], "core_count", h100)
-    return choose(batch, heads, n_state, x.v.shape[-1], n_sms, x.v.dtype, *options)
+    return choose(batch, heads, n_state, x.v.shape[-1], n_sms, x.q.dtype, *options)
 
 
 @functools.cache
 def forward_call(
     options: Options, keep: bool
 ) -> Callable[[Inputs, Array | None], tuple[Array, Array, Any]]:
-    """From inputs and the initial state to `out`, the final state, and checkpoints if kept.
+    """From inputs and the initial state to `out`, the final state, and what is kept, if it is.
 
-    Checkpoint i of `[B, H, checkpoints, V, N]`, in v's dtype, is the state before step
-    `i * checkpoint_every`.
+    Checkpoint i, in v's dtype, is the state before step `i * checkpoint_every`.
     """
 
-    def call(x: Inputs, initial_state: Array | None) -> tuple[Array, Array, Array | None]:
+    def call(x: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
         geometry = options.forward_geometry or _geometry(tuning.forward_geometry, x)
         if keep:
             geometry = geometry.for_checkpoints(options.checkpoint_every)
         if initial_state is not None:
             initial_state = prepare_states(jnp.swapaxes(initial_state, 2, 3), geometry)
-        out, final_state, checkpoints = forward(
+        out, final_state, kept = forward(
             prepare(x, geometry),
             initial_state,
             geometry,
@@ -88,16 +87,19 @@ def forward_call(
         )
         _, time, heads, n_state = x.q.shape
         n_value = x.v.shape[-1]
-        if checkpoints is not None:
-            checkpoints = cut(checkpoints[:, :heads], n_value, n_state)
+        if kept is not None:
+            kept = Kept(
+                cut(kept.checkpoints[:, :heads], n_value, n_state),
+                cut(kept.errors, time, heads, n_value),
+            )
         return (
             cut(out, time, heads, n_value),
             jnp.swapaxes(cut(final_state, heads, n_value, n_state), 2, 3),
-            checkpoints,
+            kept,
         )
 
     def results(x: Inputs, _: Any) -> Any:
-        return x.v, STATE, CHECKPOINTS if keep else None
+        return x.v, STATE, KEPT if keep else None
 
     return _over_rows(call, (INPUTS, STATE), results, options.interpret is None)
 
@@ -107,7 +109,7 @@ def backward_call(
     options: Options,
 ) -> Callable[[Inputs, Array, Array, Array], tuple[Inputs, Array]]:
     """From inputs, checkpoints and the gradients of `out` and the final state to the gradients of
-    the inputs and of the initial state."""
+    the inputs and of the initial state. In place of v the inputs have the errors that were kept."""
 
     def call(
         x: Inputs, checkpoints: Array, d_out: Array, d_final_state: Array
@@ -152,7 +154,7 @@ def backward_call(
     def results(x: Inputs, *_: Any) -> Any:
         return x._replace(starts=None), STATE
 
-    arguments = INPUTS, CHECKPOINTS, INPUTS.v, STATE
+    arguments = INPUTS, KEPT.checkpoints, INPUTS.v, STATE
     return _over_rows(call, arguments, results, options.interpret is None)
 
 

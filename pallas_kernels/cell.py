@@ -1,4 +1,4 @@
-"""One step of the recurrence on a block's state in registers, and its gradient.
+"""One step of the recurrence on a block's state in registers.
 
 The state is `[heads, values, keys]`; the formulas are those of `e88_jax.reference`.
 """
@@ -24,7 +24,6 @@ class Step(NamedTuple):
 class Update(NamedTuple):
     state: Array  # STATE
     error: Array  # VALUES: v - S^T k
-    correction: Array  # VALUES: the error times the write gate
 
 
 def _times(registers: Registers, x: Array, scalar: Array | None) -> Array:
@@ -43,34 +42,4 @@ def update(registers: Registers, state: Array, read: Array, x: Step, linear_stat
     error = registers.wide(x.v, VALUES) - _times(registers, read, x.keep)
     correction = _times(registers, error, x.write_gate)
     state = state * registers.spread(x.decay, HEADS) + k * registers.spread(correction, VALUES)
-    return Update(state if linear_state else jnp.tanh(state), error, correction)
-
-
-class Gradient(NamedTuple):
-    d_before: Array  # STATE
-    d_sum: Array  # STATE: of what is inside the tanh
-    d_correction: Array  # VALUES
-    d_v: Array  # VALUES
-    d_read: Array  # VALUES: of S^T k
-
-
-def step_back(
-    registers: Registers,
-    after: Array,
-    d_after: Array,
-    q: Array,
-    d_out: Array,
-    x: Step,
-    linear_state: bool,
-) -> Gradient:
-    """The gradients of one step that the step before it waits for: the rest are sums over them."""
-    wide_k = registers.wide(x.k, KEYS)
-    q, d_out = registers.wide(q, KEYS), registers.wide(d_out, VALUES)
-    d_after = d_after + registers.spread(q, KEYS) * registers.spread(d_out, VALUES)
-    d_sum = d_after if linear_state else d_after * (1 - after * after)
-    (d_correction,) = registers.sums_over_keys(d_sum, wide_k)
-    d_v = _times(registers, d_correction, x.write_gate)
-    d_read = -_times(registers, d_v, x.keep)
-    k = registers.spread(wide_k, KEYS)
-    d_before = d_sum * registers.spread(x.decay, HEADS) + k * registers.spread(d_read, VALUES)
-    return Gradient(d_before, d_sum, d_correction, d_v, d_read)
+    return Update(state if linear_state else jnp.tanh(state), error)

@@ -1,6 +1,6 @@
 """The forward kernel: each block carries the state of its columns through time in registers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,12 @@ from pallas_kernels.layouts import HEADS, KEYS, STATE, VALUES
 from pallas_kernels.operands import Operands, load_step
 
 
-def scratch(geometry: Geometry, keys: int, n_scalars: int, dtype: Any) -> dict[str, Any]:
+def scratch(
+    geometry: Geometry, keys: int, n_scalars: int, dtype: Any, keep: bool
+) -> dict[str, Any]:
     """The shared memory of a warpgroup, by name."""
     heads, values, chunk = geometry.heads, geometry.values, geometry.chunk
-    return {
+    memory = {
         "q_slots": plgpu.SMEM((SLOTS, chunk, heads, keys), dtype),
         "k_slots": plgpu.SMEM((SLOTS, chunk, heads, keys), dtype),
         "v_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
@@ -36,6 +38,16 @@ def scratch(geometry: Geometry, keys: int, n_scalars: int, dtype: Any) -> dict[s
         "out_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
         "loaded": plgpu.Barrier(num_arrivals=4),
     }
+    if keep:
+        memory["errors_slots"] = plgpu.SMEM((SLOTS, chunk, heads, values), jnp.float32)
+    return memory
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs."""
+
+    checkpoints: Array  # [B, H, checkpoints, V, N]
+    errors: Array  # [B, T, H, V] float32: v - S^T k
 
 
 def forward(
@@ -46,12 +58,13 @@ def forward(
     *,
     linear_state: bool,
     interpret: Any = None,
-) -> tuple[Array, Array, Array | None]:
-    """Returns out `[B, T, H, V]`, the final state `[B, H, V, N]` and checkpoints, if wanted.
+) -> tuple[Array, Array, Kept | None]:
+    """Returns out `[B, T, H, V]`, the final state `[B, H, V, N]` and what is kept, if wanted.
 
-    Checkpoint i, of `[B, H, checkpoints, V, N]`, is the state before step `i * checkpoint_every`,
-    a multiple of a chunk, in v's dtype.
+    Checkpoint i is the state before step `i * checkpoint_every`, a multiple of a chunk, in v's
+    dtype.
     """
+    keep = checkpoint_every is not None
     batch, _, n_heads, keys = x.q.shape
     n_values = x.v.shape[-1]
     dtype = x.v.dtype
@@ -72,6 +85,7 @@ def forward(
         outputs["checkpoints"] = jax.ShapeDtypeStruct(
             (batch, n_heads, n_checkpoints, n_values, keys), dtype
         )
+        outputs["errors"] = jax.ShapeDtypeStruct((batch, x.time, n_heads, n_values), jnp.float32)
 
     def body(index: Any, barriers: Any, ref: dict[str, Any]) -> None:
         block = Block.from_index(index, n_heads, n_values, heads, values)
@@ -111,10 +125,13 @@ def forward(
                 state, read, inputs = carry
                 q = registers.load(ref["q_slots"].at[slot, t], KEYS)
                 next_inputs = load(jnp.minimum(t + 1, rows.stop - 1))
-                state = cell.update(registers, state, read, inputs, linear_state).state
+                update = cell.update(registers, state, read, inputs, linear_state)
+                state, row = update.state, t - rows.start
+                if keep:
+                    registers.store(ref["errors_slots"].at[slot, row], update.error, VALUES)
                 # What the next step reads and o_t are sums over the same state.
                 read, out = cell.read(registers, state, next_inputs.k, q)
-                registers.store(ref["out_slots"].at[slot, t - rows.start], out, VALUES)
+                registers.store(ref["out_slots"].at[slot, row], out, VALUES)
                 return state, read, next_inputs
 
             stream.wait(slot)
@@ -130,8 +147,16 @@ def forward(
                 unroll=geometry.unroll_of(len(rows)),
             )
             t = pl.ds(chunks.start(i) + rows.start, len(rows))
-            results = ref["out_slots"].at[slot, pl.ds(0, len(rows))]
-            start_stores([(results, block.steps(ref["out"], VALUES, t))])
+            names = ("out", "errors") if keep else ("out",)
+            start_stores(
+                [
+                    (
+                        ref[f"{name}_slots"].at[slot, pl.ds(0, len(rows))],
+                        block.steps(ref[name], VALUES, t),
+                    )
+                    for name in names
+                ]
+            )
             return state
 
         stream.start(jnp.int32(0), jnp.int32(0))
@@ -151,10 +176,10 @@ def forward(
         batch * (n_heads // heads) * (n_values // values),
         inputs,
         outputs,
-        scratch(geometry, keys, n_scalars, dtype),
+        scratch(geometry, keys, n_scalars, dtype, keep),
         warpgroups=geometry.warpgroups,
         approximate=dtype == jnp.bfloat16,
-        reduction_bytes=0,
         interpret=interpret,
     )
-    return results["out"], results["final_state"], results.get("checkpoints")
+    kept = Kept(results["checkpoints"], results["errors"]) if keep else None
+    return results["out"], results["final_state"], kept

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels.fragments import STEPS
 from pallas_kernels.layouts import COLUMN_LANES, WARPS, Registers
 
-KEYS_MULTIPLE = 8
+KEYS_MULTIPLE = 16
 """What a kernel's N is a multiple of."""
 CHUNK_MULTIPLE = 8
 """What a chunk is a multiple of: copies to shared memory are multiples of 128 bytes."""
@@ -24,8 +25,8 @@ class Geometry:
         values: columns of each of these heads: a multiple of `32 / heads`.
         chunk: steps that are copied to shared memory at once, a multiple of 8.
         unroll: steps that are written out in a row.
-        history: steps whose states the backward kernel keeps at once: 2 or a multiple of 4 that
-            divides `chunk`.
+        history: steps whose states the backward kernel keeps at once: a multiple of 4 that divides
+            `chunk`.
         warpgroups: warpgroups of a thread block. They are independent, but a thread block of w of
             them may use 65,536 / (128 w) registers per thread: w caps the registers, and so says
             how many warpgroups a multiprocessor holds.
@@ -49,10 +50,10 @@ class Geometry:
             )
         if self.chunk < 1 or self.chunk % CHUNK_MULTIPLE:
             raise ValueError(f"a chunk has a multiple of {CHUNK_MULTIPLE} steps, got {self.chunk}.")
-        if self.history < 2 or self.chunk % self.history or (self.history > 2 and self.history % 4):
+        if self.history < 1 or self.chunk % self.history or self.history % STEPS:
             raise ValueError(
-                f"history must be 2 or a multiple of 4 steps that divides a chunk of {self.chunk}, "
-                f"got {self.history}."
+                f"history must be a multiple of {STEPS} steps that divides a chunk of "
+                f"{self.chunk}, got {self.history}."
             )
         if self.unroll < 1:
             raise ValueError(f"unroll must be at least 1 step, got {self.unroll}.")

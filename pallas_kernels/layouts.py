@@ -72,9 +72,9 @@ class Registers:
     def cast(self, x: Array, axes: tuple[int, ...]) -> Array:
         return x if self.interpret else plgpu.layout_cast(x, self._layouts[axes])
 
-    def load(self, ref: Any, axes: tuple[int, ...], swizzle: int = 16) -> Array:
+    def load(self, ref: Any, axes: tuple[int, ...]) -> Array:
         """What `ref`, of the axes given, holds, in its dtype."""
-        return ref[...] if self.interpret else _load(ref, self._layouts[axes], swizzle)
+        return ref[...] if self.interpret else load_tiled(ref, self._layouts[axes])
 
     def wide(self, x: Array, axes: tuple[int, ...]) -> Array:
         """x in float32."""
@@ -132,66 +132,13 @@ class Registers:
         types = (state,) * (1 + len(ys))
         return inline(add, x, *ys, arg_types=types, return_type=(result,) * len(ys))
 
-    def store(self, ref: Any, x: Array, axes: tuple[int, ...], swizzle: int = 16) -> None:
+    def store(self, ref: Any, x: Array, axes: tuple[int, ...]) -> None:
         """Writes x, in the dtype of `ref`; both have the axes given."""
         x = x.astype(ref.dtype)
         if self.interpret:
             ref[...] = x
         else:
-            _store(ref, x, self._layouts[axes], swizzle)
-
-    def lane_sums(self, x: Array, y: Array, axes: tuple[int, ...]) -> Array:
-        """`[heads, lanes]`: numbers that add up to the sum of x y over each head, one per lane.
-
-        Leaves the sum over lanes for later, when it can be done for many steps at once.
-        """
-        heads, lanes = shape = self.lane_sums_shape
-        if self.interpret:
-            total = jnp.sum((x * y).reshape(heads, -1), axis=1, keepdims=True)
-            return jnp.pad(total, ((0, 0), (0, lanes - 1)))
-        layout = self._lane_layout
-        share = 1 if axes == STATE else 1 / KEY_LANES  # lanes that split the keys hold the same
-
-        def add(_: Any, x: mgpu.FragmentedArray, y: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-            total = _dot(list(zip(x.registers.flat, y.registers.flat, strict=True)))
-            if share != 1:
-                total = arith.mulf(total, mgpu.c(share, ir.F32Type.get()))
-            registers = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)
-            registers.fill(_as_vector(total))
-            return mgpu.FragmentedArray(
-                _registers=registers, _layout=layout.to_mgpu(), _is_signed=None
-            )
-
-        sums = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout)
-        return inline(add, x, y, arg_types=(self._layouts[axes],) * 2, return_type=sums)
-
-    @property
-    def lane_sums_shape(self) -> tuple[int, int]:
-        return self.heads, 32 * WARPS // self.heads
-
-    @functools.cached_property
-    def _lane_layout(self) -> Any:
-        return tiled((self.lane_sums_shape, (1, 32), (1,)), (-5, -4), (-2,), -1)
-
-    def store_lane_sums(self, ref: Any, x: Array) -> None:
-        if self.interpret:
-            ref[...] = x
-        else:
-            _store(ref, x, self._lane_layout)
-
-    def add_lanes(self, ref: Any, target: Any) -> None:
-        """Adds `[steps, heads, lanes]` over lanes, into `[steps, heads]`."""
-        if self.interpret:
-            target[...] = jnp.sum(ref[...], axis=2)
-            return
-        _, lanes = self.lane_sums_shape
-        vector = lanes // 32
-        # Warps share out the steps, whichever warp wrote them.
-        rows = min(ref.shape[0], WARPS)
-        warps = (-4,) if rows == WARPS else (-4, plgpu.Replicated(WARPS // rows))
-        layout = tiled(((rows, 1, lanes), (vector,)), warps, (-2,), -1)
-        x = _load(ref, layout)
-        _store(target, jnp.sum(x, axis=2), layout.reduce(2))
+            store_tiled(ref, x, self._layouts[axes])
 
     def _shape(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in axes)
@@ -205,24 +152,24 @@ class Registers:
         return self.cast(jnp.full(self._shape(axes), value, jnp.float32), axes)
 
 
-def inline(f: Any, *args: Any, arg_types: Any, return_type: Any = None) -> Any:
+def inline(f: Any, *args: Any, arg_types: Any = (), return_type: Any = None) -> Any:
     """f, in terms of Mosaic GPU, of the arguments here."""
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)(f)(*args)
 
 
-def _load(ref: Any, layout: Any, swizzle: int = 16) -> Array:
+def load_tiled(ref: Any, layout: Any) -> Array:
     def load(_: Any, ref: Any) -> mgpu.FragmentedArray:
         return mgpu.FragmentedArray.load_tiled(
-            _as_one_tile(ref), swizzle=swizzle, layout=layout.to_mgpu(), optimized=False
+            _as_one_tile(ref), swizzle=16, layout=layout.to_mgpu(), optimized=False
         )
 
     loaded = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout)
     return inline(load, ref, arg_types=(plgpu.RefType(),), return_type=loaded)
 
 
-def _store(ref: Any, x: Array, layout: Any, swizzle: int = 16) -> None:
+def store_tiled(ref: Any, x: Array, layout: Any) -> None:
     def store(_: Any, ref: Any, x: mgpu.FragmentedArray) -> None:
-        x.store_tiled(_as_one_tile(ref), swizzle=swizzle, optimized=False)
+        x.store_tiled(_as_one_tile(ref), swizzle=16, optimized=False)
 
     inline(store, ref, x, arg_types=(plgpu.RefType(), layout))
 
@@ -241,7 +188,7 @@ def tiled(tiling: Any, warp_dims: Any, lane_dims: Any, vector_dim: int) -> Any:
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
-def _elements(register: Any) -> list[Any]:
+def elements_of(register: Any) -> list[Any]:
     return [
         vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
         for i in range(ir.VectorType(register.type).shape[0])
@@ -254,7 +201,9 @@ def _as_vector(value: Any) -> Any:
 
 def _dot(registers: list[tuple[Any, Any]]) -> Any:
     """The sum of the products of pairs of float32 registers, in two chains to halve the wait."""
-    pairs = [pair for x, y in registers for pair in zip(_elements(x), _elements(y), strict=True)]
+    pairs = [
+        pair for x, y in registers for pair in zip(elements_of(x), elements_of(y), strict=True)
+    ]
     chains: list[Any] = [None, None]
     for i, (x, y) in enumerate(pairs):
         chain = chains[i % 2]
@@ -271,7 +220,7 @@ def _widen_bfloat16(register: Any) -> Any:
         return arith.extf(wide, register)
     pairs = vector.bitcast(ir.VectorType.get((n // 2,), i32), register)
     values = []
-    for pair in _elements(pairs):
+    for pair in elements_of(pairs):
         low = arith.shli(pair, mgpu.c(16, i32))
         high = arith.andi(pair, mgpu.c(-(1 << 16), i32))
         values += [arith.bitcast(f32, low), arith.bitcast(f32, high)]

@@ -8,8 +8,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-
 from pallas_kernels import backward, forward
 from pallas_kernels.blocks import MAX_SHARED_BYTES, round_up, shared_bytes
 from pallas_kernels.geometry import KEYS_MULTIPLE, Geometry, column_multiple
@@ -21,7 +19,6 @@ MANY = 8
 are shared by more columns, and there are enough to hide latency behind each other."""
 LARGEST_STATE = 4096
 """Most elements of state of a warpgroup that is made larger: 32 in a lane."""
-LARGEST_HISTORY = 32
 MOST_SCALARS = 3
 
 
@@ -34,7 +31,9 @@ def forward_shared_bytes(
         n_scalars: arrays of scalars that a step reads: decay, the write gate, document starts.
     """
     keys = round_up(n_state, KEYS_MULTIPLE)
-    return shared_bytes(forward.scratch(geometry, keys, n_scalars, dtype), geometry.warpgroups)
+    return shared_bytes(
+        forward.scratch(geometry, keys, n_scalars, dtype, keep=True), geometry.warpgroups
+    )
 
 
 def backward_shared_bytes(
@@ -49,7 +48,7 @@ def backward_shared_bytes(
     keys = round_up(n_state, KEYS_MULTIPLE)
     part = backward.part_dtype(geometry, n_value, dtype)
     memory = backward.scratch(geometry, keys, n_scalars, has_write_gate, dtype, part)
-    return shared_bytes(memory, geometry.warpgroups) + backward.reduction_bytes(dtype)
+    return shared_bytes(memory, geometry.warpgroups)
 
 
 def forward_geometry(
@@ -60,13 +59,11 @@ def forward_geometry(
     per_sm = _warpgroups(batch, heads, n_value, block) / n_sms
     if per_sm >= MANY:
         block = _larger(block, heads, n_value, columns=LARGEST_STATE // n_state)
-        held = 1
+        held, chunks = 2, (16, 8)
     else:
-        held = _held_at_once(per_sm)
+        held, chunks = _held_at_once(per_sm), (32, 16, 8)
     candidates = (
-        Geometry(*block, chunk=chunk, warpgroups=w)
-        for w in range(held, 0, -1)
-        for chunk in (32, 16, 8)
+        Geometry(*block, chunk=chunk, warpgroups=w) for w in range(held, 0, -1) for chunk in chunks
     )
     return _first_that_fits(candidates, lambda g: forward_shared_bytes(g, n_state, dtype))
 
@@ -84,28 +81,18 @@ def backward_geometry(
     """The geometry of the backward kernel for `B * H` states `[N, V]`."""
     block = _block(heads, n_value)
     per_sm = _warpgroups(batch, heads, n_value, block) / n_sms
-    # Sums over several warps, in float32, share what is for one warpgroup.
-    small_state = n_state <= 32 and dtype == jnp.bfloat16
     if per_sm <= 1:
         # One warpgroup has a multiprocessor to itself: nothing to save shared memory for.
         candidates = [
-            Geometry(*block, chunk=max(h, 8), history=h) for h in (LARGEST_HISTORY, 16, 8, 4, 2)
-        ]
-    elif per_sm < MANY and small_state:
-        candidates = [
-            Geometry(*block, chunk=8, unroll=2, history=h, warpgroups=w)
-            for w in range(_held_at_once(per_sm), 0, -1)
-            for h in (8, 4)
+            Geometry(*block, chunk=max(h, 8), unroll=2, history=h) for h in (32, 16, 8, 4)
         ]
     else:
-        if small_state:
-            block = _larger(block, heads, n_value, columns=64)
-        held = 3 if small_state else 1
+        # Larger states leave no room for long histories at as many warpgroups.
+        cuts = ((16, 8), (8, 8), (8, 4)) if n_state <= 32 else ((8, 4),)
         candidates = [
-            Geometry(*block, chunk=chunk, history=h, warpgroups=w)
-            for w in range(held, 0, -1)
-            for chunk in ((8,) if small_state or n_state > 64 else (16, 8))
-            for h in (4, 2)
+            Geometry(*block, chunk=chunk, unroll=2 if w <= 2 else 1, history=history, warpgroups=w)
+            for w in range(_held_at_once(per_sm), 0, -1)
+            for chunk, history in cuts
         ]
 
     def needed(geometry: Geometry) -> int:

@@ -37,8 +37,8 @@ def recurrence(
 ) -> tuple[Array, Array]:
     """The recurrence by the GPU kernels; differentiable once, in reverse mode.
 
-    Between the two passes it keeps its arguments and, in v's dtype, a state every
-    `checkpoint_every` steps, rounded up to whole chunks.
+    Between the two passes it keeps its arguments, with `v - S^T k` in float32 in place of v, and,
+    in v's dtype, a state every `checkpoint_every` steps, rounded up to whole chunks.
 
     Args:
         q, k: `[B, T, H, N]`, float32 or bfloat16.
@@ -88,17 +88,18 @@ def _recurrence(options, q, k, v, decay, write_gate, initial_state, segment_ids)
 
 def _recurrence_forward(options, q, k, v, decay, write_gate, initial_state, segment_ids):
     x = _inputs(q, k, v, decay, write_gate, segment_ids)
-    out, final_state, checkpoints = forward_call(options, True)(x, initial_state)
-    residuals = (q, k, v, decay, write_gate, segment_ids), initial_state, checkpoints
-    return (out, final_state), residuals
+    out, final_state, kept = forward_call(options, True)(x, initial_state)
+    if options.checkpoint_every <= LONGEST_SEGMENT:
+        x = x._replace(v=kept.errors)
+    return (out, final_state), (x, initial_state, kept.checkpoints)
 
 
 def _recurrence_backward(options, residuals, d_results):
-    arguments, initial_state, checkpoints = residuals
+    x, initial_state, checkpoints = residuals
     backward = backward_call(options)
     if options.checkpoint_every > LONGEST_SEGMENT:
         backward = functools.partial(_backward_by_segments, options)
-    d, d_initial_state = backward(_inputs(*arguments), checkpoints, *d_results)
+    d, d_initial_state = backward(x, checkpoints, *d_results)
     if initial_state is None:
         d_initial_state = None
     return d.q, d.k, d.v, d.decay, d.write_gate, d_initial_state, None
@@ -121,8 +122,9 @@ def _backward_by_segments(
         )
         state = lax.dynamic_index_in_dim(checkpoints, i, axis=2, keepdims=False)
         state = jnp.swapaxes(state, 2, 3).astype(jnp.float32)
-        *_, own_checkpoints = forward_call(closer, True)(own, state)
-        d_own, d_state = backward_call(closer)(own, own_checkpoints, d_o, d_state)
+        *_, kept = forward_call(closer, True)(own, state)
+        own = own._replace(v=kept.errors)
+        d_own, d_state = backward_call(closer)(own, kept.checkpoints, d_o, d_state)
         return d_state, d_own
 
     n_whole, left_over = divmod(time, length)

@@ -3,6 +3,7 @@
 They read the kernels' operands, padding and all, and follow the formulas one step at a time.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.backward import Gradients
+from pallas_kernels.forward import Kept
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.operands import Operands
 
@@ -17,7 +19,7 @@ Steps = tuple[Array, ...]
 
 
 def _steps(x: Operands) -> Steps:
-    """q, k, v and scalars of the steps that count, float32, time first."""
+    """q, k, v (or errors) and scalars of the steps that count, float32, time first."""
     by_time = [jnp.moveaxis(a, 1, 0).astype(jnp.float32)[: x.time] for a in (x.q, x.k, x.v)]
     return *by_time, jnp.moveaxis(x.scalars, 3, 0)[: x.time]
 
@@ -26,28 +28,49 @@ def _check(x: Operands, geometry: Geometry) -> None:
     batch, steps, heads, keys = x.q.shape
     assert heads % geometry.heads == 0
     assert x.v.shape[-1] % geometry.values == 0
-    assert keys % 8 == 0
+    assert keys % 16 == 0
     assert steps == max(x.time, geometry.chunk)
     assert x.scalars.shape[:3] == (batch, heads, 1 + x.has_write_gate + x.has_keep)
     assert x.scalars.shape[3] % 4 == 0
 
 
-def _run(x: Operands, linear_state: bool, state: Array, steps: Steps) -> tuple[Array, Array]:
-    """From the state `[B, H, V, N]` and steps to the state after them and out `[T, B, H, V]`."""
+def _read(x: Operands, state: Array, k: Array, scalars: Array) -> Array:
+    """S^T k, zero where a document starts, `[B, H, V]`."""
+    read = jnp.sum(state * k[:, :, None], axis=3)
+    return read * scalars[:, :, -1, None] if x.has_keep else read
 
-    def step(state: Array, at: Steps) -> tuple[Array, Array]:
+
+def _after(
+    x: Operands, linear_state: bool, state: Array, k: Array, scalars: Array, error: Array
+) -> Array:
+    """The state after a step, given the error that it corrects."""
+    correction = error * scalars[:, :, 1, None] if x.has_write_gate else error
+    state = scalars[:, :, 0, None, None] * state + correction[..., None] * k[:, :, None]
+    return state if linear_state else jnp.tanh(state)
+
+
+def _run(x: Operands, linear_state: bool, state: Array, steps: Steps) -> tuple[Array, Steps]:
+    """From the state `[B, H, V, N]` and steps to the state after them, and each step's out and
+    error, `[T, B, H, V]`."""
+
+    def step(state: Array, at: Steps) -> tuple[Array, Steps]:
         q, k, v, scalars = at
-        read = jnp.sum(state * k[:, :, None], axis=3)
-        if x.has_keep:
-            read = read * scalars[:, :, -1, None]
-        correction = v - read
-        if x.has_write_gate:
-            correction = correction * scalars[:, :, 1, None]
-        state = scalars[:, :, 0, None, None] * state + correction[..., None] * k[:, :, None]
-        state = state if linear_state else jnp.tanh(state)
-        return state, jnp.sum(state * q[:, :, None], axis=3)
+        error = v - _read(x, state, k, scalars)
+        state = _after(x, linear_state, state, k, scalars, error)
+        return state, (jnp.sum(state * q[:, :, None], axis=3), error)
 
     return lax.scan(step, state, steps)
+
+
+def _values(x: Operands, linear_state: bool, state: Array, steps: Steps) -> Array:
+    """v of the steps, which have errors in its place."""
+
+    def step(state: Array, at: Steps) -> tuple[Array, Array]:
+        _, k, error, scalars = at
+        v = error + _read(x, state, k, scalars)
+        return _after(x, linear_state, state, k, scalars, error), v
+
+    return lax.scan(step, state, steps)[1]
 
 
 def _pieces(steps: Steps, length: int) -> tuple[Steps, Steps]:
@@ -67,26 +90,27 @@ def forward(
     *,
     linear_state: bool,
     interpret: Any = None,
-) -> tuple[Array, Array, Array | None]:
+) -> tuple[Array, Array, Kept | None]:
     _check(x, geometry)
     batch, _, heads, keys = x.q.shape
     state = initial_state
     if state is None:
         state = jnp.zeros((batch, heads, x.v.shape[-1], keys), jnp.float32)
 
-    def piece(state: Array, steps: Steps) -> tuple[Array, tuple[Array, Array]]:
-        after, out = _run(x, linear_state, state, steps)
-        return after, (out, state.astype(x.v.dtype))
+    def piece(state: Array, steps: Steps) -> tuple[Array, Any]:
+        after, results = _run(x, linear_state, state, steps)
+        return after, (results, state.astype(x.v.dtype))
 
     whole, rest = _pieces(_steps(x), checkpoint_every or x.time)
-    state, (out, checkpoints) = lax.scan(piece, state, whole)
-    out = out.reshape(-1, *out.shape[2:])
+    state, (results, checkpoints) = lax.scan(piece, state, whole)
+    results = [a.reshape(-1, *a.shape[2:]) for a in results]
     if len(rest[0]):
         state, (last, checkpoint) = piece(state, rest)
-        out = jnp.concatenate([out, last])
+        results = [jnp.concatenate(parts) for parts in zip(results, last, strict=True)]
         checkpoints = jnp.concatenate([checkpoints, checkpoint[None]])
-    checkpoints = None if checkpoint_every is None else jnp.moveaxis(checkpoints, 0, 2)
-    return jnp.moveaxis(out, 0, 1).astype(x.v.dtype), state, checkpoints
+    out, errors = (jnp.moveaxis(a, 0, 1) for a in results)
+    kept = None if checkpoint_every is None else Kept(jnp.moveaxis(checkpoints, 0, 2), errors)
+    return out.astype(x.v.dtype), state, kept
 
 
 def backward(
@@ -102,11 +126,15 @@ def backward(
 ) -> Gradients:
     _check(x, geometry)
     assert checkpoints.shape[2] == -(-x.time // checkpoint_every)
+    assert x.v.dtype == jnp.float32  # the errors
+    assert checkpoints.dtype == d_out.dtype == x.q.dtype
 
     def piece(d_state: Array, at: Any) -> tuple[Array, Steps]:
-        state, d_out, steps = at
-        _, pullback = jax.vjp(lambda *a: _run(x, linear_state, *a), state, steps)
-        return pullback((d_state, d_out))
+        state, d_out, (q, k, errors, scalars) = at
+        v = _values(x, linear_state, state, (q, k, errors, scalars))
+        run = functools.partial(_run, x, linear_state)
+        _, pullback = jax.vjp(run, state, (q, k, v, scalars))
+        return pullback((d_state, (d_out, jnp.zeros_like(errors))))
 
     states = jnp.moveaxis(checkpoints, 2, 0).astype(jnp.float32)
     d_outs = jnp.moveaxis(d_out, 1, 0).astype(jnp.float32)[: x.time]
@@ -123,4 +151,4 @@ def backward(
     # Two partial sums, as blocks of columns give; of padding, whatever is in memory.
     d_scalars = jnp.moveaxis(d_steps[3], 0, 3)[:, :, : 1 + x.has_write_gate]
     d_q, d_k, d_scalars = (jnp.stack([d / 4, 3 * d / 4]) for d in (d_q, d_k, d_scalars))
-    return Gradients(d_q, d_k, d_v.astype(x.v.dtype), d_scalars, d_state)
+    return Gradients(d_q, d_k, d_v.astype(x.q.dtype), d_scalars, d_state)

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_reference import Inputs
 from recurrence_contract import EVERY_OPTION, RecurrenceContract, Tensors, make_inputs
 
 from pallas_kernels import Geometry, recurrence
@@ -43,24 +44,48 @@ class TestInterpreted(RecurrenceContract):
         """Blocks of one to four heads, two blocks of columns, odd chunks, a head of padding."""
         values = 32 // heads
         inputs = make_inputs(27, 12, values + 4, EVERY_OPTION, batch=1, heads=max(heads - 1, 1))
-        rounded = {x: _rounded(getattr(inputs, x), dtype) for x in ("q", "k", "v")}
         self.check_against_numpy(
-            inputs._replace(**rounded),
+            _rounded(inputs, dtype),
             dtype,
             forward_geometry=Geometry(heads, values, chunk=24),
             backward_geometry=Geometry(heads, values, chunk=16),
         )
 
-    def test_warpgroups_side_by_side(self) -> None:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(
+        ("chunk", "history", "checkpoint_every"),
+        [(8, 4, 32), (8, 8, 16), (16, 4, 16), (16, 8, 32), (16, 16, 16), (32, 32, 32)],
+    )
+    def test_histories(self, chunk: int, history: int, checkpoint_every: int, dtype: str) -> None:
+        """Groups of steps in chunks, and chunks between checkpoints; the last of each is short."""
+        inputs = make_inputs(75, 8, 32, EVERY_OPTION, batch=1, heads=1)
+        self.check_against_numpy(
+            _rounded(inputs, dtype),
+            dtype,
+            checkpoint_every=checkpoint_every,
+            forward_geometry=Geometry(heads=1, values=32, chunk=8),
+            backward_geometry=Geometry(heads=1, values=32, chunk=chunk, history=history),
+        )
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_checkpoints_far_apart(self, dtype: str) -> None:
+        inputs = make_inputs(165, 4, 8, EVERY_OPTION, batch=1, heads=1)
+        self.check_against_numpy(_rounded(inputs, dtype), dtype, checkpoint_every=80)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_warpgroups_side_by_side(self, dtype: str) -> None:
         """Two blocks in thread blocks of three: one has nothing to do."""
         inputs = make_inputs(11, 8, 32, ("write_gate",), batch=1, heads=2)
-        rounded = {x: _rounded(getattr(inputs, x), "bfloat16") for x in ("q", "k", "v")}
         three = Geometry(heads=1, values=32, chunk=8, warpgroups=3)
-        given = {"forward_geometry": three, "backward_geometry": three}
-        self.check_against_numpy(inputs._replace(**rounded), "bfloat16", **given)
-        with pytest.raises(ValueError, match="float32, got 3"):
-            self.check_against_numpy(inputs, "float32", **given)
+        self.check_against_numpy(
+            _rounded(inputs, dtype), dtype, forward_geometry=three, backward_geometry=three
+        )
 
 
-def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    return np.asarray(jnp.asarray(x, dtype).astype("float32"), np.float64)
+def _rounded(inputs: Inputs, dtype: str) -> Inputs:
+    """The inputs as the kernels get them: the reference does not round."""
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(x, dtype).astype("float32"), np.float64)
+
+    return inputs._replace(q=rounded(inputs.q), k=rounded(inputs.k), v=rounded(inputs.v))

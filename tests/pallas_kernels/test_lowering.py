@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import pytest
 
-from pallas_kernels import recurrence
+from pallas_kernels import Geometry, recurrence
 
 # (B, T, H, N, V)
 MODELS = {
@@ -36,6 +36,7 @@ def lower(
     options: tuple[str, ...] = (),
     gradient: bool = True,
     checkpoint_every: int = 32,
+    geometry: Geometry | None = None,
 ) -> int:
     """The number of kernels in the program of the results and, if wanted, the gradients."""
     batch, time, heads, n_state, n_value = shape
@@ -63,6 +64,8 @@ def lower(
             segment_ids=ids,
             linear_state="linear_state" in options,
             checkpoint_every=checkpoint_every,
+            forward_geometry=geometry,
+            backward_geometry=geometry,
         )
 
     def program(arrays: Any, ids: Any, cotangents: Any) -> Any:
@@ -100,6 +103,23 @@ def test_odd_shapes(name: str, dtype: str) -> None:
 def test_options(options: tuple[str, ...], dtype: str) -> None:
     shape = 2, 70, 4, 32, 32
     assert lower(shape, dtype, options) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(heads=1, values=32, chunk=8, history=4, warpgroups=3),
+        Geometry(heads=1, values=64, chunk=8, history=8, unroll=1),
+        Geometry(heads=2, values=16, chunk=16, history=8, warpgroups=2),
+        Geometry(heads=4, values=16, chunk=8, history=8),
+        Geometry(heads=1, values=32, chunk=32, history=32),
+    ],
+    ids=str,
+)
+def test_geometries(geometry: Geometry, dtype: str) -> None:
+    options = "write_gate", "segment_ids"
+    assert lower((2, 75, 4, 32, 64), dtype, options, geometry=geometry) == 2
 
 
 def test_results_alone_take_one_kernel() -> None:

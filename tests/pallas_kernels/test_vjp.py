@@ -65,18 +65,29 @@ class TestAroundTheKernels(RecurrenceContract):
         jax.tree.map(np.testing.assert_allclose, actual, expected)
 
 
-@pytest.mark.parametrize("checkpoint_every", [7, 80])
-def test_what_is_kept_for_the_backward_pass(checkpoint_every: int) -> None:
+@pytest.mark.parametrize(
+    ("checkpoint_every", "checkpoints", "values"),
+    [
+        (7, 7, "float32"),  # errors in place of v
+        (80, 2, "bfloat16"),  # v itself, to make closer checkpoints from
+    ],
+)
+def test_what_is_kept_for_the_backward_pass(
+    checkpoint_every: int, checkpoints: int, values: str
+) -> None:
     inputs = make_inputs(100, 4, 8, EVERY_OPTION, batch=2, heads=3)
     arrays = tensors(inputs, "bfloat16")
     ids = jnp.asarray(inputs.segment_ids)
     _, pullback = jax.vjp(
         lambda arrays: call(arrays, ids, checkpoint_every=checkpoint_every), arrays
     )
-    given = [x.shape for x in (*arrays.values(), ids)]
-    kept = sorted(x.shape for x in jax.tree.leaves(pullback))
-    checkpoints = {7: 7, 80: 2}[checkpoint_every]
-    assert kept == sorted([*given, (2, 3, checkpoints, 8, 4)])
+    wanted = arrays | {
+        "v": arrays["v"].astype(values),
+        "starts": jnp.zeros(ids.shape, bool),
+        "checkpoints": jnp.zeros((2, 3, checkpoints, 8, 4), "bfloat16"),
+    }
+    kept = jax.tree.leaves(pullback)
+    assert sorted(str(x.aval) for x in kept) == sorted(str(x.aval) for x in wanted.values())
 
 
 def test_nothing_is_kept_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,249 @@
+"""The steps of the backward kernel, as functions of a block's state and of references."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import vector
+
+from pallas_kernels import gradient_steps
+from pallas_kernels.fragments import Fragments, fragment_layout
+from pallas_kernels.gradient_steps import Options
+from pallas_kernels.layouts import elements_of, inline, load_tiled, store_tiled
+from pallas_kernels.warp import Memory, Warp
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The programs as functions of a block's state `[heads, values, keys]` and of references."""
+
+    options: Options
+    heads: int
+    values: int
+    keys: int
+    exact: bool  # float32 throughout, and a precise tanh
+    unroll: int
+    interpret: bool
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.heads, self.values, self.keys
+
+    @property
+    def _layout(self) -> Any:
+        return fragment_layout(*self._shape)
+
+    def load(self, ref: Any) -> Array:
+        """A state, in the dtype of `ref`."""
+        return ref[...] if self.interpret else load_tiled(ref, self._layout)
+
+    def store(self, ref: Any, state: Array) -> None:
+        if self.interpret:
+            ref[...] = state
+        else:
+            store_tiled(ref, state, self._layout)
+
+    def replay(self, n: int, state: Array, **refs: Any) -> Array:
+        """The state after n steps.
+
+        Args:
+            k: `[n, heads, keys]`.
+            scalars: `[heads, scalars, n]`.
+            errors: `[n, heads, values]` float32.
+            states: the states before each step, written, in an order of their own; left out where
+                they are not wanted.
+        """
+        if self.interpret:
+            return _replay_in_jax(self.options, state, **refs)
+
+        def program(f: Fragments, at: Any, state: Any) -> Any:
+            return gradient_steps.replay(f, self.options, at, state, n, self.unroll)
+
+        return self._run(program, refs, state)
+
+    def walk_back(self, n: int, d_state: Array, after: Array, **refs: Any) -> tuple[Array, Array]:
+        """The gradient of the state before n steps, and that state.
+
+        Args:
+            d_state, after: the gradient of the state after the steps, and that state.
+            k: what `pair_keys` wrote for the steps and the one after them, or in float32 as q.
+            q: `[n, heads, keys]`, in float32 only.
+            scalars, errors, states: as in `replay`.
+            d_out: `[n, heads, values]`.
+            d_v: `[n, heads, values]`, written.
+            d_keys: `[2, n, heads, keys]`, of q and of k, written.
+            d_scalars: `[1 or 2, n, heads]`, of decay and the write gate, written.
+            lane_sums, partial_sums: scratch that the warps share.
+        """
+        if self.interpret:
+            return _walk_back_in_jax(self.options, n, d_state, after, **refs)
+
+        def program(f: Fragments, at: Any, d_state: Any, after: Any) -> Any:
+            return gradient_steps.walk_back(f, self.options, at, d_state, after, n)
+
+        return self._run(program, refs, d_state, after)
+
+    def pair_keys(self, **refs: Any) -> None:
+        """Writes k and q, `[chunk, heads, keys]` in bfloat16, to `pairs`, `[chunk + 1, ...]`."""
+        if self.interpret:
+            _pair_keys_in_jax(**refs)
+        else:
+            self._run(lambda f, at: gradient_steps.pair_keys(f.w, **at), refs)
+
+    def _run(self, program: Any, refs: Mapping[str, Any], *states: Array) -> Any:
+        layout = self._layout
+
+        def emit(_: Any, *args: Any) -> Any:
+            memory = {name: Memory(ref) for name, ref in zip(refs, args, strict=False)}
+            f = Fragments(Warp(), *self._shape, self.exact)
+            arrays = args[len(refs) :]
+            results = program(f, memory, *(_unpacked(f, x) for x in arrays))
+            return jax.tree.map(
+                lambda x: _packed(x, arrays[0]), results, is_leaf=lambda x: isinstance(x, list)
+            )
+
+        array = plgpu.ShapeDtypeStruct(self._shape, jnp.float32, layout)
+        return inline(
+            emit,
+            *refs.values(),
+            *states,
+            arg_types=(plgpu.RefType(),) * len(refs) + (layout,) * len(states),
+            return_type=(None, array, (array, array))[len(states)],
+        )
+
+
+def _unpacked(f: Fragments, x: mgpu.FragmentedArray) -> Any:
+    """A state as fragments: its registers count units, tiles of keys, and columns."""
+    elements = [elements_of(register) for register in x.registers.flat]
+    pairs = [
+        list(pair)
+        for i in range(0, len(elements), 2)
+        for pair in zip(elements[i], elements[i + 1], strict=True)
+    ]
+    return [pairs[u * f.n_keys : (u + 1) * f.n_keys] for u in range(f.units)]
+
+
+def _packed(state: Any, like: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    register_type = like.registers.flat[0].type
+    pairs = [pair for unit in state for pair in unit]
+    (length,) = register_type.shape
+    registers = np.empty(like.registers.shape, dtype=object)
+    registers.flat[:] = [
+        vector.from_elements(register_type, [pair[column] for pair in pairs[i : i + length]])
+        for i in range(0, len(pairs), length)
+        for column in range(2)
+    ]
+    return mgpu.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=None)
+
+
+# In terms of arrays, for the interpreter.
+
+
+def _per_step(options: Options, scalars: Array) -> tuple[Array, Array, Array]:
+    """Decay, write gate and keep, `[steps, heads]`, from `[heads, scalars, steps]`."""
+    rows = jnp.moveaxis(scalars, 2, 0)
+    one = jnp.ones_like(rows[..., 0])
+    gate = rows[..., 1] if options.has_write_gate else one
+    keep = rows[..., 1 + options.has_write_gate] if options.has_keep else one
+    return rows[..., 0], gate, keep
+
+
+def _after(options: Options, state: Array, decay: Array, k: Array, correction: Array) -> Array:
+    state = state * decay[:, None, None] + correction[:, :, None] * k[:, None, :]
+    return state if options.linear_state else jnp.tanh(state)
+
+
+def _unpaired(k: Any, steps: int) -> tuple[Array, Array]:
+    """k and q of these steps, from what `pair_keys` wrote."""
+    words = k[...]
+    halves = [
+        lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16).astype(jnp.float32)
+        for bits in (lax.shift_right_logical(words, 16), words & 0xFFFF)
+    ]
+    return halves[0][:steps], halves[1][1 : steps + 1]
+
+
+def _pair_keys_in_jax(k: Any, q: Any, pairs: Any) -> None:
+    def bits(x: Array) -> Array:
+        return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32)
+
+    def padded(x: Array, *widths: int) -> Array:
+        return jnp.pad(x, (widths, (0, 0), (0, 0)))
+
+    upper = lax.shift_left(padded(bits(k[...]), 0, 1), 16)
+    pairs[...] = upper | padded(bits(q[...]), 1, 0)
+
+
+def _replay_in_jax(
+    options: Options, state: Array, *, k: Any, scalars: Any, errors: Any, states: Any = None
+) -> Array:
+    def step(state: Array, x: Any) -> Any:
+        k, error, (decay, gate, _) = x
+        after = _after(options, state, decay, k, gate[:, None] * error)
+        return after, state
+
+    x = k[...].astype(jnp.float32), errors[...], _per_step(options, scalars[...])
+    after, rows = lax.scan(step, state, x)
+    if states is not None:
+        states[...] = rows.astype(states.dtype)
+    return after
+
+
+def _walk_back_in_jax(
+    options: Options,
+    n: int,
+    d_state: Array,
+    after: Array,
+    *,
+    k: Any,
+    scalars: Any,
+    errors: Any,
+    states: Any,
+    d_out: Any,
+    d_v: Any,
+    d_keys: Any,
+    d_scalars: Any,
+    lane_sums: Any,
+    partial_sums: Any,
+    q: Any = None,
+) -> tuple[Array, Array]:
+    del lane_sums, partial_sums
+
+    def step(d_after: Array, x: Any) -> Any:
+        k, q, d_o, (decay, gate, keep), error, before, after = x
+        d_after = d_after + d_o[:, :, None] * q[:, None, :]
+        d_q = jnp.einsum("hvn,hv->hn", after, d_o)
+        d_sum = d_after if options.linear_state else d_after * (1 - after * after)
+        d_correction = jnp.einsum("hvn,hn->hv", d_sum, k)
+        d_v = gate[:, None] * d_correction
+        d_read = -keep[:, None] * d_v
+        d_k = jnp.einsum("hvn,hv->hn", before, d_read)
+        d_k = d_k + jnp.einsum("hvn,hv->hn", d_sum, gate[:, None] * error)
+        d_before = decay[:, None, None] * d_sum + d_read[:, :, None] * k[:, None, :]
+        d_decay = jnp.sum(d_sum * before, axis=(1, 2))
+        return d_before, (d_q, d_k, d_v, d_decay, d_correction)
+
+    keys = _unpaired(k, n) if q is None else (k[...], q[...])
+    rows = states[...].astype(jnp.float32)
+    x = (
+        *keys,
+        d_out[...].astype(jnp.float32),
+        _per_step(options, scalars[...]),
+        errors[...],
+        rows,
+        jnp.concatenate([rows[1:], after[None]]),
+    )
+    # The interpreter's loops go forwards whatever they are told.
+    d_state, results = lax.scan(step, d_state, jax.tree.map(lambda x: x[::-1], x))
+    d_q, d_k, d_values, d_decay, d_correction = jax.tree.map(lambda x: x[::-1], results)
+    d_keys[...] = jnp.stack([d_q, d_k]).astype(d_keys.dtype)
+    d_v[...] = d_values.astype(d_v.dtype)
+    d_gate = [jnp.sum(d_correction * errors[...], axis=2)] if options.has_write_gate else []
+    d_scalars[...] = jnp.stack([d_decay, *d_gate])
+    return d_state, rows[0]

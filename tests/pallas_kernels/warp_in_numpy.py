@@ -1,0 +1,227 @@
+"""`pallas_kernels.warp` in NumPy, for programs to run without a GPU.
+
+A value is an array of one number per thread of a warpgroup: uint32, float32, or bool for a
+condition. The threads run in lockstep, which would hide a missing `synchronize`; so it is an error
+to read what another thread wrote since the last one, or to overwrite what another has read.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.warp import THREADS
+
+Lanes = np.ndarray
+_SEVERAL = THREADS
+"""In place of a thread, in what last touched a word."""
+
+
+class Memory:
+    """An array and slices of it, addressed in bytes from the first element."""
+
+    def __init__(self, array: np.ndarray, whole: "Memory | None" = None) -> None:
+        self.array = array
+        self.shape, self.itemsize, self.strides = array.shape, array.itemsize, array.strides
+        if whole is None:
+            self.words = array.reshape(-1).view(np.uint32)
+            self.read, self.written = np.zeros((2, self.words.size), int)  # see `_touch`
+        else:
+            self.words, self.read, self.written = whole.words, whole.read, whole.written
+        assert np.shares_memory(array, self.words), "the array must be contiguous"
+        self.start = array.ctypes.data - self.words.ctypes.data
+
+    def __getitem__(self, index: Any) -> "Memory":
+        return Memory(self.array[index], self)
+
+
+class WarpInNumpy:
+    """The methods of `pallas_kernels.warp.Warp`, for all warps of a warpgroup at once."""
+
+    def __init__(self) -> None:
+        self.thread = np.arange(THREADS, dtype=np.uint32)
+        self.warp, self.lane = self.divide(self.thread, 32)
+        self.tanhs: set[bool] = set()
+        self._active = np.ones(THREADS, bool)
+        self._time = 1  # counts synchronizations
+
+    def _int(self, x: Lanes | int) -> Lanes:
+        if isinstance(x, int):
+            return np.full(THREADS, x & 0xFFFFFFFF, np.uint32)
+        return self._of(np.uint32, x)
+
+    def _of(self, dtype: Any, x: Lanes) -> Lanes:
+        assert (x.shape, x.dtype) == ((THREADS,), dtype), f"{x.shape} {x.dtype}, not {dtype}"
+        return x
+
+    def _float(self, x: Lanes) -> Lanes:
+        return self._of(np.float32, x)
+
+    # Integers. Of two that are both Python's the result is Python's too.
+
+    def add(self, x: Any, y: Any) -> Any:
+        return x + y if isinstance(x, int) and isinstance(y, int) else self._int(x) + self._int(y)
+
+    def multiply(self, x: Any, y: Any) -> Any:
+        return x * y if isinstance(x, int) and isinstance(y, int) else self._int(x) * self._int(y)
+
+    def divide(self, x: Any, y: int) -> tuple[Any, Any]:
+        if isinstance(x, int):
+            return divmod(x, y)
+        return self._int(x) // np.uint32(y), self._int(x) % np.uint32(y)
+
+    def minimum(self, x: Any, y: Any) -> Any:
+        if isinstance(x, int) and isinstance(y, int):
+            return min(x, y)
+        return np.minimum(self._int(x), self._int(y))
+
+    def bits_and(self, x: Any, y: Any) -> Lanes:
+        return self._int(x) & self._int(y)
+
+    def bits_xor(self, x: Any, y: Any) -> Lanes:
+        return self._int(x) ^ self._int(y)
+
+    def shift_left(self, x: Any, n: int) -> Lanes:
+        return self._int(x) << np.uint32(n)
+
+    def equal(self, x: Any, y: Any) -> Lanes:
+        return self._int(x) == self._int(y)
+
+    def less(self, x: Any, y: Any) -> Lanes:
+        return self._int(x) < self._int(y)
+
+    def select(self, condition: Lanes, x: Any, y: Any) -> Lanes:
+        x, y = (self._int(x) if isinstance(x, int) else x for x in (x, y))
+        return np.where(self._of(bool, condition), x, self._of(x.dtype, y))
+
+    def bytes_of(self, low: Any, high: Any, selector: Any) -> Lanes:
+        source = np.stack([self._int(low), self._int(high)], axis=1).view(np.uint8)
+        digits = self._int(selector)[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
+        assert np.all(digits < 8), "8 to f repeat a sign"
+        return np.take_along_axis(source, digits, axis=1).view(np.uint32)[:, 0]
+
+    # Floating point.
+
+    def number(self, x: float) -> Lanes:
+        return np.full(THREADS, x, np.float32)
+
+    def as_float(self, bits: Lanes) -> Lanes:
+        return self._int(bits).view(np.float32)
+
+    def as_bits(self, x: Lanes) -> Lanes:
+        return self._float(x).view(np.uint32)
+
+    def fadd(self, x: Lanes, y: Lanes) -> Lanes:
+        return self._float(x) + self._float(y)
+
+    def fsub(self, x: Lanes, y: Lanes) -> Lanes:
+        return self._float(x) - self._float(y)
+
+    def fmultiply(self, x: Lanes, y: Lanes) -> Lanes:
+        return self._float(x) * self._float(y)
+
+    def negative(self, x: Lanes) -> Lanes:
+        return -self._float(x)
+
+    def fma(self, x: Lanes, y: Lanes, z: Lanes) -> Lanes:
+        x, y, z = (self._float(x).astype(np.float64) for x in (x, y, z))
+        return (x * y + z).astype(np.float32)
+
+    def tanh(self, x: Lanes, approximate: bool) -> Lanes:
+        """A precise one either way: `tanhs` tells which were wanted."""
+        self.tanhs.add(approximate)
+        return np.tanh(self._float(x))
+
+    def pack(self, low: Lanes, high: Lanes) -> Lanes:
+        low, high = (self._float(x).astype(jnp.bfloat16).view(np.uint16) for x in (low, high))
+        return np.stack([low, high], axis=1).view(np.uint32)[:, 0]
+
+    def multiply_add(self, acc: Sequence[Lanes], a: Sequence[Lanes], b: Lanes) -> list[Lanes]:
+        self._check_convergence()
+
+        def wide(pairs: Lanes) -> tuple[Lanes, Lanes]:
+            bits = self._int(pairs)
+            return self.as_float(bits << np.uint32(16)), self.as_float(bits & np.uint32(0xFFFF0000))
+
+        def matrix(x: Lanes, y: Lanes) -> np.ndarray:
+            """`[warp, g, 8]` of lanes 4 g + c, which hold columns 2c and 2c + 1."""
+            return np.stack([self._float(x), self._float(y)], axis=1).reshape(-1, 8, 8)
+
+        rows = np.concatenate([matrix(*wide(x)) for x in a], axis=1)
+        columns = matrix(*wide(b)).swapaxes(1, 2)
+        total = np.concatenate([matrix(*acc[:2]), matrix(*acc[2:])], axis=1)
+        total = (total + rows.astype(np.float64) @ columns).astype(np.float32)
+        return [
+            half.reshape(THREADS, 2)[:, i] for half in (total[:, :8], total[:, 8:]) for i in (0, 1)
+        ]
+
+    def exchange(self, x: Lanes, distance: int) -> Lanes:
+        self._check_convergence()
+        return self._of(x.dtype, x)[self.thread ^ np.uint32(distance)]
+
+    def _check_convergence(self) -> None:
+        by_warp = self._active.reshape(-1, 32)
+        assert np.all(by_warp == by_warp[:, :1]), "some lanes of a warp are elsewhere"
+
+    # Memory.
+
+    def address(self, memory: Memory, *index: Any) -> Any:
+        address: Any = 0
+        for i, stride in zip(index, memory.strides, strict=False):
+            address = self.add(self.multiply(i, stride), address)
+        return address
+
+    def load(self, memory: Memory, address: Any, n: int) -> list[Lanes]:
+        index = self._index(memory, address, n)
+        self._touch(memory, index, is_store=False)
+        loaded = np.zeros((n, THREADS), np.uint32)
+        loaded[:, self._active] = memory.words[index]
+        return list(loaded)
+
+    def store(self, memory: Memory, address: Any, words: Sequence[Lanes]) -> None:
+        index = self._index(memory, address, len(words))
+        self._touch(memory, index, is_store=True)
+        stored = np.stack([self._of(np.uint32, x) for x in words])[:, self._active]
+        memory.words[index] = stored
+        assert np.array_equal(memory.words[index], stored), "different words at one address"
+
+    def _index(self, memory: Memory, address: Any, n: int) -> np.ndarray:
+        """The words at an address, `[n, active lanes]`."""
+        assert n in (1, 2) or n % 4 == 0
+        address = self._int(address)[self._active].astype(np.int32) + memory.start
+        assert np.all(address % (4 * min(n, 4)) == 0), "misaligned"
+        index = address // 4 + np.arange(n)[:, None]
+        assert np.all((index >= 0) & (index < memory.words.size)), "out of bounds"
+        return index
+
+    def _touch(self, memory: Memory, words: np.ndarray, is_store: bool) -> None:
+        """Notes who read or wrote which words, and checks that they were free to."""
+        now = self._time * (_SEVERAL + 1)
+        me = np.broadcast_to(now + self.thread[self._active], words.shape)
+
+        def others(last: np.ndarray) -> np.ndarray:
+            return (last[words] >= now) & (last[words] != me)
+
+        assert not np.any(others(memory.read if is_store else memory.written)), "not synchronized"
+        last = memory.written if is_store else memory.read
+        before = others(last)
+        last[words] = me
+        last[words[before | others(last)]] = now + _SEVERAL
+
+    def synchronize(self) -> None:
+        assert np.all(self._active), "some threads never come here"
+        self._time += 1
+
+    # Control.
+
+    def loop(self, n: int, carry: Any, body: Callable[[Any, Any], Any]) -> Any:
+        for i in range(n):
+            carry = body(self._int(i), carry)
+        return carry
+
+    def when(self, condition: Lanes, body: Callable[[], None]) -> None:
+        outside = self._active
+        self._active = outside & self._of(bool, condition)
+        body()
+        self._active = outside
