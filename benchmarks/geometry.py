@@ -13,13 +13,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from recurrence import NAMED, ClockSampler, Shape, make_inputs, time_calls
 
 import pallas_kernels
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.tuning import backward_geometry, forward_geometry, neighbours
 
-PASSES = {"forward": forward_geometry, "backward": backward_geometry}
+PASSES = {
+    "forward": forward_geometry,
+    # Of calls as they are timed here.
+    "backward": functools.partial(backward_geometry, n_scalars=1, has_write_gate=False),
+}
 
 
 def milliseconds(
@@ -65,7 +70,8 @@ def search(
 ) -> dict[Geometry, float]:
     """Milliseconds of every geometry tried; the heuristic's is the first."""
     n_sms = jax.devices()[0].core_count
-    geometry = PASSES[name](shape.B, shape.H, shape.N, shape.N, n_sms, options.dtype)
+    sizes = shape.B, shape.H, shape.N, shape.N, n_sms, jnp.dtype(options.dtype)
+    geometry = PASSES[name](*sizes)
     times: dict[Geometry, float] = {}
     tried: set[Geometry] = set()
     candidates = [geometry]

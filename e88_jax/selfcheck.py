@@ -85,6 +85,8 @@ FULL = (
     Case((2, 129, 1, 50, 100), "bfloat16", _EVERY),
     *(Case((1, 67, 1, 128, 128), dtype) for dtype in BOUNDS),
     Case((1, 31, 1, 128, 4), "float32", _EVERY),
+    # Many heads: several chunks between checkpoints, and blocks that share a thread block.
+    Case((3, 67, 67, 32, 32), "bfloat16", _EVERY),
     *(Case(_SMALL, "float32", (option,), 16) for option in _SHORT),
     *(Case(_SMALL, dtype, (*_EVERY, "linear_state"), 16) for dtype in BOUNDS),
     # These share a compilation for each dtype.

@@ -28,7 +28,7 @@ from pallas_kernels.blocks import (
 )
 from pallas_kernels.fragments import STEPS
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.gradient_steps import Options
+from pallas_kernels.gradient_steps import StepKind
 from pallas_kernels.layouts import HEADS, KEYS, VALUES, WARPS
 from pallas_kernels.operands import Operands
 from pallas_kernels.steps import Steps
@@ -70,12 +70,12 @@ def scratch(
         "replay_errors": errors_slots,
         "replay_scalars": scalars_slots,
         "replay_loaded": plgpu.Barrier(num_arrivals=3),
-        "return_k": keys_slots,
-        "return_q": keys_slots,
-        "return_errors": errors_slots,
-        "return_d_out": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
-        "return_scalars": scalars_slots,
-        "return_loaded": plgpu.Barrier(num_arrivals=5),
+        "back_k": keys_slots,
+        "back_q": keys_slots,
+        "back_errors": errors_slots,
+        "back_d_out": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
+        "back_scalars": scalars_slots,
+        "back_loaded": plgpu.Barrier(num_arrivals=5),
         "states": plgpu.SMEM((geometry.history, heads, values, keys), dtype),
         "d_keys_rows": plgpu.SMEM((2, chunk, heads, keys), part),  # of q and of k
         "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
@@ -83,7 +83,7 @@ def scratch(
         "partial_sums": plgpu.SMEM((WARPS, keys // 16, 2, 32, 2), jnp.float32),
     }
     if dtype == jnp.bfloat16:
-        memory["pairs"] = plgpu.SMEM((chunk + 1, heads, keys), jnp.int32)
+        memory["k_and_q"] = plgpu.SMEM((chunk + 1, heads, keys), jnp.int32)
     return memory
 
 
@@ -117,7 +117,7 @@ def backward(
     n_d_scalars = 1 + x.has_write_gate
     part = part_dtype(geometry, n_values, dtype)
     steps = Steps(
-        Options(x.has_write_gate, x.has_keep, linear_state),
+        StepKind(x.has_write_gate, x.has_keep, linear_state),
         heads,
         values,
         keys,
@@ -164,21 +164,21 @@ def backward(
             ref["replay_loaded"],
             barriers,
         )
-        return_stream = Stream(
+        back_stream = Stream(
             block,
             chunks,
             [
-                Input(ref["k"], ref["return_k"], KEYS),
-                Input(ref["q"], ref["return_q"], KEYS),
-                Input(ref["errors"], ref["return_errors"], VALUES),
-                Input(ref["d_out"], ref["return_d_out"], VALUES),
-                Input(ref["scalars"], ref["return_scalars"], HEADS),
+                Input(ref["k"], ref["back_k"], KEYS),
+                Input(ref["q"], ref["back_q"], KEYS),
+                Input(ref["errors"], ref["back_errors"], VALUES),
+                Input(ref["d_out"], ref["back_d_out"], VALUES),
+                Input(ref["scalars"], ref["back_scalars"], HEADS),
             ],
-            ref["return_loaded"],
+            ref["back_loaded"],
             barriers,
         )
 
-        def kept(c: Any, g: Any) -> Any:
+        def state_before(c: Any, g: Any) -> Any:
             """The state before group g of chunk c of the segment."""
             return ref["replayed"].at[index, c * n_groups + g]
 
@@ -187,7 +187,7 @@ def backward(
             groups = -(-len(rows) // history) - is_last
 
             def group(g: Any, state: Array) -> Array:
-                steps.store(kept(c, g), state.astype(dtype))
+                steps.store(state_before(c, g), state.astype(dtype))
                 t = rows.start + g * history
                 return steps.replay(
                     history,
@@ -199,25 +199,25 @@ def backward(
 
             return lax.fori_loop(0, groups, group, state)
 
-        def return_over(slot: Any, i: Any, c: Any, rows: range, carry: Any) -> Any:
+        def rows_back(slot: Any, i: Any, c: Any, rows: range, carry: Any) -> Any:
             """These rows of chunk i, chunk c of the segment.
 
             Carries the state before the group at hand and the gradient of the state after it.
             """
             if not exact:
-                k, q = ref["return_k"].at[slot], ref["return_q"].at[slot]
-                steps.pair_keys(k=k, q=q, pairs=ref["pairs"])
+                k, q = ref["back_k"].at[slot], ref["back_q"].at[slot]
+                steps.pair_keys(k=k, q=q, k_and_q=ref["k_and_q"])
                 synchronize(interpret)
 
             def keys_of(t: Any, n: int) -> dict[str, Any]:
                 if not exact:
-                    return {"k": ref["pairs"].at[pl.ds(t, n + 1)]}
-                return {x: ref[f"return_{x}"].at[slot, pl.ds(t, n)] for x in ("k", "q")}
+                    return {"k": ref["k_and_q"].at[pl.ds(t, n + 1)]}
+                return {x: ref[f"back_{x}"].at[slot, pl.ds(t, n)] for x in ("k", "q")}
 
             def others_of(t: Any, row: Any, n: int) -> dict[str, Any]:
                 return {
-                    "errors": ref["return_errors"].at[slot, pl.ds(t, n)],
-                    "scalars": ref["return_scalars"].at[slot, :, :, pl.ds(row, n)],
+                    "errors": ref["back_errors"].at[slot, pl.ds(t, n)],
+                    "scalars": ref["back_scalars"].at[slot, :, :, pl.ds(row, n)],
                 }
 
             def walk_back(row: Any, first: Any, n: int, d: Array, after: Array) -> Any:
@@ -231,7 +231,7 @@ def backward(
                     **keys_of(t, n),
                     **others_of(t, row, n),
                     states=ref["states"].at[pl.ds(first, n)],
-                    d_out=ref["return_d_out"].at[slot, pl.ds(t, n)],
+                    d_out=ref["back_d_out"].at[slot, pl.ds(t, n)],
                     d_v=ref["d_v_rows"].at[pl.ds(row, n)],
                     d_keys=ref["d_keys_rows"].at[:, pl.ds(row, n)],
                     d_scalars=ref["d_scalars"].at[(*of_chunk, slice(None), pl.ds(row, n))],
@@ -246,12 +246,13 @@ def backward(
                 after = steps.replay(
                     n,
                     start.astype(jnp.float32),
-                    k=ref["return_k"].at[slot, pl.ds(t, n)],
+                    k=ref["back_k"].at[slot, pl.ds(t, n)],
                     **others_of(t, row, n),
                     states=ref["states"].at[pl.ds(0, n)],
                 )
-                # Loaded a group ahead, as it comes from device memory.
-                earlier = steps.load(kept(0, jnp.maximum(c * n_groups + g - 1, 0)))
+                if replays:
+                    # Loaded a group ahead, as it comes from device memory.
+                    start = steps.load(state_before(0, jnp.maximum(c * n_groups + g - 1, 0)))
                 whole, left_over = divmod(n, AT_ONCE)
                 carry = d, after
                 if left_over:
@@ -261,7 +262,7 @@ def backward(
                     first = (whole - 1 - j) * AT_ONCE
                     return walk_back(row + first, first, AT_ONCE, *carry)
 
-                return earlier, lax.fori_loop(0, whole, several, carry)[0]
+                return start, lax.fori_loop(0, whole, several, carry)[0]
 
             whole, left_over = divmod(len(rows), history)
             if left_over:
@@ -270,12 +271,12 @@ def backward(
                 0, whole, lambda j, carry: group(whole - 1 - j, history, carry), carry
             )
 
-        def return_over_chunk(n: Any, i: Any, c: Any, rows: range, carry: Any) -> Any:
+        def chunk_back(n: Any, i: Any, c: Any, rows: range, carry: Any) -> Any:
             slot = lax.rem(n, SLOTS)
-            return_stream.start(i - 1, 1 - slot)
-            return_stream.wait(slot)
+            back_stream.start(i - 1, 1 - slot)
+            back_stream.wait(slot)
             wait_for_stores()
-            carry = return_over(slot, i, c, rows, carry)
+            carry = rows_back(slot, i, c, rows, carry)
             t = pl.ds(chunks.start(i) + rows.start, len(rows))
             results = pl.ds(0, len(rows))
             start_stores(
@@ -296,7 +297,7 @@ def backward(
             n counts the chunks that came in each stream.
             """
             base = s * segment_chunks
-            n_replay, n_return = n
+            n_replay, n_back = n
             checkpoint = ref["checkpoints"].at[block.b, block.heads, s, block.values]
             state = steps.load(checkpoint).astype(jnp.float32)
 
@@ -310,10 +311,10 @@ def backward(
                 synchronize(interpret)  # every warp has read the slot
                 return n + 1, state
 
-            def return_chunk(j: Any, carry: Any, rows: range) -> Any:
+            def next_chunk_back(j: Any, carry: Any, rows: range) -> Any:
                 n, carry = carry
                 c = count - 1 - j
-                return n + 1, return_over_chunk(n, base + c, c, rows, carry)
+                return n + 1, chunk_back(n, base + c, c, rows, carry)
 
             if replays:
                 carry = lax.fori_loop(
@@ -323,13 +324,13 @@ def backward(
                     (n_replay, state),
                 )
                 n_replay, state = replay_chunk(count - 1, carry, last_rows, True)
-            carry, first = (n_return, (state.astype(dtype), d_state)), 0
+            carry, first = (n_back, (state.astype(dtype), d_state)), 0
             if len(last_rows) < size:
-                carry, first = return_chunk(0, carry, last_rows), 1
-            n_return, (_, d_state) = lax.fori_loop(
-                first, count, lambda j, carry: return_chunk(j, carry, range(size)), carry
+                carry, first = next_chunk_back(0, carry, last_rows), 1
+            n_back, (_, d_state) = lax.fori_loop(
+                first, count, lambda j, carry: next_chunk_back(j, carry, range(size)), carry
             )
-            return (n_replay, n_return), d_state
+            return (n_replay, n_back), d_state
 
         zero = jnp.int32(0)
         n = zero, zero
@@ -338,7 +339,7 @@ def backward(
         last_count = chunks.count - last_start
         if replays:
             replay_stream.start(jnp.int32(last_start), zero)
-        return_stream.start(jnp.int32(chunks.count - 1), zero)
+        back_stream.start(jnp.int32(chunks.count - 1), zero)
         d_state = steps.load(ref["d_final_state"].at[block.b, block.heads, block.values])
         n_alike = n_segments
         if chunks.whole < chunks.count or last_count < segment_chunks:

@@ -137,7 +137,10 @@ def scalars_at_once(chunk: int) -> int:
 
 
 def synchronize(interpret: Any) -> None:
-    """Waits for the warps of the block, and sees what they wrote."""
+    """Waits for the warps of the block, and sees what they wrote.
+
+    The interpreter knows no warps: only a GPU shows where one of these is missing.
+    """
     if interpret is None:
         inline(lambda _: mgpu.utils.warpgroup_barrier())
 

@@ -64,7 +64,7 @@ def _geometry(choose: Callable[..., Geometry], x: Inputs, *options: Any) -> Geom
 
 @functools.cache
 def forward_call(
-    options: Options, keep: bool
+    options: Options, keep_checkpoints: bool, keep_errors: bool
 ) -> Callable[[Inputs, Array | None], tuple[Array, Array, Any]]:
     """From inputs and the initial state to `out`, the final state, and what is kept, if it is.
 
@@ -73,7 +73,7 @@ def forward_call(
 
     def call(x: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
         geometry = options.forward_geometry or _geometry(tuning.forward_geometry, x)
-        if keep:
+        if keep_checkpoints:
             geometry = geometry.for_checkpoints(options.checkpoint_every)
         if initial_state is not None:
             initial_state = prepare_states(jnp.swapaxes(initial_state, 2, 3), geometry)
@@ -81,7 +81,8 @@ def forward_call(
             prepare(x, geometry),
             initial_state,
             geometry,
-            options.checkpoint_every if keep else None,
+            options.checkpoint_every if keep_checkpoints else None,
+            keep_errors,
             linear_state=options.linear_state,
             interpret=options.interpret,
         )
@@ -90,7 +91,7 @@ def forward_call(
         if kept is not None:
             kept = Kept(
                 cut(kept.checkpoints[:, :heads], n_value, n_state),
-                cut(kept.errors, time, heads, n_value),
+                None if kept.errors is None else cut(kept.errors, time, heads, n_value),
             )
         return (
             cut(out, time, heads, n_value),
@@ -99,7 +100,8 @@ def forward_call(
         )
 
     def results(x: Inputs, _: Any) -> Any:
-        return x.v, STATE, KEPT if keep else None
+        kept = KEPT if keep_errors else KEPT._replace(errors=None)
+        return x.v, STATE, kept if keep_checkpoints else None
 
     return _over_rows(call, (INPUTS, STATE), results, options.interpret is None)
 

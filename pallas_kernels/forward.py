@@ -26,7 +26,7 @@ from pallas_kernels.operands import Operands, load_step
 
 
 def scratch(
-    geometry: Geometry, keys: int, n_scalars: int, dtype: Any, keep: bool
+    geometry: Geometry, keys: int, n_scalars: int, dtype: Any, keep_errors: bool
 ) -> dict[str, Any]:
     """The shared memory of a warpgroup, by name."""
     heads, values, chunk = geometry.heads, geometry.values, geometry.chunk
@@ -38,7 +38,7 @@ def scratch(
         "out_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
         "loaded": plgpu.Barrier(num_arrivals=4),
     }
-    if keep:
+    if keep_errors:
         memory["errors_slots"] = plgpu.SMEM((SLOTS, chunk, heads, values), jnp.float32)
     return memory
 
@@ -47,7 +47,7 @@ class Kept(NamedTuple):
     """What the backward pass needs."""
 
     checkpoints: Array  # [B, H, checkpoints, V, N]
-    errors: Array  # [B, T, H, V] float32: v - S^T k
+    errors: Array | None  # [B, T, H, V] float32: v - S^T k; None where it is computed again
 
 
 def forward(
@@ -55,6 +55,7 @@ def forward(
     initial_state: Array | None,
     geometry: Geometry,
     checkpoint_every: int | None,
+    keep_errors: bool,
     *,
     linear_state: bool,
     interpret: Any = None,
@@ -64,7 +65,6 @@ def forward(
     Checkpoint i is the state before step `i * checkpoint_every`, a multiple of a chunk, in v's
     dtype.
     """
-    keep = checkpoint_every is not None
     batch, _, n_heads, keys = x.q.shape
     n_values = x.v.shape[-1]
     dtype = x.v.dtype
@@ -85,6 +85,7 @@ def forward(
         outputs["checkpoints"] = jax.ShapeDtypeStruct(
             (batch, n_heads, n_checkpoints, n_values, keys), dtype
         )
+    if keep_errors:
         outputs["errors"] = jax.ShapeDtypeStruct((batch, x.time, n_heads, n_values), jnp.float32)
 
     def body(index: Any, barriers: Any, ref: dict[str, Any]) -> None:
@@ -127,7 +128,7 @@ def forward(
                 next_inputs = load(jnp.minimum(t + 1, rows.stop - 1))
                 update = cell.update(registers, state, read, inputs, linear_state)
                 state, row = update.state, t - rows.start
-                if keep:
+                if keep_errors:
                     registers.store(ref["errors_slots"].at[slot, row], update.error, VALUES)
                 # What the next step reads and o_t are sums over the same state.
                 read, out = cell.read(registers, state, next_inputs.k, q)
@@ -147,7 +148,7 @@ def forward(
                 unroll=geometry.unroll_of(len(rows)),
             )
             t = pl.ds(chunks.start(i) + rows.start, len(rows))
-            names = ("out", "errors") if keep else ("out",)
+            names = ("out", "errors") if keep_errors else ("out",)
             start_stores(
                 [
                     (
@@ -176,10 +177,12 @@ def forward(
         batch * (n_heads // heads) * (n_values // values),
         inputs,
         outputs,
-        scratch(geometry, keys, n_scalars, dtype, keep),
+        scratch(geometry, keys, n_scalars, dtype, keep_errors),
         warpgroups=geometry.warpgroups,
         approximate=dtype == jnp.bfloat16,
         interpret=interpret,
     )
-    kept = Kept(results["checkpoints"], results["errors"]) if keep else None
+    kept = None
+    if checkpoint_every is not None:
+        kept = Kept(results["checkpoints"], results.get("errors"))
     return results["out"], results["final_state"], kept

@@ -48,7 +48,7 @@ class Fragments:
     """
 
     def __init__(self, w: Any, heads: int, values: int, keys: int, exact: bool) -> None:
-        self.w, self.exact, self.keys = w, exact, keys
+        self.w, self.exact = w, exact
         self.units = heads * values // (8 * WARPS)
         self.warps_per_head = WARPS // heads
         self.head, self.warp_of_head = w.divide(w.warp, self.warps_per_head)
@@ -62,7 +62,7 @@ class Fragments:
         # The one lane of a column whose row of the second factor of a product meets it.
         self._gives_column = w.equal(half, self.c)
         own_half = w.select(self.is_odd, 0x7632, 0x7610)
-        self._own_of_pair = w.select(self._gives_column, own_half, 0x7676)
+        self._selector = w.select(self._gives_column, own_half, 0x7676)
 
     # Addresses
 
@@ -289,7 +289,7 @@ class Fragments:
 
     def _beside(self, pair: Any, x: Any) -> Any:
         """The upper half of x, and in the lower half the lane's column of a pair if it gives it."""
-        return self.w.bytes_of(pair, x, self._own_of_pair)
+        return self.w.bytes_of(pair, x, self._selector)
 
     def _multiply_add(self, unit: Any, k: list[Any], b: list[Any]) -> Any:
         result = []

@@ -24,7 +24,8 @@ class Geometry:
         heads: heads of a warpgroup of 4 warps: 1, 2 or 4.
         values: columns of each of these heads: a multiple of `32 / heads`.
         chunk: steps that are copied to shared memory at once, a multiple of 8.
-        unroll: steps that are written out in a row.
+        unroll: steps forward, and replayed, that are written out in a row where it divides their
+            number.
         history: steps whose states the backward kernel keeps at once: a multiple of 4 that divides
             `chunk`.
         warpgroups: warpgroups of a thread block. They are independent, but a thread block of w of

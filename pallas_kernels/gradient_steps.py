@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pallas_kernels.fragments import STEPS, Fragments
+from pallas_kernels.layouts import WARPS
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class StepKind:
     """What a step of the recurrence does, whatever its sizes."""
 
     has_write_gate: bool
@@ -24,7 +25,7 @@ class Options:
 class _Scalars:
     """What a step multiplies with, of this lane's head."""
 
-    def __init__(self, f: Fragments, options: Options, memory: Any, t: Any) -> None:
+    def __init__(self, f: Fragments, kind: StepKind, memory: Any, t: Any) -> None:
         self.w = w = f.w
 
         def load(i: int) -> Any:
@@ -33,8 +34,8 @@ class _Scalars:
             return w.as_float(bits)
 
         self.decay = load(0)
-        self.write_gate = load(1) if options.has_write_gate else None
-        self._keep = load(1 + options.has_write_gate) if options.has_keep else None
+        self.write_gate = load(1) if kind.has_write_gate else None
+        self._keep = load(1 + kind.has_write_gate) if kind.has_keep else None
 
     def _times(self, scalar: Any, columns: Any) -> Any:
         if scalar is None:
@@ -44,21 +45,21 @@ class _Scalars:
     def gated(self, columns: Any) -> Any:
         return self._times(self.write_gate, columns)
 
-    def kept(self, columns: Any) -> Any:
+    def within_document(self, columns: Any) -> Any:
         return self._times(self._keep, columns)
 
     def decayed(self, state: Any) -> Any:
         return [[[self.w.fmultiply(x, self.decay) for x in m] for m in unit] for unit in state]
 
 
-def _activated(f: Fragments, options: Options, state: Any) -> Any:
-    if options.linear_state:
+def _activated(f: Fragments, kind: StepKind, state: Any) -> Any:
+    if kind.linear_state:
         return state
     return [[[f.w.tanh(x, not f.exact) for x in m] for m in unit] for unit in state]
 
 
 def replay(
-    f: Fragments, options: Options, at: Mapping[str, Any], state: Any, n: int, unroll: int
+    f: Fragments, kind: StepKind, at: Mapping[str, Any], state: Any, n: int, unroll: int
 ) -> Any:
     """n steps from `state`; returns the state after them. Writes those before to `states`."""
     w = f.w
@@ -69,13 +70,13 @@ def replay(
 
     def step(t: Any, state: Any, loaded: Any) -> Any:
         keys, error = loaded
-        scalars = _Scalars(f, options, at["scalars"], t)
+        scalars = _Scalars(f, kind, at["scalars"], t)
         loaded = load(w.minimum(w.add(t, 1), n - 1))
         if keep:
             f.store_words(at["states"], f.narrow(state), t)
         error = scalars.gated(error)
         state = f.add_outer(scalars.decayed(state), f.factors(keys), error)
-        return _activated(f, options, state), loaded
+        return _activated(f, kind, state), loaded
 
     state, _ = _steps(w, n, unroll, step, state, load(0))
     return state
@@ -94,18 +95,18 @@ def _steps(w: Any, n: int, unroll: int, step: Any, *carry: Any) -> Any:
 
 
 def walk_back(
-    f: Fragments, options: Options, at: Mapping[str, Any], d_state: Any, after: Any, n: int
+    f: Fragments, kind: StepKind, at: Mapping[str, Any], d_state: Any, after: Any, n: int
 ) -> tuple[Any, Any]:
     """n steps back; returns the gradient of the state before them, and that state."""
     for first in reversed(range(0, n, STEPS)):
         steps = min(STEPS, n - first)
-        d_state, after = _walk_back_a_few(f, options, at, d_state, after, first, steps)
+        d_state, after = _walk_back_a_few(f, kind, at, d_state, after, first, steps)
     return d_state, after
 
 
 def _walk_back_a_few(
     f: Fragments,
-    options: Options,
+    kind: StepKind,
     at: Mapping[str, Any],
     d_state: Any,
     after: Any,
@@ -115,7 +116,7 @@ def _walk_back_a_few(
     """n steps back, at most 4, from row `first` on."""
     w = f.w
     sums = f.no_sums()
-    lane_sums: list[list[Any]] = [[None] * n for _ in range(1 + options.has_write_gate)]
+    lane_sums: list[list[Any]] = [[None] * n for _ in range(1 + kind.has_write_gate)]
     if f.exact:
         d_o = f.load_columns(at["d_out"], first + n - 1)
         sums = f.add_exact_sums(sums, n - 1, [(after, d_o)])
@@ -129,14 +130,14 @@ def _walk_back_a_few(
         row = first + t
         words = f.load_words(at["states"], row)
         keys = f.load_keys(at["k"], row)
-        scalars = _Scalars(f, options, at["scalars"], row)
+        scalars = _Scalars(f, kind, at["scalars"], row)
         k = f.wide_keys(keys) if f.exact else f.upper(keys)
         d_sum = d_after
-        if not options.linear_state:
+        if not kind.linear_state:
             d_sum = _times_derivative(f, d_after, after)
         d_correction = f.sums_over_keys(d_sum, k)
         d_v = scalars.gated(d_correction)
-        d_read = [[w.negative(x) for x in unit] for unit in scalars.kept(d_v)]
+        d_read = [[w.negative(x) for x in unit] for unit in scalars.within_document(d_v)]
         d_after = scalars.decayed(d_sum)
         before = f.wide(words)
         if f.exact:
@@ -155,7 +156,7 @@ def _walk_back_a_few(
             d_after = f.add_two_outer(d_after, keys, d_read, d_o)
             pairs = f.pairs(STEPS + t, d_v)
             f.store_pairs(STEPS + t, at["d_v"], pairs, row)
-            pairs = f.pairs(STEPS + t, d_read) if options.has_keep else f.negative_pairs(pairs)
+            pairs = f.pairs(STEPS + t, d_read) if kind.has_keep else f.negative_pairs(pairs)
             of_before = [f.at(STEPS + t, x) for x in pairs]
             if d_o is not None:
                 is_q = w.equal(f.g, t - 1)
@@ -164,7 +165,7 @@ def _walk_back_a_few(
             of_d_sum = [f.at(STEPS + t, x) for x in correction]
             sums = f.add_sums(sums, [(words, of_before), (f.narrow(d_sum), of_d_sum)])
         lane_sums[0][t] = f.dot(d_sum, before)
-        if options.has_write_gate:
+        if kind.has_write_gate:
             error = f.load_columns(at["errors"], row)
             lane_sums[1][t] = f.lane_sums_of(d_correction, error)
         after = before
@@ -211,6 +212,7 @@ def _add_over_warps(
             w.store(memory, w.address(memory, i, t, w.thread), [w.as_bits(x)])
     w.synchronize()
 
+    assert STEPS == WARPS, "each warp adds the scalars of a step"
     first_warp = w.multiply(f.head, f.warps_per_head)
     is_k, t_pair = w.divide(f.c, 2)
 
@@ -260,12 +262,12 @@ def _add_over_warps(
         w.when(w.less(w.warp, n), add_lanes)
 
 
-def pair_keys(w: Any, k: Any, q: Any, pairs: Any) -> None:
+def pair_keys(w: Any, k: Any, q: Any, k_and_q: Any) -> None:
     """Writes words of k_t and q_{t-1}, k in the upper half: `[chunk + 1, heads, keys]`.
 
     There is no q before row 0, nor a k in the last row: zero.
     """
-    rows, heads, keys = pairs.shape
+    rows, heads, keys = k_and_q.shape
     row_words = heads * keys
     for i in range(-(-rows * row_words // (4 * 32 * 4))):
         index = w.add(w.multiply(w.thread, 4), i * 4 * 32 * 4)
@@ -284,6 +286,6 @@ def pair_keys(w: Any, k: Any, q: Any, pairs: Any) -> None:
                 for a, b in zip(of_k, of_q, strict=True)
                 for selector in (0x5410, 0x7632)
             ]
-            w.store(pairs, w.multiply(index, 4), words)
+            w.store(k_and_q, w.multiply(index, 4), words)
 
         w.when(w.less(index, rows * row_words), four)

@@ -1,4 +1,4 @@
-"""Where the state of a block lives in registers, and how its rows and columns reach it.
+"""Where the state of a block of the forward kernel lives in registers.
 
 A block is one warpgroup of 4 warps. It holds, for `heads` heads, `values` columns of the state,
 written `[heads, values, keys]` (the transpose of the op's `[N, V]`: V is the slow axis).

@@ -20,7 +20,7 @@ class Inputs(NamedTuple):
 
     q: Array  # [B, T, H, N]
     k: Array  # [B, T, H, N]
-    v: Array  # [B, T, H, V]
+    v: Array  # [B, T, H, V]; for the backward kernel the errors, float32
     decay: Array  # [B, T, H] float32
     write_gate: Array | None  # [B, T, H] float32
     starts: Array | None  # [B, T] bool: the step starts from a zero state
@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
 class Operands(NamedTuple):
     q: Array  # [B, T, H, N]
     k: Array  # [B, T, H, N]
-    v: Array  # [B, T, H, V]
+    v: Array  # [B, T, H, V]; for the backward kernel the errors, float32
     scalars: Array  # [B, H, S, T] float32: decay, then the write gate and keep where given
     has_write_gate: bool
     has_keep: bool

@@ -14,7 +14,7 @@ from jaxlib.mlir.dialects import vector
 
 from pallas_kernels import gradient_steps
 from pallas_kernels.fragments import Fragments, fragment_layout
-from pallas_kernels.gradient_steps import Options
+from pallas_kernels.gradient_steps import StepKind
 from pallas_kernels.layouts import elements_of, inline, load_tiled, store_tiled
 from pallas_kernels.warp import Memory, Warp
 
@@ -23,7 +23,7 @@ from pallas_kernels.warp import Memory, Warp
 class Steps:
     """The programs as functions of a block's state `[heads, values, keys]` and of references."""
 
-    options: Options
+    kind: StepKind
     heads: int
     values: int
     keys: int
@@ -60,10 +60,10 @@ class Steps:
                 they are not wanted.
         """
         if self.interpret:
-            return _replay_in_jax(self.options, state, **refs)
+            return _replay_in_jax(self.kind, state, **refs)
 
         def program(f: Fragments, at: Any, state: Any) -> Any:
-            return gradient_steps.replay(f, self.options, at, state, n, self.unroll)
+            return gradient_steps.replay(f, self.kind, at, state, n, self.unroll)
 
         return self._run(program, refs, state)
 
@@ -82,15 +82,15 @@ class Steps:
             lane_sums, partial_sums: scratch that the warps share.
         """
         if self.interpret:
-            return _walk_back_in_jax(self.options, n, d_state, after, **refs)
+            return _walk_back_in_jax(self.kind, n, d_state, after, **refs)
 
         def program(f: Fragments, at: Any, d_state: Any, after: Any) -> Any:
-            return gradient_steps.walk_back(f, self.options, at, d_state, after, n)
+            return gradient_steps.walk_back(f, self.kind, at, d_state, after, n)
 
         return self._run(program, refs, d_state, after)
 
     def pair_keys(self, **refs: Any) -> None:
-        """Writes k and q, `[chunk, heads, keys]` in bfloat16, to `pairs`, `[chunk + 1, ...]`."""
+        """Writes k and q, `[chunk, heads, keys]` in bfloat16, to `k_and_q`, a row more."""
         if self.interpret:
             _pair_keys_in_jax(**refs)
         else:
@@ -145,18 +145,18 @@ def _packed(state: Any, like: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
 # In terms of arrays, for the interpreter.
 
 
-def _per_step(options: Options, scalars: Array) -> tuple[Array, Array, Array]:
+def _per_step(kind: StepKind, scalars: Array) -> tuple[Array, Array, Array]:
     """Decay, write gate and keep, `[steps, heads]`, from `[heads, scalars, steps]`."""
     rows = jnp.moveaxis(scalars, 2, 0)
     one = jnp.ones_like(rows[..., 0])
-    gate = rows[..., 1] if options.has_write_gate else one
-    keep = rows[..., 1 + options.has_write_gate] if options.has_keep else one
+    gate = rows[..., 1] if kind.has_write_gate else one
+    keep = rows[..., 1 + kind.has_write_gate] if kind.has_keep else one
     return rows[..., 0], gate, keep
 
 
-def _after(options: Options, state: Array, decay: Array, k: Array, correction: Array) -> Array:
+def _after(kind: StepKind, state: Array, decay: Array, k: Array, correction: Array) -> Array:
     state = state * decay[:, None, None] + correction[:, :, None] * k[:, None, :]
-    return state if options.linear_state else jnp.tanh(state)
+    return state if kind.linear_state else jnp.tanh(state)
 
 
 def _unpaired(k: Any, steps: int) -> tuple[Array, Array]:
@@ -169,7 +169,7 @@ def _unpaired(k: Any, steps: int) -> tuple[Array, Array]:
     return halves[0][:steps], halves[1][1 : steps + 1]
 
 
-def _pair_keys_in_jax(k: Any, q: Any, pairs: Any) -> None:
+def _pair_keys_in_jax(k: Any, q: Any, k_and_q: Any) -> None:
     def bits(x: Array) -> Array:
         return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32)
 
@@ -177,18 +177,18 @@ def _pair_keys_in_jax(k: Any, q: Any, pairs: Any) -> None:
         return jnp.pad(x, (widths, (0, 0), (0, 0)))
 
     upper = lax.shift_left(padded(bits(k[...]), 0, 1), 16)
-    pairs[...] = upper | padded(bits(q[...]), 1, 0)
+    k_and_q[...] = upper | padded(bits(q[...]), 1, 0)
 
 
 def _replay_in_jax(
-    options: Options, state: Array, *, k: Any, scalars: Any, errors: Any, states: Any = None
+    kind: StepKind, state: Array, *, k: Any, scalars: Any, errors: Any, states: Any = None
 ) -> Array:
     def step(state: Array, x: Any) -> Any:
         k, error, (decay, gate, _) = x
-        after = _after(options, state, decay, k, gate[:, None] * error)
+        after = _after(kind, state, decay, k, gate[:, None] * error)
         return after, state
 
-    x = k[...].astype(jnp.float32), errors[...], _per_step(options, scalars[...])
+    x = k[...].astype(jnp.float32), errors[...], _per_step(kind, scalars[...])
     after, rows = lax.scan(step, state, x)
     if states is not None:
         states[...] = rows.astype(states.dtype)
@@ -196,7 +196,7 @@ def _replay_in_jax(
 
 
 def _walk_back_in_jax(
-    options: Options,
+    kind: StepKind,
     n: int,
     d_state: Array,
     after: Array,
@@ -219,7 +219,7 @@ def _walk_back_in_jax(
         k, q, d_o, (decay, gate, keep), error, before, after = x
         d_after = d_after + d_o[:, :, None] * q[:, None, :]
         d_q = jnp.einsum("hvn,hv->hn", after, d_o)
-        d_sum = d_after if options.linear_state else d_after * (1 - after * after)
+        d_sum = d_after if kind.linear_state else d_after * (1 - after * after)
         d_correction = jnp.einsum("hvn,hn->hv", d_sum, k)
         d_v = gate[:, None] * d_correction
         d_read = -keep[:, None] * d_v
@@ -234,7 +234,7 @@ def _walk_back_in_jax(
     x = (
         *keys,
         d_out[...].astype(jnp.float32),
-        _per_step(options, scalars[...]),
+        _per_step(kind, scalars[...]),
         errors[...],
         rows,
         jnp.concatenate([rows[1:], after[None]]),
@@ -244,6 +244,6 @@ def _walk_back_in_jax(
     d_q, d_k, d_values, d_decay, d_correction = jax.tree.map(lambda x: x[::-1], results)
     d_keys[...] = jnp.stack([d_q, d_k]).astype(d_keys.dtype)
     d_v[...] = d_values.astype(d_v.dtype)
-    d_gate = [jnp.sum(d_correction * errors[...], axis=2)] if options.has_write_gate else []
+    d_gate = [jnp.sum(d_correction * errors[...], axis=2)] if kind.has_write_gate else []
     d_scalars[...] = jnp.stack([d_decay, *d_gate])
     return d_state, rows[0]

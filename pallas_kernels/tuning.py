@@ -32,7 +32,7 @@ def forward_shared_bytes(
     """
     keys = round_up(n_state, KEYS_MULTIPLE)
     return shared_bytes(
-        forward.scratch(geometry, keys, n_scalars, dtype, keep=True), geometry.warpgroups
+        forward.scratch(geometry, keys, n_scalars, dtype, keep_errors=True), geometry.warpgroups
     )
 
 

@@ -14,8 +14,8 @@ from pallas_kernels.geometry import Geometry
 from pallas_kernels.operands import Inputs
 
 LONGEST_SEGMENT = 64
-"""Most steps between checkpoints that the backward kernel takes: it keeps the state before each
-chunk of them in device memory."""
+"""Most steps between checkpoints that the backward kernel is given: it keeps the state before each
+group of `history` of them in device memory."""
 CLOSER = 32
 """Steps between the checkpoints that the backward pass makes where it has none closer."""
 
@@ -37,8 +37,9 @@ def recurrence(
 ) -> tuple[Array, Array]:
     """The recurrence by the GPU kernels; differentiable once, in reverse mode.
 
-    Between the two passes it keeps its arguments, with `v - S^T k` in float32 in place of v, and,
-    in v's dtype, a state every `checkpoint_every` steps, rounded up to whole chunks.
+    Between the two passes it keeps its arguments, and, in v's dtype, a state every
+    `checkpoint_every` steps, rounded up to whole chunks. Up to 64 steps, it keeps `v - S^T k` in
+    float32 in place of v.
 
     Args:
         q, k: `[B, T, H, N]`, float32 or bfloat16.
@@ -82,14 +83,15 @@ def _inputs(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recurrence(options, q, k, v, decay, write_gate, initial_state, segment_ids):
     x = _inputs(q, k, v, decay, write_gate, segment_ids)
-    out, final_state, _ = forward_call(options, False)(x, initial_state)
+    out, final_state, _ = forward_call(options, False, False)(x, initial_state)
     return out, final_state
 
 
 def _recurrence_forward(options, q, k, v, decay, write_gate, initial_state, segment_ids):
     x = _inputs(q, k, v, decay, write_gate, segment_ids)
-    out, final_state, kept = forward_call(options, True)(x, initial_state)
-    if options.checkpoint_every <= LONGEST_SEGMENT:
+    errors_are_read = options.checkpoint_every <= LONGEST_SEGMENT
+    out, final_state, kept = forward_call(options, True, errors_are_read)(x, initial_state)
+    if errors_are_read:
         x = x._replace(v=kept.errors)
     return (out, final_state), (x, initial_state, kept.checkpoints)
 
@@ -122,7 +124,7 @@ def _backward_by_segments(
         )
         state = lax.dynamic_index_in_dim(checkpoints, i, axis=2, keepdims=False)
         state = jnp.swapaxes(state, 2, 3).astype(jnp.float32)
-        *_, kept = forward_call(closer, True)(own, state)
+        *_, kept = forward_call(closer, True, True)(own, state)
         own = own._replace(v=kept.errors)
         d_own, d_state = backward_call(closer)(own, kept.checkpoints, d_o, d_state)
         return d_state, d_own

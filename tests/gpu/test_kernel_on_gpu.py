@@ -1,5 +1,8 @@
 """The kernels on the GPU that they are for: everything that the op takes."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +23,7 @@ from recurrence_contract import (
 import pallas_kernels
 from e88_jax import recurrence
 from e88_jax.recurrence import e88_recurrence
+from pallas_kernels import Geometry
 
 if refusal := recurrence._unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
@@ -27,6 +31,10 @@ if refusal := recurrence._unsupported_device():
 # Of ||x - scan|| / ||scan||, per tensor; the scan in float32.
 BOUNDS = {"float32": 2e-5, "bfloat16": 4e-3}
 SIZES_OF_STATES = range(4, 129, 4)
+
+Op = Callable[..., Any]
+SCAN = functools.partial(e88_recurrence, implementation="scan")
+MOSAIC_GPU = functools.partial(e88_recurrence, implementation="mosaic_gpu")
 
 
 class TestMosaicGpu(RecurrenceContract):
@@ -55,18 +63,12 @@ def _rounded_to_bfloat16(arrays: Any) -> Any:
 
 
 def _results_and_gradients(
-    implementation: Any, arrays: Tensors, ids: Any, cotangents: Any, linear_state: bool = False
+    op: Op, arrays: Tensors, ids: Any, cotangents: Any, linear_state: bool = False
 ) -> Tensors:
     @jax.jit
     def run(arrays: Tensors, cotangents: Any) -> Tensors:
         results, pullback = jax.vjp(
-            lambda arrays: e88_recurrence(
-                **arrays,
-                segment_ids=ids,
-                linear_state=linear_state,
-                implementation=implementation,
-            ),
-            arrays,
+            lambda arrays: op(**arrays, segment_ids=ids, linear_state=linear_state), arrays
         )
         (d_arrays,) = pullback(cotangents)
         return dict(zip(("out", "final_state"), results, strict=True)) | {
@@ -82,6 +84,7 @@ def check_against_scan(
     n_value: int,
     dtype: str,
     options: tuple[str, ...] = EVERY_OPTION,
+    op: Op = MOSAIC_GPU,
     **rows: int,
 ) -> None:
     inputs = make_inputs(time, n_state, n_value, options, **rows)
@@ -92,10 +95,10 @@ def check_against_scan(
         d_out = _rounded_to_bfloat16(d_out)
     ids = None if inputs.segment_ids is None else jnp.asarray(inputs.segment_ids)
     linear = inputs.linear_state
-    expected = _results_and_gradients("scan", arrays, ids, (d_out, d_state), linear)
+    expected = _results_and_gradients(SCAN, arrays, ids, (d_out, d_state), linear)
     arrays |= {name: arrays[name].astype(dtype) for name in narrow}
     cotangents = d_out.astype(dtype), d_state
-    actual = _results_and_gradients("mosaic_gpu", arrays, ids, cotangents, linear)
+    actual = _results_and_gradients(op, arrays, ids, cotangents, linear)
     ratios = {
         name: rms_ratio(np.float32(actual[name]), np.float32(x)) for name, x in expected.items()
     }
@@ -126,6 +129,35 @@ def test_odd_heads_and_times(time: int, heads: int, dtype: str) -> None:
         check_against_scan(time, size, size, dtype, options, batch=2, heads=heads)
 
 
+# (B, T, H, N, V), and the geometry of the backward kernel.
+GEOMETRIES = {
+    "5 warpgroups, some idle": ((2, 131, 3, 32, 32), Geometry(1, 32, 16, 1, 8, 5)),
+    "parts, 5 warpgroups": ((2, 131, 4, 64, 64), Geometry(1, 32, 8, 1, 4, 5)),
+    "parts, 2 warpgroups": ((2, 131, 2, 128, 128), Geometry(1, 32, 8, 2, 4, 2)),
+    "2 heads": ((2, 131, 4, 48, 48), Geometry(2, 16, 16, 4, 4)),
+    "4 heads": ((2, 70, 6, 16, 8), Geometry(4, 8, 16, 2, 8)),
+    "2 units of columns": ((2, 131, 2, 64, 64), Geometry(1, 64, 16, 2, 8)),
+    "one group between checkpoints": ((2, 99, 2, 32, 32), Geometry(2, 32, 32, 2, 32)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries(name: str, dtype: str) -> None:
+    (batch, time, heads, n_state, n_value), geometry = GEOMETRIES[name]
+    if dtype == "float32":  # twice the shared memory
+        geometry = dataclasses.replace(geometry, warpgroups=1).for_checkpoints(16)
+    kernels = functools.partial(
+        pallas_kernels.recurrence,
+        write_gate=None,  # it takes shared memory
+        backward_geometry=geometry,
+        checkpoint_every=32,
+    )
+    check_against_scan(
+        time, n_state, n_value, dtype, ("initial_state",), kernels, batch=batch, heads=heads
+    )
+
+
 def test_more_than_65535_blocks() -> None:
     check_against_scan(5, 8, 8, "float32", batch=300, heads=900)
 
@@ -139,7 +171,7 @@ def test_runs_of_a_full_gpu_are_bitwise_equal(dtype: str) -> None:
         jnp.asarray(inputs.segment_ids),
         (jnp.asarray(d_out, dtype), jnp.asarray(d_state, "float32")),
     )
-    first, second = (_results_and_gradients("mosaic_gpu", *arguments) for _ in range(2))
+    first, second = (_results_and_gradients(MOSAIC_GPU, *arguments) for _ in range(2))
     for name, x in first.items():
         assert np.asarray(x).tobytes() == np.asarray(second[name]).tobytes(), name
 
@@ -163,7 +195,7 @@ def test_more_than_2_31_elements() -> None:
     assert arrays["q"].size > 2**31
     d_state = jnp.ones((batch, heads, size, size))
     row = {name: x[-1:] for name, x in arrays.items()}
-    alone = _results_and_gradients("mosaic_gpu", row, None, (d_out[-1:], d_state[-1:]))
-    together = _results_and_gradients("mosaic_gpu", arrays, None, (d_out, d_state))
+    alone = _results_and_gradients(MOSAIC_GPU, row, None, (d_out[-1:], d_state[-1:]))
+    together = _results_and_gradients(MOSAIC_GPU, arrays, None, (d_out, d_state))
     for name, x in alone.items():
         assert rms_ratio(np.float32(together[name][-1:]), np.float32(x)) < BOUNDS["bfloat16"], name

@@ -87,6 +87,7 @@ def forward(
     initial_state: Array | None,
     geometry: Geometry,
     checkpoint_every: int | None,
+    keep_errors: bool,
     *,
     linear_state: bool,
     interpret: Any = None,
@@ -109,7 +110,9 @@ def forward(
         results = [jnp.concatenate(parts) for parts in zip(results, last, strict=True)]
         checkpoints = jnp.concatenate([checkpoints, checkpoint[None]])
     out, errors = (jnp.moveaxis(a, 0, 1) for a in results)
-    kept = None if checkpoint_every is None else Kept(jnp.moveaxis(checkpoints, 0, 2), errors)
+    kept = None
+    if checkpoint_every is not None:
+        kept = Kept(jnp.moveaxis(checkpoints, 0, 2), errors if keep_errors else None)
     return out.astype(x.v.dtype), state, kept
 
 

@@ -16,11 +16,11 @@ from warp_in_numpy import THREADS, Memory, WarpInNumpy
 from pallas_kernels import backward, steps
 from pallas_kernels.fragments import STEPS, Fragments, fragment_layout
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.gradient_steps import Options, pair_keys, replay, walk_back
+from pallas_kernels.gradient_steps import StepKind, pair_keys, replay, walk_back
 from pallas_kernels.warp import Warp
 
 Arrays = dict[str, np.ndarray]
-EVERY_OPTION = Options(has_write_gate=True, has_keep=True, linear_state=False)
+EVERY_OPTION = StepKind(has_write_gate=True, has_keep=True, linear_state=False)
 # Of ||x - reference|| / ||reference||, per tensor.
 EXACT = 2e-5
 FLOAT32 = 2e-4
@@ -48,7 +48,7 @@ PRECISIONS = {
 over_precisions = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 
 
-def make_inputs(n: int, heads: int, values: int, keys: int, options: Options, dtype: Any) -> Arrays:
+def make_inputs(n: int, heads: int, values: int, keys: int, kind: StepKind, dtype: Any) -> Arrays:
     rng = np.random.default_rng([n, heads, values, keys])
 
     def unit(*shape: int) -> np.ndarray:
@@ -58,10 +58,10 @@ def make_inputs(n: int, heads: int, values: int, keys: int, options: Options, dt
     # Documents start every third step, in neighbouring heads at different ones.
     keep = np.add.outer(-np.arange(heads), np.arange(n)) % 3 != 1
     decay = rng.uniform(0.8, 1.0, (heads, n))
-    scalars = [np.where(keep, decay, 0.0) if options.has_keep else decay]
-    if options.has_write_gate:
+    scalars = [np.where(keep, decay, 0.0) if kind.has_keep else decay]
+    if kind.has_write_gate:
         scalars.append(rng.uniform(0.3, 1.0, (heads, n)))
-    if options.has_keep:
+    if kind.has_keep:
         scalars.append(keep)
     return {
         "q": unit(n, heads, keys),
@@ -74,21 +74,21 @@ def make_inputs(n: int, heads: int, values: int, keys: int, options: Options, dt
     }
 
 
-def expected(inputs: Arrays, options: Options) -> Arrays:
+def expected(inputs: Arrays, kind: StepKind) -> Arrays:
     """What the programs compute; the states before each step in the dtype that they are kept in."""
     x = {name: value.astype(np.float64) for name, value in inputs.items()}
     n = len(x["k"])
     scalars = list(x["scalars"].transpose(1, 2, 0)[..., None])  # of each [n, heads, 1]
     decay, ones = scalars.pop(0), np.ones((n, 1, 1))
-    gate = scalars.pop(0) if options.has_write_gate else ones
-    keep = scalars.pop(0) if options.has_keep else ones
+    gate = scalars.pop(0) if kind.has_write_gate else ones
+    keep = scalars.pop(0) if kind.has_keep else ones
     corrections = gate * x["errors"]
 
     state, before = x["state"], []
     for t in range(n):
         before.append(state.astype(inputs["k"].dtype).astype(np.float64))
         state = decay[t, ..., None] * state + corrections[t, ..., None] * x["k"][t, :, None]
-        state = state if options.linear_state else np.tanh(state)
+        state = state if kind.linear_state else np.tanh(state)
 
     d, after = x["d_state"], state
     rows: list[Any] = []
@@ -96,13 +96,13 @@ def expected(inputs: Arrays, options: Options) -> Arrays:
         k, d_out = x["k"][t, :, None], x["d_out"][t, ..., None]
         d_q = np.sum(after * d_out, axis=1)
         d = d + d_out * x["q"][t, :, None]
-        d_sum = d if options.linear_state else d * (1 - after**2)
+        d_sum = d if kind.linear_state else d * (1 - after**2)
         d_correction = np.sum(d_sum * k, axis=2)
         d_v = gate[t] * d_correction
         d_read = (-keep[t] * d_v)[..., None]
         d_k = np.sum(before[t] * d_read + d_sum * corrections[t, ..., None], axis=1)
         d_scalars = [np.sum(d_sum * before[t], axis=(1, 2))]
-        if options.has_write_gate:
+        if kind.has_write_gate:
             d_scalars.append(np.sum(d_correction * x["errors"][t], axis=1))
         rows.insert(0, (d_q, d_k, d_v, np.stack(d_scalars)))
         d = decay[t, ..., None] * d_sum + d_read * k
@@ -110,7 +110,7 @@ def expected(inputs: Arrays, options: Options) -> Arrays:
     d_q, d_k, d_v, d_scalars = (np.stack(row) for row in zip(*rows, strict=True))
     results = {"state": state, "d_state": d, "d_q": d_q, "d_k": d_k, "d_v": d_v}
     results["d_decay"] = d_scalars[:, 0]
-    if options.has_write_gate:
+    if kind.has_write_gate:
         results["d_write_gate"] = d_scalars[:, 1]
     return results | {f"before step {t}": x for t, x in enumerate(before)}
 
@@ -139,13 +139,11 @@ def places_of(f: Fragments, shape: tuple[int, int, int]) -> np.ndarray:
         return np.array(steps._unpacked(f, state))
 
 
-def run(
-    inputs: Arrays, options: Options, precision: Precision, unroll: int, at_once: int
-) -> Arrays:
+def run(inputs: Arrays, kind: StepKind, precision: Precision, unroll: int, at_once: int) -> Arrays:
     """What the programs compute, called as the kernel does: back over so many steps at once."""
     n, heads, keys = inputs["k"].shape
     shape = heads, inputs["errors"].shape[2], keys
-    n_scalars = 1 + options.has_write_gate
+    n_scalars = 1 + kind.has_write_gate
     w = WarpInNumpy()
     f = Fragments(w, *shape, precision.exact)
     places = places_of(f, shape)
@@ -166,7 +164,7 @@ def run(
         Geometry(*shape[:2], chunk=8),
         keys,
         inputs["scalars"].shape[1],
-        options.has_write_gate,
+        kind.has_write_gate,
         precision.inputs,
         precision.d_keys,
     )
@@ -184,8 +182,8 @@ def run(
 
     state = to_lanes(inputs["state"])
     of_replay = {name: given[name] for name in ("k", "errors", "scalars")}
-    unkept = replay(f, options, of_replay, state, n, unroll)
-    after = replay(f, options, of_replay | {"states": states[:n]}, state, n, unroll)
+    unkept = replay(f, kind, of_replay, state, n, unroll)
+    after = replay(f, kind, of_replay | {"states": states[:n]}, state, n, unroll)
     actual = {"state": from_lanes(after)}
     np.testing.assert_array_equal(from_lanes(unkept), actual["state"])
 
@@ -208,11 +206,11 @@ def run(
             "d_keys": d_keys[:, rows],
             "d_scalars": d_scalars[:, rows],
         }
-        d, after = walk_back(f, options, memory, d, after, stop - first)
+        d, after = walk_back(f, kind, memory, d, after, stop - first)
         actual[f"before step {first}"] = from_lanes(after)
         stop = first
     actual["d_state"] = from_lanes(d)
-    assert w.tanhs == (set() if options.linear_state else {not precision.exact})
+    assert w.tanhs == (set() if kind.linear_state else {not precision.exact})
 
     written = {"d_v": d_v.array}
     written["d_q"], written["d_k"] = d_keys.array
@@ -225,14 +223,14 @@ def run(
 def check(
     n: int,
     shape: tuple[int, int, int],
-    options: Options,
+    kind: StepKind,
     precision: Precision,
     unroll: int = 1,
     at_once: int = STEPS,
 ) -> None:
-    inputs = make_inputs(n, *shape, options, precision.inputs)
-    actual = run(inputs, options, precision, unroll, at_once)
-    wanted = expected(inputs, options)
+    inputs = make_inputs(n, *shape, kind, precision.inputs)
+    actual = run(inputs, kind, precision, unroll, at_once)
+    wanted = expected(inputs, kind)
     ratios = {name: rms_ratio(x, wanted[name]) for name, x in actual.items()}
 
     def bound(name: str) -> float:
@@ -254,7 +252,7 @@ def test_sizes(heads: int, values: int, keys: int, precision: Precision) -> None
 @over_precisions
 @pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_options(flags: tuple[bool, bool, bool], precision: Precision) -> None:
-    check(5, (2, 32, 32), Options(*flags), precision)
+    check(5, (2, 32, 32), StepKind(*flags), precision)
 
 
 @over_precisions

@@ -127,3 +127,21 @@ def test_higher_derivatives_are_refused() -> None:
 
     with pytest.raises(NotImplementedError, match="implementation='scan'"):
         jax.grad(slope)(arrays["v"])
+
+
+@pytest.mark.parametrize("checkpoint_every", [64, 80])
+def test_errors_are_stored_only_where_they_are_read(
+    checkpoint_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 64 steps; farther apart, a forward pass over each segment stores its own."""
+    stored: list[bool] = []
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        *_, kept = results = kernels_in_jax.forward(*arguments, **options)
+        stored.append(kept.errors is not None)
+        return results
+
+    monkeypatch.setattr(calls, "forward", forward)
+    arrays = tensors(make_inputs(100, 4, 8, (), batch=1, heads=2), "float32")
+    jax.vjp(lambda arrays: call(arrays, checkpoint_every=checkpoint_every), arrays)
+    assert set(stored) == {checkpoint_every <= 64}
