@@ -16,10 +16,9 @@ from recurrence import ClockSampler, Shape, make_inputs, time_calls
 
 import pallas_kernels
 
-KERNEL = functools.partial(pallas_kernels.recurrence, segment_ids=None, checkpoint_every=32)
 WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "plain JAX": pallas_kernels.single_step,
-    "kernel": KERNEL,
+    "kernel": functools.partial(pallas_kernels.recurrence, segment_ids=None, checkpoint_every=32),
 }
 
 

@@ -29,7 +29,7 @@ from pallas_kernels.blocks import (
 from pallas_kernels.fragments import STEPS
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.gradient_steps import StepKind
-from pallas_kernels.layouts import HEADS, KEYS, VALUES, WARPS
+from pallas_kernels.layouts import HEADS, KEYS, THREADS, VALUES, WARPS
 from pallas_kernels.operands import Operands
 from pallas_kernels.steps import Steps
 
@@ -79,7 +79,7 @@ def scratch(
         "states": plgpu.SMEM((geometry.history, heads, values, keys), dtype),
         "d_keys_rows": plgpu.SMEM((2, chunk, heads, keys), part),  # of q and of k
         "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
-        "lane_sums": plgpu.SMEM((1 + has_write_gate, STEPS, 32 * WARPS), jnp.float32),
+        "lane_sums": plgpu.SMEM((1 + has_write_gate, STEPS, THREADS), jnp.float32),
         "partial_sums": plgpu.SMEM((WARPS, keys // 16, 2, 32, 2), jnp.float32),
     }
     if dtype == jnp.bfloat16:
@@ -116,15 +116,8 @@ def backward(
     replays = segment_chunks * n_groups > 1  # to know the state before each group
     n_d_scalars = 1 + x.has_write_gate
     part = part_dtype(geometry, n_values, dtype)
-    steps = Steps(
-        StepKind(x.has_write_gate, x.has_keep, linear_state),
-        heads,
-        values,
-        keys,
-        exact,
-        geometry.unroll,
-        interpret is not None,
-    )
+    kind = StepKind(x.has_write_gate, x.has_keep, linear_state)
+    steps = Steps(kind, geometry, keys, exact, interpret is not None)
 
     inputs = {
         "q": x.q,

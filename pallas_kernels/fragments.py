@@ -16,7 +16,7 @@ lane holds its *own* column, 2c + (g & 1), as a sum over keys leaves it.
 import math
 from typing import Any
 
-from pallas_kernels.layouts import WARPS, tiled
+from pallas_kernels.layouts import THREADS, WARPS, tiled
 
 STEPS = 4
 """Steps whose gradients of q and k are summed at once: half of the 8 columns of a product."""
@@ -77,7 +77,7 @@ class Fragments:
     def _row(self) -> tuple[int, int]:
         """Of words: how many of a lane lie together, and bytes from these to its next."""
         together = math.gcd(self.n_words, 4)
-        return together, 32 * WARPS * 4 * together
+        return together, 4 * THREADS * together
 
     def load_words(self, memory: Any, *index: Any) -> list[Any]:
         """What this lane stored as the words of a row."""

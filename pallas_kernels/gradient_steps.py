@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pallas_kernels.fragments import STEPS, Fragments
-from pallas_kernels.layouts import WARPS
+from pallas_kernels.layouts import THREADS, WARPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,10 @@ def _activated(f: Fragments, kind: StepKind, state: Any) -> Any:
 def replay(
     f: Fragments, kind: StepKind, at: Mapping[str, Any], state: Any, n: int, unroll: int
 ) -> Any:
-    """n steps from `state`; returns the state after them. Writes those before to `states`."""
+    """n steps from `state`, `unroll` of them, which divides n, written out in a row.
+
+    Returns the state after them, and writes those before to `states`, if there is such memory.
+    """
     w = f.w
     keep = "states" in at
 
@@ -84,7 +87,7 @@ def replay(
 
 def _steps(w: Any, n: int, unroll: int, step: Any, *carry: Any) -> Any:
     """`carry`, through n steps, so many of them written out in a row."""
-    unroll = unroll if n % unroll == 0 else 1
+    assert n % unroll == 0, (n, unroll)
 
     def several(i: Any, carry: Any) -> Any:
         for j in range(unroll):
@@ -269,8 +272,8 @@ def pair_keys(w: Any, k: Any, q: Any, k_and_q: Any) -> None:
     """
     rows, heads, keys = k_and_q.shape
     row_words = heads * keys
-    for i in range(-(-rows * row_words // (4 * 32 * 4))):
-        index = w.add(w.multiply(w.thread, 4), i * 4 * 32 * 4)
+    for i in range(-(-rows * row_words // (4 * THREADS))):
+        index = w.add(w.multiply(w.thread, 4), i * 4 * THREADS)
 
         def four(index: Any = index) -> None:
             row, _ = w.divide(index, row_words)

@@ -1,4 +1,4 @@
-"""Where the state of a block of the forward kernel lives in registers.
+"""Where the state of a block of the forward kernel lives in registers, and what makes layouts.
 
 A block is one warpgroup of 4 warps. It holds, for `heads` heads, `values` columns of the state,
 written `[heads, values, keys]` (the transpose of the op's `[N, V]`: V is the slow axis).
@@ -17,6 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, vector
 
 WARPS = 4
+THREADS = 32 * WARPS
 COLUMN_LANES = 8
 """Lanes of a warp side by side on neighbouring columns; the others split the keys of each."""
 KEY_LANES = 4
@@ -60,7 +61,6 @@ class Registers:
         vector = keys_per_vector(self.keys, self.itemsize)
         warp_tile = (1, COLUMN_LANES, KEY_LANES * vector)
         block_tile = (self.heads, COLUMN_LANES * WARPS // self.heads, KEY_LANES * vector)
-        # Keys vary fastest over lanes, as in the results of the tensor cores.
         state = tiled((block_tile, warp_tile, (vector,)), (-7, -6), (-3, -2), -1)
         return {
             STATE: state,

@@ -76,7 +76,7 @@ def prepare(x: Inputs, geometry: Geometry) -> Operands:
 
 
 def prepare_values(x: Array, geometry: Geometry) -> Array:
-    """v or the gradient of out, `[B, T, H, V]`, for the kernels."""
+    """v, the errors or the gradient of out, `[B, T, H, V]`, for the kernels."""
     return _pad_columns(x, geometry.values, geometry)
 
 

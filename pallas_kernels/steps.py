@@ -14,6 +14,7 @@ from jaxlib.mlir.dialects import vector
 
 from pallas_kernels import gradient_steps
 from pallas_kernels.fragments import Fragments, fragment_layout
+from pallas_kernels.geometry import Geometry
 from pallas_kernels.gradient_steps import StepKind
 from pallas_kernels.layouts import elements_of, inline, load_tiled, store_tiled
 from pallas_kernels.warp import Memory, Warp
@@ -24,16 +25,14 @@ class Steps:
     """The programs as functions of a block's state `[heads, values, keys]` and of references."""
 
     kind: StepKind
-    heads: int
-    values: int
+    geometry: Geometry
     keys: int
     exact: bool  # float32 throughout, and a precise tanh
-    unroll: int
     interpret: bool
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        return self.heads, self.values, self.keys
+        return self.geometry.heads, self.geometry.values, self.keys
 
     @property
     def _layout(self) -> Any:
@@ -63,7 +62,7 @@ class Steps:
             return _replay_in_jax(self.kind, state, **refs)
 
         def program(f: Fragments, at: Any, state: Any) -> Any:
-            return gradient_steps.replay(f, self.kind, at, state, n, self.unroll)
+            return gradient_steps.replay(f, self.kind, at, state, n, self.geometry.unroll_of(n))
 
         return self._run(program, refs, state)
 

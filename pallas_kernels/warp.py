@@ -12,9 +12,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, scf, vector
 
-from pallas_kernels.layouts import WARPS
-
-THREADS = 32 * WARPS
+from pallas_kernels.layouts import THREADS
 
 
 class Memory:
@@ -35,8 +33,8 @@ class Warp:
     def __init__(self) -> None:
         self.i32 = ir.IntegerType.get_signless(32)
         self.f32 = ir.F32Type.get()
+        # Of the warpgroup.
         self.thread = self._u(arith.remui, mgpu.thread_idx(), THREADS)
-        """Of the warpgroup."""
         self.warp = self._u(arith.divui, self.thread, 32)
         self.lane = self._u(arith.remui, self.thread, 32)
 
@@ -46,9 +44,8 @@ class Warp:
     def _u(self, operation: Any, x: Any, y: Any) -> Any:
         return operation(self._int(x), self._int(y))
 
-    def _asm(self, types: Any, instruction: str, kinds: str, *args: Any, **effects: Any) -> Any:
-        effects.setdefault("has_side_effects", False)
-        return llvm.inline_asm(types, list(args), instruction, kinds, **effects)
+    def _asm(self, types: Any, instruction: str, kinds: str, *args: Any) -> Any:
+        return llvm.inline_asm(types, list(args), instruction, kinds, has_side_effects=False)
 
     # Integers. Of two that are both Python's the result is Python's too.
 

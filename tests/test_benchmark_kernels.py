@@ -1,0 +1,62 @@
+"""What the programs that time the kernels on a GPU run, without one."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e88_jax.recurrence import e88_recurrence
+from pallas_kernels import Geometry, calls, recurrence
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def test_decoding_step_by_step_is_the_recurrence(load: Any) -> None:
+    decode, timing = load("decode"), load("recurrence")
+    inputs = timing.make_inputs(timing.Shape("", 2, 5, 3, 8), "float32", jax.random.key(0))
+    state, out = decode.make_program(decode.WAYS["plain JAX"])(**inputs)
+    del inputs["d_out"]
+    expected, expected_state = e88_recurrence(**inputs, implementation="scan")
+    np.testing.assert_allclose(jnp.moveaxis(out[:, :, 0], 0, 1), expected, atol=1e-6)
+    np.testing.assert_allclose(state, expected_state, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["A", "D"])
+def test_the_search_starts_from_what_a_call_uses(
+    load: Any, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Geometry] = []
+
+    def backward(*arguments: Any, **_: Any) -> Any:
+        used.extend(x for x in arguments if isinstance(x, Geometry))
+        raise NotImplementedError("seen")
+
+    monkeypatch.setattr(calls, "backward", backward)
+    geometry, timing = load("geometry"), load("recurrence")
+    shape = timing.NAMED[name]
+    inputs = jax.eval_shape(lambda: timing.make_inputs(shape, dtype, jax.random.key(0)))
+    d_out = inputs.pop("d_out")
+
+    def out(arrays: Any) -> Any:
+        options = {"write_gate": None, "initial_state": None, "segment_ids": None}
+        return recurrence(**arrays, **options, linear_state=False, checkpoint_every=32)[0]
+
+    def gradient(arrays: Any, d_out: Any) -> Any:
+        return jax.vjp(out, arrays)[1](d_out)
+
+    with pytest.raises(NotImplementedError, match="seen"):
+        jax.eval_shape(gradient, inputs, d_out)
+    n_sms = getattr(jax.devices()[0], "core_count", 132)
+    sizes = shape.B, shape.H, shape.N, shape.N, n_sms, jnp.dtype(dtype)
+    assert used == [geometry.PASSES["backward"](*sizes)]
