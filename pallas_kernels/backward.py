@@ -26,10 +26,9 @@ from pallas_kernels.blocks import (
     synchronize,
     wait_for_stores,
 )
-from pallas_kernels.fragments import STEPS
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.gradient_steps import StepKind
-from pallas_kernels.layouts import HEADS, KEYS, THREADS, VALUES, WARPS
+from pallas_kernels.layouts import HEADS, KEYS, VALUES, WARPS
 from pallas_kernels.operands import Operands
 from pallas_kernels.steps import Steps
 
@@ -38,7 +37,8 @@ AT_ONCE = 8
 
 
 class Gradients(NamedTuple):
-    """P blocks of columns give a part each of what is a sum over columns."""
+    """P blocks of columns give a part each of what is a sum over columns, all but `d_scalars` and
+    `d_initial_state` in the dtype of inputs."""
 
     d_q: Array  # [P, B, T, H, N]
     d_k: Array  # [P, B, T, H, N]
@@ -47,25 +47,19 @@ class Gradients(NamedTuple):
     d_initial_state: Array  # [B, H, V, N] float32
 
 
-def part_dtype(geometry: Geometry, n_values: int, dtype: Any) -> Any:
-    """Of the gradients of q and k: float32 where blocks of columns each give a part of a sum."""
-    return dtype if n_values <= geometry.values else jnp.float32
-
-
 def scratch(
     geometry: Geometry,
     keys: int,
     n_scalars: int,
     has_write_gate: bool,
     dtype: Any,
-    part: Any,
 ) -> dict[str, Any]:
     """The shared memory of a warpgroup, by name."""
     heads, values, chunk = geometry.heads, geometry.values, geometry.chunk
     keys_slots = plgpu.SMEM((SLOTS, chunk, heads, keys), dtype)
     errors_slots = plgpu.SMEM((SLOTS, chunk, heads, values), jnp.float32)
     scalars_slots = plgpu.SMEM((SLOTS, heads, n_scalars, scalars_at_once(chunk)), jnp.float32)
-    memory = {
+    return {
         "replay_k": keys_slots,
         "replay_errors": errors_slots,
         "replay_scalars": scalars_slots,
@@ -77,14 +71,11 @@ def scratch(
         "back_scalars": scalars_slots,
         "back_loaded": plgpu.Barrier(num_arrivals=5),
         "states": plgpu.SMEM((geometry.history, heads, values, keys), dtype),
-        "d_keys_rows": plgpu.SMEM((2, chunk, heads, keys), part),  # of q and of k
+        "d_keys_rows": plgpu.SMEM((2, chunk, heads, keys), dtype),  # of q and of k
         "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
-        "lane_sums": plgpu.SMEM((1 + has_write_gate, STEPS, THREADS), jnp.float32),
-        "partial_sums": plgpu.SMEM((WARPS, keys // 16, 2, 32, 2), jnp.float32),
+        "partial_scalars": plgpu.SMEM((1 + has_write_gate, chunk, WARPS, 4), jnp.float32),
+        "partial_sums": plgpu.SMEM((WARPS, keys // 16, 32, 4), jnp.float32),
     }
-    if dtype == jnp.bfloat16:
-        memory["k_and_q"] = plgpu.SMEM((chunk + 1, heads, keys), jnp.int32)
-    return memory
 
 
 def backward(
@@ -115,7 +106,6 @@ def backward(
     n_groups = size // history  # of a chunk
     replays = segment_chunks * n_groups > 1  # to know the state before each group
     n_d_scalars = 1 + x.has_write_gate
-    part = part_dtype(geometry, n_values, dtype)
     kind = StepKind(x.has_write_gate, x.has_keep, linear_state)
     steps = Steps(kind, geometry, keys, exact, interpret is not None)
 
@@ -128,7 +118,7 @@ def backward(
         "d_final_state": d_final_state,
         "checkpoints": checkpoints,
     }
-    d_keys = jax.ShapeDtypeStruct((value_blocks, batch, x.time, n_heads, keys), part)
+    d_keys = jax.ShapeDtypeStruct((value_blocks, batch, x.time, n_heads, keys), dtype)
     outputs = {
         "d_q": d_keys,
         "d_k": d_keys,
@@ -144,7 +134,7 @@ def backward(
         ),
     }
 
-    def body(index: Any, barriers: Any, ref: dict[str, Any]) -> None:
+    def body(index: Any, group: Any, ref: dict[str, Any]) -> None:
         block = Block.from_index(index, n_heads, n_values, heads, values)
         replay_stream = Stream(
             block,
@@ -155,7 +145,8 @@ def backward(
                 Input(ref["scalars"], ref["replay_scalars"], HEADS),
             ],
             ref["replay_loaded"],
-            barriers,
+            group,
+            interpret,
         )
         back_stream = Stream(
             block,
@@ -168,7 +159,8 @@ def backward(
                 Input(ref["scalars"], ref["back_scalars"], HEADS),
             ],
             ref["back_loaded"],
-            barriers,
+            group,
+            interpret,
         )
 
         def state_before(c: Any, g: Any) -> Any:
@@ -197,18 +189,10 @@ def backward(
 
             Carries the state before the group at hand and the gradient of the state after it.
             """
-            if not exact:
-                k, q = ref["back_k"].at[slot], ref["back_q"].at[slot]
-                steps.pair_keys(k=k, q=q, k_and_q=ref["k_and_q"])
-                synchronize(interpret)
 
-            def keys_of(t: Any, n: int) -> dict[str, Any]:
-                if not exact:
-                    return {"k": ref["k_and_q"].at[pl.ds(t, n + 1)]}
-                return {x: ref[f"back_{x}"].at[slot, pl.ds(t, n)] for x in ("k", "q")}
-
-            def others_of(t: Any, row: Any, n: int) -> dict[str, Any]:
+            def inputs_of_replay(t: Any, row: Any, n: int) -> dict[str, Any]:
                 return {
+                    "k": ref["back_k"].at[slot, pl.ds(t, n)],
                     "errors": ref["back_errors"].at[slot, pl.ds(t, n)],
                     "scalars": ref["back_scalars"].at[slot, :, :, pl.ds(row, n)],
                 }
@@ -216,19 +200,17 @@ def backward(
             def walk_back(row: Any, first: Any, n: int, d: Array, after: Array) -> Any:
                 """n steps from this row of the results, whose states are from this row on."""
                 t = rows.start + row
-                of_chunk = block.value_block, block.b, block.head_block, i
                 return steps.walk_back(
                     n,
                     d,
                     after,
-                    **keys_of(t, n),
-                    **others_of(t, row, n),
+                    **inputs_of_replay(t, row, n),
+                    q=ref["back_q"].at[slot, pl.ds(t, n)],
                     states=ref["states"].at[pl.ds(first, n)],
                     d_out=ref["back_d_out"].at[slot, pl.ds(t, n)],
                     d_v=ref["d_v_rows"].at[pl.ds(row, n)],
                     d_keys=ref["d_keys_rows"].at[:, pl.ds(row, n)],
-                    d_scalars=ref["d_scalars"].at[(*of_chunk, slice(None), pl.ds(row, n))],
-                    lane_sums=ref["lane_sums"],
+                    partial_scalars=ref["partial_scalars"].at[:, pl.ds(row, n)],
                     partial_sums=ref["partial_sums"],
                 )
 
@@ -239,8 +221,7 @@ def backward(
                 after = steps.replay(
                     n,
                     start.astype(jnp.float32),
-                    k=ref["back_k"].at[slot, pl.ds(t, n)],
-                    **others_of(t, row, n),
+                    **inputs_of_replay(t, row, n),
                     states=ref["states"].at[pl.ds(0, n)],
                 )
                 if replays:
@@ -280,7 +261,14 @@ def backward(
                     )
                     for j, name in enumerate(("d_q", "d_k"))
                 ]
-                + [(ref["d_v_rows"].at[results], block.steps(ref["d_v"], VALUES, t))]
+                + [(ref["d_v_rows"].at[results], block.steps(ref["d_v"], VALUES, t))],
+                group,
+                interpret,
+            )
+            of_chunk = block.value_block, block.b, block.head_block, i
+            steps.add_scalars(
+                partial_scalars=ref["partial_scalars"].at[:, results],
+                d_scalars=ref["d_scalars"].at[(*of_chunk, slice(None), results)],
             )
             return carry
 
@@ -354,7 +342,7 @@ def backward(
         n_blocks,
         inputs,
         outputs,
-        scratch(geometry, keys, x.scalars.shape[2], x.has_write_gate, dtype, part),
+        scratch(geometry, keys, x.scalars.shape[2], x.has_write_gate, dtype),
         warpgroups=geometry.warpgroups,
         approximate=not exact,
         interpret=interpret,

@@ -6,7 +6,7 @@ other slot of a double buffer. All that knows about copies, barriers and alignme
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.layouts import HEADS, KEYS, inline
+from pallas_kernels.layouts import HEADS, KEYS, WARPS, inline
 
 SLOTS = 2
 MAX_SHARED_BYTES = 232_448 - 1024
@@ -109,26 +109,44 @@ class Stream:
     chunks: Chunks
     inputs: Sequence[Input]
     loaded: Any  # barriers, each of which expects an arrival from each input
-    first_barrier: Any  # of those of this stream, one for each slot
+    group: Any  # which warpgroup of its thread block this is
+    interpret: Any
 
     def start(self, i: Any, slot: Any) -> None:
         """Starts to load chunk i, if there is one, into a slot that the block no longer reads."""
 
         @pl.when((i >= 0) & (i < self.chunks.count))
         def _() -> None:
-            for source, slots, axes in self.inputs:
-                if axes == HEADS:  # time is innermost, where a copy begins at 16 bytes
-                    t = pl.ds(i * self.chunks.size, slots.shape[-1])
-                else:
-                    t = pl.ds(self.chunks.start(i), self.chunks.size)
-                plgpu.copy_gmem_to_smem(
-                    self.block.steps(source, axes, t),
-                    slots.at[slot],
-                    self.loaded.at[self.first_barrier + slot],
-                )
+            by_one_warp(lambda: self._start(i, slot), self.group, self.interpret)
+
+    def _start(self, i: Any, slot: Any) -> None:
+        for source, slots, axes in self.inputs:
+            if axes == HEADS:  # time is innermost, where a copy begins at 16 bytes
+                t = pl.ds(i * self.chunks.size, slots.shape[-1])
+            else:
+                t = pl.ds(self.chunks.start(i), self.chunks.size)
+            plgpu.copy_gmem_to_smem(
+                self.block.steps(source, axes, t), slots.at[slot], self._barrier(slot)
+            )
 
     def wait(self, slot: Any) -> None:
-        plgpu.barrier_wait(self.loaded.at[self.first_barrier + slot])
+        plgpu.barrier_wait(self._barrier(slot))
+
+    def _barrier(self, slot: Any) -> Any:
+        return self.loaded.at[self.group * SLOTS + slot]
+
+
+def by_one_warp(copies: Callable[[], None], group: Any, interpret: Any) -> None:
+    """Has one warp of a warpgroup start copies: the others would go through the same instructions
+    for nothing. In neighbouring warpgroups it is another one, so that no scheduler has them all.
+    """
+    if interpret is not None:
+        copies()
+        return
+
+    @plgpu.warp_map
+    def _(warp: Any) -> None:
+        pl.when(warp == lax.rem(jnp.int32(group), jnp.int32(WARPS)))(copies)
 
 
 def scalars_at_once(chunk: int) -> int:
@@ -145,15 +163,19 @@ def synchronize(interpret: Any) -> None:
         inline(lambda _: mgpu.utils.warpgroup_barrier())
 
 
-def start_stores(copies: Sequence[tuple[Any, Any]]) -> None:
+def start_stores(copies: Sequence[tuple[Any, Any]], group: Any, interpret: Any) -> None:
     """Starts `(shared, device)` copies of what the block's warps have written.
 
     Waits for the warps: what any of them read before may be overwritten afterwards.
     """
     plgpu.commit_smem()
-    for source, target in copies:
-        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
-    plgpu.commit_smem_to_gmem_group()
+
+    def start() -> None:
+        for source, target in copies:
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+
+    by_one_warp(start, group, interpret)
 
 
 def wait_for_stores(in_flight: int = 0) -> None:
@@ -182,15 +204,15 @@ def run_blocks(
     approximate: bool,
     interpret: Any,
 ) -> dict[str, Any]:
-    """Runs `body(index, barriers, refs)` for each block, `warpgroups` of them side by side.
+    """Runs `body(index, group, refs)` for each block, `warpgroups` of them side by side.
 
     Blocks that share a thread block have nothing to do with each other, but are scheduled together:
     `warpgroups` caps the registers of a thread at 65536 / (128 warpgroups), and so says how many
     blocks a multiprocessor holds.
 
     Args:
-        body: a function of the number of the block, the first of its `SLOTS` barriers in each ref
-            of barriers, and the refs of inputs, outputs and scratch by name.
+        body: a function of the number of the block, that of its warpgroup in a thread block, and
+            the refs of inputs, outputs and scratch by name.
         scratch: what each block has for itself; of barriers, `SLOTS`.
         approximate: whether tanh may be the instruction of that name.
     """
@@ -210,7 +232,7 @@ def run_blocks(
 
         @pl.when(index < n_blocks)
         def _() -> None:
-            body(index, group * SLOTS, ref)
+            body(index, group, ref)
 
     threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
     results = plgpu.kernel(

@@ -88,7 +88,7 @@ def forward(
     if keep_errors:
         outputs["errors"] = jax.ShapeDtypeStruct((batch, x.time, n_heads, n_values), jnp.float32)
 
-    def body(index: Any, barriers: Any, ref: dict[str, Any]) -> None:
+    def body(index: Any, group: Any, ref: dict[str, Any]) -> None:
         block = Block.from_index(index, n_heads, n_values, heads, values)
         stream = Stream(
             block,
@@ -100,7 +100,8 @@ def forward(
                 Input(ref["scalars"], ref["scalars_slots"], HEADS),
             ],
             ref["loaded"],
-            barriers,
+            group,
+            interpret,
         )
 
         def chunk(i: Any, state: Array, rows: range = range(chunks.size)) -> Array:
@@ -156,7 +157,9 @@ def forward(
                         block.steps(ref[name], VALUES, t),
                     )
                     for name in names
-                ]
+                ],
+                group,
+                interpret,
             )
             return state
 

@@ -1,10 +1,11 @@
 """A warp's part of the state of a block as the tensor cores hold it, and sums and products of it.
 
 Keys are rows and columns of the state are columns: in each unit of 8 columns, lane 4 g + c holds
-columns 2c and 2c + 1 at every eighth key. So its bfloat16 pairs are at once an operand of the
-tensor cores: what is added to the state, an outer product, is theirs to compute, and so are the
-gradients of q and k, sums over columns. Sums over keys, which the next step waits for, are not:
-they take multiply-adds and 3 exchanges between lanes.
+columns 2c and 2c + 1 at every eighth key. So its numbers, and pairs of them in bfloat16, are at
+once an operand of the tensor cores: what is added to the state, an outer product, is theirs to
+compute, and so are the gradients of q and k, sums over columns. What is float32 they take as tf32,
+of 10 bits after the point. Sums over keys, which the next step waits for, are not theirs: they take
+multiply-adds and exchanges between lanes.
 
 In float32, where the tensor cores are not exact, multiply-adds and exchanges do it all.
 
@@ -14,6 +15,7 @@ lane holds its *own* column, 2c + (g & 1), as a sum over keys leaves it.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from pallas_kernels.layouts import THREADS, WARPS, tiled
@@ -48,7 +50,7 @@ class Fragments:
     """
 
     def __init__(self, w: Any, heads: int, values: int, keys: int, exact: bool) -> None:
-        self.w, self.exact = w, exact
+        self.w, self.heads, self.exact = w, heads, exact
         self.units = heads * values // (8 * WARPS)
         self.warps_per_head = WARPS // heads
         self.head, self.warp_of_head = w.divide(w.warp, self.warps_per_head)
@@ -60,9 +62,22 @@ class Fragments:
         self.is_odd = w.equal(self.own, 1)
         half, _ = w.divide(self.g, 2)
         # The one lane of a column whose row of the second factor of a product meets it.
-        self._gives_column = w.equal(half, self.c)
-        own_half = w.select(self.is_odd, 0x7632, 0x7610)
-        self._selector = w.select(self._gives_column, own_half, 0x7676)
+        gives_column = w.equal(half, self.c)
+        self._given = w.select(gives_column, w.number(1.0), w.number(0.0))
+        # Of a pair, and zero: the lane's column, if it gives it, in one half, and zero.
+        halves = [w.select(self.is_odd, *x) for x in ((0x7632, 0x7610), (0x3276, 0x1076))]
+        self._halves = [w.select(gives_column, x, 0x7676) for x in halves]
+        self._tiles = list(self._pairs_of_keys())
+
+    def _pairs_of_keys(self) -> Iterator[tuple[int, int]]:
+        """The keys that a product adds to, by number of the lane's: of two words, the lower ones
+        and the upper ones; of one that is left over, both."""
+        m = 0
+        while m + 4 <= self.n_keys:
+            yield from ((m, m + 2), (m + 1, m + 3))
+            m += 4
+        if m < self.n_keys:
+            yield m, m + 1
 
     # Addresses
 
@@ -118,26 +133,23 @@ class Fragments:
             w.as_float(bits) for x in words for bits in (w.shift_left(x, 16), w.bits_and(x, _HIGH))
         ]
 
-    def factors(self, words: list[Any]) -> list[Any]:
-        """Keys as `add_outer` takes them, from words of memory."""
-        if self.exact:
-            return self.wide_keys(words)
-        return [self.w.bytes_of(x, x, half) for x in words for half in (0x1010, 0x3232)]
-
-    def upper(self, words: list[Any]) -> list[Any]:
-        """The upper bfloat16 of each word."""
-        return [self.w.as_float(self.w.bits_and(x, _HIGH)) for x in words]
-
     def load_columns(self, memory: Any, *index: Any) -> list[list[Any]]:
         """Columns of a row `[..., heads, values]` of float32."""
+        return self._load_columns(memory, self.exact, *index)
+
+    def load_both_columns(self, memory: Any, *index: Any) -> list[list[Any]]:
+        """`[unit][column]`: as `load_columns` if exact."""
+        return self._load_columns(memory, True, *index)
+
+    def _load_columns(self, memory: Any, both: bool, *index: Any) -> list[list[Any]]:
         w = self.w
         start = w.address(memory, *index, self.head)
         columns = []
         for unit in range(self.units):
             column = self.column(unit)
-            if not self.exact:
+            if not both:
                 column = w.add(column, self.own)
-            words = w.load(memory, w.add(start, w.multiply(column, 4)), 2 if self.exact else 1)
+            words = w.load(memory, w.add(start, w.multiply(column, 4)), 1 + both)
             columns.append([w.as_float(x) for x in words])
         return columns
 
@@ -150,22 +162,17 @@ class Fragments:
             address = w.add(start, w.multiply(self.column(unit), 4))
             w.store(memory, address, [w.as_bits(x) for x in x])
 
-    def load_pair(self, memory: Any, t: Any, scalar: Any = None) -> list[Any]:
-        """`[unit]`: both columns of the lane in bfloat16, from row t of `[steps, heads, values]`.
-
-        Those of float32 are multiplied with the scalar before they are rounded.
-        """
+    def load_outputs(self, memory: Any, *index: Any) -> list[Any]:
+        """`[unit]`: both columns of the lane, of a row `[..., heads, values]` of the dtype of
+        inputs: a pair in bfloat16."""
+        if self.exact:
+            return self.load_columns(memory, *index)
         w = self.w
-        start = w.address(memory, t, self.head)
-        pairs = []
-        for unit in range(self.units):
-            address = w.add(start, w.multiply(self.column(unit), memory.itemsize))
-            words = w.load(memory, address, memory.itemsize // 2)
-            if len(words) == 2:
-                x = [w.as_float(bits) for bits in words]
-                words = [w.pack(*(x if scalar is None else (w.fmultiply(y, scalar) for y in x)))]
-            pairs += words
-        return pairs
+        start = w.address(memory, *index, self.head)
+        return [
+            w.load(memory, w.add(start, w.multiply(self.column(unit), 2)), 1)[0]
+            for unit in range(self.units)
+        ]
 
     # States
 
@@ -228,50 +235,38 @@ class Fragments:
         return w.fadd(x, w.exchange(x, distances[0])) if distances else x
 
     def add_outer(self, state: Any, k: list[Any], columns: list[list[Any]]) -> Any:
-        """The state plus the outer product of keys and columns.
-
-        On the tensor cores a column is the sum of two bfloat16 numbers, each with a copy of k.
-        """
+        """The state plus the outer product of keys and columns."""
         if self.exact:
             return self._add_outer_exactly(state, k, columns)
-        w, result = self.w, []
+        w = self.w
+        result = []
         for unit, (x,) in zip(state, columns, strict=True):
-            x, rest = self._given(x)
-            result.append(self._multiply_add(unit, k, [w.bytes_of(rest, x, 0x7632)]))
+            given = w.fmultiply(x, self._given)
+            keys: list[Any] = [None] * self.n_keys
+            for i, j in self._tiles:
+                acc = w.multiply_add_tf32([*unit[i], *unit[j]], [k[i], k[j]], given)
+                keys[i], keys[j] = acc[:2], acc[2:]
+            result.append(keys)
         return result
 
-    def add_two_outer(
-        self,
-        state: Any,
-        k_and_q: Any,
-        columns: list[list[Any]],
-        others: list[Any] | None,
-    ) -> Any:
-        """As `add_outer`, plus the outer product of q and other columns, if there are any.
-
-        On the tensor cores k_and_q is pairs with k in the upper half, and the other columns are
-        pairs of columns; otherwise it is the two, and they are columns.
-        """
+    def add_outer_of_outputs(self, state: Any, words: list[Any], outputs: list[Any]) -> Any:
+        """As `add_outer`, of keys as words of memory and what `load_outputs` returned."""
         if self.exact:
-            k, q = k_and_q
-            state = self._add_outer_exactly(state, k, columns)
-            return state if others is None else self._add_outer_exactly(state, q, others)
-        w, result = self.w, []
-        for i, (unit, (x,)) in enumerate(zip(state, columns, strict=True)):
-            x, rest = self._given(x)
-            upper = w.bits_and(x, _HIGH) if others is None else self._beside(others[i], x)
-            both = [upper, w.bits_and(rest, _HIGH)]
-            result.append(self._multiply_add(unit, k_and_q, both))
+            return self._add_outer_exactly(state, self.wide_keys(words), outputs)
+        w = self.w
+        result = []
+        for unit, pair in zip(state, outputs, strict=True):
+            # A word has two keys: one meets the column, the other a zero.
+            given = [w.bytes_of(pair, 0, half) for half in self._halves]
+            keys: list[Any] = [None] * self.n_keys
+            for i, j in self._tiles:
+                a = [words[i // 2], words[j // 2]]
+                if j == i + 1:
+                    a[1] = w.bytes_of(a[1], a[1], 0x1032)
+                acc = w.multiply_add([*unit[i], *unit[j]], a, given[i % 2])
+                keys[i], keys[j] = acc[:2], acc[2:]
+            result.append(keys)
         return result
-
-    def add_other_outer(self, state: Any, k_and_q: Any, others: list[Any]) -> Any:
-        """The second half of `add_two_outer`."""
-        if self.exact:
-            return self._add_outer_exactly(state, k_and_q[1], others)
-        return [
-            self._multiply_add(unit, k_and_q, [self._beside(pair, 0)])
-            for unit, pair in zip(state, others, strict=True)
-        ]
 
     def _add_outer_exactly(self, state: Any, k: list[Any], columns: list[list[Any]]) -> Any:
         w = self.w
@@ -280,38 +275,20 @@ class Fragments:
             for own, rows in zip(columns, (zip(k, u, strict=True) for u in state), strict=True)
         ]
 
-    def _given(self, x: Any) -> tuple[Any, Any]:
-        """Of a column, in the lane that gives it, all, and what its upper half leaves; else 0."""
-        w = self.w
-        x = w.select(self._gives_column, x, w.number(0.0))
-        bits = w.as_bits(x)
-        return bits, w.as_bits(w.fsub(x, w.as_float(w.bits_and(bits, _HIGH))))
-
-    def _beside(self, pair: Any, x: Any) -> Any:
-        """The upper half of x, and in the lower half the lane's column of a pair if it gives it."""
-        return self.w.bytes_of(pair, x, self._selector)
-
-    def _multiply_add(self, unit: Any, k: list[Any], b: list[Any]) -> Any:
-        result = []
-        for m in range(0, self.n_keys, 2):
-            acc = [*unit[m], *unit[m + 1]]
-            for columns in b:
-                acc = self.w.multiply_add(acc, k[m : m + 2], columns)
-            result += [acc[:2], acc[2:]]
-        return result
-
     # Sums over columns
 
     def no_sums(self) -> list[list[Any]]:
         """`[m / 2]` results of a product whose 8 columns are sums for q, then for k, of 4 steps."""
         return [[self.w.number(0.0)] * 4 for _ in range(self.n_keys // 2)]
 
-    def at(self, column: int, pair: Any) -> Any:
-        """A pair of bfloat16 in one column of a product, and zero in the others."""
-        return self.w.select(self.w.equal(self.g, column), pair, 0)
+    def only(self, column: int, words: list[Any]) -> list[Any]:
+        """Words in one column of a product, and zero in the others."""
+        w = self.w
+        selector = w.select(w.equal(self.g, column), 0x3210, 0x7654)
+        return [w.bytes_of(x, 0, selector) for x in words]
 
     def pairs(self, column: int, columns: list[list[Any]]) -> list[Any]:
-        """`[unit]`: both columns of the lane in bfloat16, in the lanes that `at` leaves as is."""
+        """`[unit]`: both columns of the lane in bfloat16, in the lanes of this column."""
         w = self.w
         both = [(x, w.exchange(x, 4)) for (x,) in columns]
         # The own column of these lanes is the odd one where `column` is odd.
@@ -331,15 +308,23 @@ class Fragments:
 
         w.when(w.equal(self.g, column), store)
 
-    def add_sums(self, sums: Any, of: list[tuple[list[Any], list[Any]]]) -> Any:
+    def add_sums(self, sums: Any, words: list[Any], pairs: list[Any]) -> Any:
         """Adds products, on the tensor cores, of words of a state and pairs of columns."""
         sums = list(sums)
-        for unit in range(self.units):
+        for unit, b in enumerate(pairs):
             for i in range(self.n_keys // 2):
                 first = unit * self.n_keys + 2 * i
-                for words, pairs in of:
-                    a = words[first : first + 2]
-                    sums[i] = self.w.multiply_add(sums[i], a, pairs[unit])
+                sums[i] = self.w.multiply_add(sums[i], words[first : first + 2], b)
+        return sums
+
+    def add_wide_sums(self, sums: Any, state: Any, words: list[Any]) -> Any:
+        """As `add_sums`, of a state and words of float32, two for each unit."""
+        sums = list(sums)
+        for i in range(self.n_keys // 2):
+            for j, x in enumerate(words):
+                unit, column = divmod(j, 2)
+                a = [state[unit][m][column] for m in (2 * i, 2 * i + 1)]
+                sums[i] = self.w.multiply_add_tf32(sums[i], a, self.w.as_float(x))
         return sums
 
     def add_exact_sums(self, sums: Any, column: int, of: list[tuple[Any, Any]]) -> Any:

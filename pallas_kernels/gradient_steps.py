@@ -78,7 +78,7 @@ def replay(
         if keep:
             f.store_words(at["states"], f.narrow(state), t)
         error = scalars.gated(error)
-        state = f.add_outer(scalars.decayed(state), f.factors(keys), error)
+        state = f.add_outer(scalars.decayed(state), f.wide_keys(keys), error)
         return _activated(f, kind, state), loaded
 
     state, _ = _steps(w, n, unroll, step, state, load(0))
@@ -119,22 +119,19 @@ def _walk_back_a_few(
     """n steps back, at most 4, from row `first` on."""
     w = f.w
     sums = f.no_sums()
-    lane_sums: list[list[Any]] = [[None] * n for _ in range(1 + kind.has_write_gate)]
+    scalars_of_steps: list[list[Any]] = [[None] * n for _ in range(1 + kind.has_write_gate)]
+    last = first + n - 1
+    d_o = f.load_outputs(at["d_out"], last)
+    d_after = f.add_outer_of_outputs(d_state, f.load_keys(at["q"], last), d_o)
     if f.exact:
-        d_o = f.load_columns(at["d_out"], first + n - 1)
         sums = f.add_exact_sums(sums, n - 1, [(after, d_o)])
-        q = f.wide_keys(f.load_keys(at["q"], first + n - 1))
-        d_after = f.add_other_outer(d_state, (None, q), d_o)
     else:
-        d_o = f.load_pair(at["d_out"], first + n - 1)
-        sums = f.add_sums(sums, [(f.narrow(after), [f.at(n - 1, x) for x in d_o])])
-        d_after = f.add_other_outer(d_state, f.load_keys(at["k"], first + n), d_o)
+        sums = f.add_sums(sums, f.narrow(after), f.only(n - 1, d_o))
     for t in reversed(range(n)):
         row = first + t
         words = f.load_words(at["states"], row)
-        keys = f.load_keys(at["k"], row)
+        k = f.wide_keys(f.load_keys(at["k"], row))
         scalars = _Scalars(f, kind, at["scalars"], row)
-        k = f.wide_keys(keys) if f.exact else f.upper(keys)
         d_sum = d_after
         if not kind.linear_state:
             d_sum = _times_derivative(f, d_after, after)
@@ -142,37 +139,37 @@ def _walk_back_a_few(
         d_v = scalars.gated(d_correction)
         d_read = [[w.negative(x) for x in unit] for unit in scalars.within_document(d_v)]
         d_after = scalars.decayed(d_sum)
+        d_o = None
+        if t:
+            d_o = f.load_outputs(at["d_out"], row - 1)
+            d_after = f.add_outer_of_outputs(d_after, f.load_keys(at["q"], row - 1), d_o)
+        d_after = f.add_outer(d_after, k, d_read)
         before = f.wide(words)
+        correction = scalars.gated(f.load_both_columns(at["errors"], row))
         if f.exact:
-            if t:
-                d_o = f.load_columns(at["d_out"], row - 1)
-                q = f.wide_keys(f.load_keys(at["q"], row - 1))
+            if d_o is not None:
                 sums = f.add_exact_sums(sums, t - 1, [(before, d_o)])
-            else:
-                d_o = q = None
-            d_after = f.add_two_outer(d_after, (k, q), d_read, d_o)
-            correction = scalars.gated(f.load_columns(at["errors"], row))
             sums = f.add_exact_sums(sums, STEPS + t, [(before, d_read), (d_sum, correction)])
             f.store_columns(at["d_v"], d_v, row)
         else:
-            d_o = f.load_pair(at["d_out"], row - 1) if t else None
-            d_after = f.add_two_outer(d_after, keys, d_read, d_o)
             pairs = f.pairs(STEPS + t, d_v)
             f.store_pairs(STEPS + t, at["d_v"], pairs, row)
             pairs = f.pairs(STEPS + t, d_read) if kind.has_keep else f.negative_pairs(pairs)
-            of_before = [f.at(STEPS + t, x) for x in pairs]
+            bits = [w.as_bits(x) for unit in correction for x in unit]
+            of_step = f.only(STEPS + t, [*pairs, *bits])
+            of_before, of_d_sum = of_step[: f.units], of_step[f.units :]
             if d_o is not None:
                 is_q = w.equal(f.g, t - 1)
                 of_before = [w.select(is_q, a, b) for a, b in zip(d_o, of_before, strict=True)]
-            correction = f.load_pair(at["errors"], row, scalars.write_gate)
-            of_d_sum = [f.at(STEPS + t, x) for x in correction]
-            sums = f.add_sums(sums, [(words, of_before), (f.narrow(d_sum), of_d_sum)])
-        lane_sums[0][t] = f.dot(d_sum, before)
+            sums = f.add_sums(sums, words, of_before)
+            sums = f.add_wide_sums(sums, d_sum, of_d_sum)
+        scalars_of_steps[0][t] = f.dot(d_sum, before)
         if kind.has_write_gate:
             error = f.load_columns(at["errors"], row)
-            lane_sums[1][t] = f.lane_sums_of(d_correction, error)
+            scalars_of_steps[1][t] = f.lane_sums_of(d_correction, error)
         after = before
-    _add_over_warps(f, at, sums, lane_sums, first, n)
+    _add_over_lanes(f, at["partial_scalars"], scalars_of_steps, first)
+    _add_over_warps(f, at, sums, first, n)
     return d_after, after
 
 
@@ -190,105 +187,100 @@ def _times_derivative(f: Fragments, d_after: Any, after: Any) -> Any:
     ]
 
 
-def _add_over_warps(
-    f: Fragments,
-    at: Mapping[str, Any],
-    sums: Any,
-    lane_sums: list[list[Any]],
-    first: int,
-    n: int,
-) -> None:
-    """Adds what the warps of a head have of the gradients of q, k and scalars.
+def _add_over_lanes(f: Fragments, memory: Any, of_steps: list[list[Any]], first: int) -> None:
+    """Adds the numbers that each lane has for at most 4 steps, from row `first` on, over groups of
+    8 lanes; stores what comes of it in rows `[..., WARPS, 4]`."""
+    w = f.w
+    _, step = w.divide(w.lane, STEPS)
+    group, _ = w.divide(w.lane, 8)
+    first_bit, second_bit = (w.equal(w.bits_and(w.lane, bit), bit) for bit in (1, 2))
 
-    Stores those of n steps, from row `first` on.
-    """
+    def halved(takes_second: Any, a: Any, b: Any, distance: int) -> Any:
+        """Each lane gives away one number and goes on with the other."""
+        given = w.exchange(w.select(takes_second, a, b), distance)
+        return w.fadd(w.select(takes_second, b, a), given)
+
+    for i, x in enumerate(of_steps):
+        n = len(x)
+        x = [*x, *[w.number(0.0)] * (STEPS - n)]
+        total = halved(second_bit, *(halved(first_bit, *x[j : j + 2], 1) for j in (0, 2)), 2)
+        total = w.fadd(total, w.exchange(total, 4))
+        address = w.address(memory, i, w.add(step, first), w.warp, group)
+
+        def store(address: Any = address, total: Any = total) -> None:
+            w.store(memory, address, [w.as_bits(total)])
+
+        # The lanes that have the same write the same.
+        if n == STEPS:
+            store()
+        else:
+            w.when(w.less(step, n), store)
+
+
+def add_scalars(f: Fragments, partial_scalars: Any, d_scalars: Any) -> None:
+    """Writes the gradients of scalars, `[1 or 2, n, heads]`, from what lanes added up."""
+    w = f.w
+    n_scalars, n, _ = d_scalars.shape
+    row_of_thread, warp = w.divide(w.thread, WARPS)
+    head, rest = w.divide(warp, f.warps_per_head)
+    for i in range(n_scalars):
+        for start in range(0, n, THREADS // WARPS):
+            row = w.add(row_of_thread, start)
+            address = w.address(partial_scalars, i, w.minimum(row, n - 1), warp)
+            x = [w.as_float(bits) for bits in w.load(partial_scalars, address, 4)]
+            total = w.fadd(w.fadd(x[0], x[1]), w.fadd(x[2], x[3]))
+            for distance in (d for d in (1, 2) if d < f.warps_per_head):
+                total = w.fadd(total, w.exchange(total, distance))
+
+            def store(address: Any, total: Any = total) -> None:
+                w.when(w.equal(rest, 0), lambda: w.store(d_scalars, address, [w.as_bits(total)]))
+
+            address = w.address(d_scalars, i, row, head)
+            w.when(w.less(row, n), lambda store=store, address=address: store(address))
+
+
+def _add_over_warps(f: Fragments, at: Mapping[str, Any], sums: Any, first: int, n: int) -> None:
+    """Adds what the warps of a head have of the gradients of q and k, and stores these, of n steps
+    from row `first` on."""
     w, partial = f.w, at["partial_sums"]
     w.synchronize()  # all have read what is overwritten
-    pair = w.multiply(w.lane, 8)
+    quad = w.multiply(w.lane, 16)
     for i, acc in enumerate(sums):
-        for half in range(2):  # of the steps that this lane has: two keys of each
-            bits = [w.as_bits(acc[half]), w.as_bits(acc[half + 2])]
-            w.store(partial, w.add(pair, w.address(partial, w.warp, i, half)), bits)
-    memory = at["lane_sums"]
-    for i, of_steps in enumerate(lane_sums):
-        for t, x in enumerate(of_steps):
-            w.store(memory, w.address(memory, i, t, w.thread), [w.as_bits(x)])
+        address = w.add(quad, w.address(partial, w.warp, i))
+        w.store(partial, address, [w.as_bits(x) for x in acc])
     w.synchronize()
 
-    assert STEPS == WARPS, "each warp adds the scalars of a step"
-    first_warp = w.multiply(f.head, f.warps_per_head)
     is_k, t_pair = w.divide(f.c, 2)
+    target = at["d_keys"]
 
-    def add(item: Any) -> None:
-        tile, half = w.divide(item, 2)
+    def add(job: Any) -> None:
+        """Two keys of a lane, in two steps: over the warps of their head."""
+        head, tile = w.divide(job, len(sums))
         total: list[Any] = []
         for i in range(f.warps_per_head):
-            address = w.add(pair, w.address(partial, w.add(first_warp, i), tile, half))
-            x = [w.as_float(bits) for bits in w.load(partial, address, 2)]
+            of_warp = w.address(partial, w.add(w.multiply(head, f.warps_per_head), i), tile)
+            x = [w.as_float(bits) for bits in w.load(partial, w.add(quad, of_warp), 4)]
             total = [w.fadd(a, b) for a, b in zip(total, x, strict=True)] if total else x
-        t = w.add(w.multiply(t_pair, 2), half)
         outer, inner = w.divide(tile, f.vector // 2)
         key = w.add(w.multiply(outer, 8 * f.vector), w.multiply(inner, 2))
         key = w.add(key, w.multiply(f.g, f.vector))
-        target = at["d_keys"]
-        address = w.address(target, is_k, w.add(t, first), f.head, key)
-        words = [w.pack(*total)] if target.itemsize == 2 else [w.as_bits(x) for x in total]
-        if n == STEPS:
-            w.store(target, address, words)
+        for j in range(2):
+            t = w.add(w.multiply(t_pair, 2), j)
+            address = w.address(target, is_k, w.add(t, first), head, key)
+            both = total[j], total[j + 2]
+            words = [w.as_bits(x) for x in both] if f.exact else [w.pack(*both)]
+            if n == STEPS:
+                w.store(target, address, words)
+            else:
+                w.when(w.less(t, n), lambda a=address, b=words: w.store(target, a, b))
+
+    jobs = f.heads * len(sums)
+    # Where there are fewer than warps, these take turns.
+    turn = first // STEPS % 2 * (WARPS // 2)
+    _, start = w.divide(w.add(w.warp, turn), WARPS)
+    for i in range(0, jobs, WARPS):
+        job = w.add(start, i)
+        if i + WARPS <= jobs:
+            add(job)
         else:
-            w.when(w.less(t, n), lambda: w.store(target, address, words))
-
-    items = f.n_keys
-    for i in range(-(-items // f.warps_per_head)):
-        item = w.add(f.warp_of_head, i * f.warps_per_head)
-        if (i + 1) * f.warps_per_head <= items:
-            add(item)
-        else:
-            w.when(w.less(item, items), lambda item=item: add(item))
-
-    def add_lanes() -> None:
-        target = at["d_scalars"]
-        lanes = 8 * f.warps_per_head  # each with the numbers of 4 threads
-        for i in range(len(lane_sums)):
-            address = w.add(w.multiply(w.lane, 16), w.address(memory, i, w.warp))
-            x = [w.as_float(bits) for bits in w.load(memory, address, 4)]
-            total = w.fadd(w.fadd(x[0], x[1]), w.fadd(x[2], x[3]))
-            total = f.sum_over_lanes(total, *(d for d in (1, 2, 4, 8, 16) if d < lanes))
-            head, own = w.divide(w.lane, lanes)
-            address = w.address(target, i, w.add(w.warp, first), head)
-            bits = [w.as_bits(total)]
-            w.when(w.equal(own, 0), lambda a=address, b=bits: w.store(target, a, b))
-
-    if n == STEPS:
-        add_lanes()
-    else:
-        w.when(w.less(w.warp, n), add_lanes)
-
-
-def pair_keys(w: Any, k: Any, q: Any, k_and_q: Any) -> None:
-    """Writes words of k_t and q_{t-1}, k in the upper half: `[chunk + 1, heads, keys]`.
-
-    There is no q before row 0, nor a k in the last row: zero.
-    """
-    rows, heads, keys = k_and_q.shape
-    row_words = heads * keys
-    for i in range(-(-rows * row_words // (4 * THREADS))):
-        index = w.add(w.multiply(w.thread, 4), i * 4 * THREADS)
-
-        def four(index: Any = index) -> None:
-            row, _ = w.divide(index, row_words)
-            # Rows at the ends are there, whatever they hold.
-            of_k = w.load(k, w.multiply(w.minimum(index, (rows - 1) * row_words - 4), 2), 2)
-            before = w.select(w.less(index, row_words), index, w.add(index, -row_words))
-            of_q = w.load(q, w.multiply(before, 2), 2)
-            has_k, has_q = w.less(row, rows - 1), w.less(0, row)
-            of_k = [w.select(has_k, x, 0) for x in of_k]
-            of_q = [w.select(has_q, x, 0) for x in of_q]
-            words = [
-                w.bytes_of(b, a, selector)
-                for a, b in zip(of_k, of_q, strict=True)
-                for selector in (0x5410, 0x7632)
-            ]
-            w.store(k_and_q, w.multiply(index, 4), words)
-
-        w.when(w.less(index, rows * row_words), four)
+            w.when(w.less(job, jobs), lambda job=job: add(job))

@@ -1,6 +1,7 @@
 """The steps of the backward kernel, as functions of a block's state and of references."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,14 +72,14 @@ class Steps:
 
         Args:
             d_state, after: the gradient of the state after the steps, and that state.
-            k: what `pair_keys` wrote for the steps and the one after them, or in float32 as q.
-            q: `[n, heads, keys]`, in float32 only.
-            scalars, errors, states: as in `replay`.
+            k, scalars, errors, states: as in `replay`.
+            q: `[n, heads, keys]`.
             d_out: `[n, heads, values]`.
             d_v: `[n, heads, values]`, written.
             d_keys: `[2, n, heads, keys]`, of q and of k, written.
-            d_scalars: `[1 or 2, n, heads]`, of decay and the write gate, written.
-            lane_sums, partial_sums: scratch that the warps share.
+            partial_scalars: `[1 or 2, n, ...]`, written: numbers that `add_scalars` adds up to the
+                gradients of decay and the write gate.
+            partial_sums: scratch that the warps share.
         """
         if self.interpret:
             return _walk_back_in_jax(self.kind, n, d_state, after, **refs)
@@ -88,12 +89,16 @@ class Steps:
 
         return self._run(program, refs, d_state, after)
 
-    def pair_keys(self, **refs: Any) -> None:
-        """Writes k and q, `[chunk, heads, keys]` in bfloat16, to `k_and_q`, a row more."""
+    def add_scalars(self, *, partial_scalars: Any, d_scalars: Any) -> None:
+        """Writes `[1 or 2, n, heads]`, the gradients of decay and the write gate, after all warps
+        have come back from `walk_back`."""
         if self.interpret:
-            _pair_keys_in_jax(**refs)
+            partial = partial_scalars[...]  # warps, then 4 numbers of each
+            by_head = partial.reshape(*partial.shape[:2], self.geometry.heads, -1)
+            d_scalars[...] = jnp.sum(by_head, axis=3)
         else:
-            self._run(lambda f, at: gradient_steps.pair_keys(f.w, **at), refs)
+            refs = {"partial_scalars": partial_scalars, "d_scalars": d_scalars}
+            self._run(lambda f, at: gradient_steps.add_scalars(f, **at), refs)
 
     def _run(self, program: Any, refs: Mapping[str, Any], *states: Array) -> Any:
         layout = self._layout
@@ -158,27 +163,6 @@ def _after(kind: StepKind, state: Array, decay: Array, k: Array, correction: Arr
     return state if kind.linear_state else jnp.tanh(state)
 
 
-def _unpaired(k: Any, steps: int) -> tuple[Array, Array]:
-    """k and q of these steps, from what `pair_keys` wrote."""
-    words = k[...]
-    halves = [
-        lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16).astype(jnp.float32)
-        for bits in (lax.shift_right_logical(words, 16), words & 0xFFFF)
-    ]
-    return halves[0][:steps], halves[1][1 : steps + 1]
-
-
-def _pair_keys_in_jax(k: Any, q: Any, k_and_q: Any) -> None:
-    def bits(x: Array) -> Array:
-        return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32)
-
-    def padded(x: Array, *widths: int) -> Array:
-        return jnp.pad(x, (widths, (0, 0), (0, 0)))
-
-    upper = lax.shift_left(padded(bits(k[...]), 0, 1), 16)
-    k_and_q[...] = upper | padded(bits(q[...]), 1, 0)
-
-
 def _replay_in_jax(
     kind: StepKind, state: Array, *, k: Any, scalars: Any, errors: Any, states: Any = None
 ) -> Array:
@@ -201,18 +185,17 @@ def _walk_back_in_jax(
     after: Array,
     *,
     k: Any,
+    q: Any,
     scalars: Any,
     errors: Any,
     states: Any,
     d_out: Any,
     d_v: Any,
     d_keys: Any,
-    d_scalars: Any,
-    lane_sums: Any,
+    partial_scalars: Any,
     partial_sums: Any,
-    q: Any = None,
 ) -> tuple[Array, Array]:
-    del lane_sums, partial_sums
+    del partial_sums
 
     def step(d_after: Array, x: Any) -> Any:
         k, q, d_o, (decay, gate, keep), error, before, after = x
@@ -228,11 +211,9 @@ def _walk_back_in_jax(
         d_decay = jnp.sum(d_sum * before, axis=(1, 2))
         return d_before, (d_q, d_k, d_v, d_decay, d_correction)
 
-    keys = _unpaired(k, n) if q is None else (k[...], q[...])
     rows = states[...].astype(jnp.float32)
     x = (
-        *keys,
-        d_out[...].astype(jnp.float32),
+        *(ref[...].astype(jnp.float32) for ref in (k, q, d_out)),
         _per_step(kind, scalars[...]),
         errors[...],
         rows,
@@ -244,5 +225,9 @@ def _walk_back_in_jax(
     d_keys[...] = jnp.stack([d_q, d_k]).astype(d_keys.dtype)
     d_v[...] = d_values.astype(d_v.dtype)
     d_gate = [jnp.sum(d_correction * errors[...], axis=2)] if kind.has_write_gate else []
-    d_scalars[...] = jnp.stack([d_decay, *d_gate])
+    d_scalars = jnp.stack([d_decay, *d_gate])[..., None]  # [1 or 2, n, heads, 1]
+    # All in the first number of a head.
+    of_head = math.prod(partial_scalars.shape[2:]) // d_scalars.shape[2]
+    padded = jnp.pad(d_scalars, ((0, 0), (0, 0), (0, 0), (0, of_head - 1)))
+    partial_scalars[...] = padded.reshape(partial_scalars.shape)
     return d_state, rows[0]

@@ -39,15 +39,13 @@ def forward_shared_bytes(
 def backward_shared_bytes(
     geometry: Geometry,
     n_state: int,
-    n_value: int,
     dtype: Any,
     n_scalars: int = MOST_SCALARS,
     has_write_gate: bool = True,
 ) -> int:
     """Shared memory of a thread block of the backward kernel, in bytes."""
     keys = round_up(n_state, KEYS_MULTIPLE)
-    part = backward.part_dtype(geometry, n_value, dtype)
-    memory = backward.scratch(geometry, keys, n_scalars, has_write_gate, dtype, part)
+    memory = backward.scratch(geometry, keys, n_scalars, has_write_gate, dtype)
     return shared_bytes(memory, geometry.warpgroups)
 
 
@@ -96,7 +94,7 @@ def backward_geometry(
         ]
 
     def needed(geometry: Geometry) -> int:
-        return backward_shared_bytes(geometry, n_state, n_value, dtype, n_scalars, has_write_gate)
+        return backward_shared_bytes(geometry, n_state, dtype, n_scalars, has_write_gate)
 
     return _first_that_fits(candidates, needed)
 

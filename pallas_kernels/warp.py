@@ -4,6 +4,7 @@ Values are scalars of a lane, 32 bits wide: integers, or float32. A program take
 makes its instructions, so that `tests/pallas_kernels/warp_in_numpy.py` can run it without a GPU.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,14 @@ class Memory:
         strides, _ = self.type.get_strides_and_offset()
         self.strides = [stride * self.itemsize for stride in strides]
         self.pointer = mgpu.utils.memref_ptr(ref)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Address:
+    """In two summands, of which the second goes into the instruction that uses it."""
+
+    dynamic: Any
+    constant: int
 
 
 class Warp:
@@ -52,6 +61,9 @@ class Warp:
     def add(self, x: Any, y: Any) -> Any:
         if isinstance(x, int) and isinstance(y, int):
             return x + y
+        if isinstance(x, _Address) or isinstance(y, _Address):
+            x, y = self._split(x), self._split(y)
+            return _Address(self.add(x.dynamic, y.dynamic), x.constant + y.constant)
         if isinstance(y, int) and y == 0:
             return x
         return self._u(arith.addi, x, y)
@@ -137,10 +149,21 @@ class Warp:
         pairs: `[g, 2c], [g + 8, 2c]`; of b, in a pair along its rows: `[2c, g]`.
         Source: PTX ISA, matrix fragments for mma.m16n8k8.
         """
+        return self._multiply_add("m16n8k8.row.col.f32.bf16.bf16.f32", acc, a, b)
+
+    def multiply_add_tf32(self, acc: Sequence[Any], a: Sequence[Any], b: Any) -> list[Any]:
+        """acc + a @ b: `[16, 8] + [16, 4] @ [4, 8]`, a and b in float32 cut off to tf32.
+
+        Lane 4 g + c holds of a: `[g, c], [g + 8, c]`; of b: `[c, g]`.
+        Source: PTX ISA, matrix fragments for mma.m16n8k4.
+        """
+        bits = [self.as_bits(x) for x in a]
+        return self._multiply_add("m16n8k4.row.col.f32.tf32.tf32.f32", acc, bits, self.as_bits(b))
+
+    def _multiply_add(self, kind: str, acc: Sequence[Any], a: Sequence[Any], b: Any) -> list[Any]:
         results = self._asm(
             llvm.StructType.get_literal([self.f32] * 4),
-            "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
-            "{$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};",
+            f"mma.sync.aligned.{kind} {{$0, $1, $2, $3}}, {{$4, $5}}, {{$6}}, {{$7, $8, $9, $10}};",
             ",".join(["=f"] * 4 + ["r"] * 3 + ["f"] * 4),
             *(*a, b, *acc),
         )
@@ -154,14 +177,22 @@ class Warp:
 
     def address(self, memory: Memory, *index: Any) -> Any:
         """In bytes from the start of `memory`, of an element given by its first indices."""
-        address: Any = 0
+        address: Any = _Address(0, 0)
         for i, stride in zip(index, memory.strides, strict=False):
-            address = self.add(self.multiply(i, stride), address)
+            address = self.add(address, self.multiply(i, stride))
         return address
 
+    def _split(self, address: Any) -> _Address:
+        if isinstance(address, _Address):
+            return address
+        return _Address(0, address) if isinstance(address, int) else _Address(address, 0)
+
     def _pointer(self, memory: Memory, address: Any) -> Any:
-        i8 = ir.IntegerType.get_signless(8)
-        return mgpu.utils.getelementptr(memory.pointer, [address], i8)
+        i8, address = ir.IntegerType.get_signless(8), self._split(address)
+        # LLVM sees that an `or` adds the two, and leaves no constant for the instruction.
+        dynamic = self._asm(self.i32, "mov.b32 $0, $1;", "=r,r", self._int(address.dynamic))
+        pointer = mgpu.utils.getelementptr(memory.pointer, [dynamic], i8)
+        return mgpu.utils.getelementptr(pointer, [address.constant], i8)
 
     def load(self, memory: Memory, address: Any, n: int) -> list[Any]:
         """n words, aligned to as many bytes, at most 16."""

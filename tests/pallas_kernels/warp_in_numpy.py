@@ -138,20 +138,30 @@ class WarpInNumpy:
         return np.stack([low, high], axis=1).view(np.uint32)[:, 0]
 
     def multiply_add(self, acc: Sequence[Lanes], a: Sequence[Lanes], b: Lanes) -> list[Lanes]:
-        self._check_convergence()
-
-        def wide(pairs: Lanes) -> tuple[Lanes, Lanes]:
+        def wide(pairs: Lanes) -> np.ndarray:
             bits = self._int(pairs)
-            return self.as_float(bits << np.uint32(16)), self.as_float(bits & np.uint32(0xFFFF0000))
+            low, high = bits << np.uint32(16), bits & np.uint32(0xFFFF0000)
+            return self._matrix(self.as_float(low), self.as_float(high))
 
-        def matrix(x: Lanes, y: Lanes) -> np.ndarray:
-            """`[warp, g, 8]` of lanes 4 g + c, which hold columns 2c and 2c + 1."""
-            return np.stack([self._float(x), self._float(y)], axis=1).reshape(-1, 8, 8)
+        return self._multiply_add(acc, [wide(x) for x in a], wide(b))
 
-        rows = np.concatenate([matrix(*wide(x)) for x in a], axis=1)
-        columns = matrix(*wide(b)).swapaxes(1, 2)
-        total = np.concatenate([matrix(*acc[:2]), matrix(*acc[2:])], axis=1)
-        total = (total + rows.astype(np.float64) @ columns).astype(np.float32)
+    def multiply_add_tf32(self, acc: Sequence[Lanes], a: Sequence[Lanes], b: Lanes) -> list[Lanes]:
+        def cut_off(x: Lanes) -> np.ndarray:
+            return self._matrix((self.as_bits(x) & np.uint32(0xFFFFE000)).view(np.float32))
+
+        return self._multiply_add(acc, [cut_off(x) for x in a], cut_off(b))
+
+    def _matrix(self, *columns: Lanes) -> np.ndarray:
+        """`[warp, g, 4 n]` of lanes 4 g + c, which hold n neighbouring columns from n c on."""
+        return np.stack([self._float(x) for x in columns], axis=1).reshape(4, 8, -1)
+
+    def _multiply_add(
+        self, acc: Sequence[Lanes], a: Sequence[np.ndarray], b: np.ndarray
+    ) -> list[Lanes]:
+        self._check_convergence()
+        rows = np.concatenate(a, axis=1)
+        total = np.concatenate([self._matrix(*acc[:2]), self._matrix(*acc[2:])], axis=1)
+        total = (total + rows.astype(np.float64) @ b.swapaxes(1, 2)).astype(np.float32)
         return [
             half.reshape(THREADS, 2)[:, i] for half in (total[:, :8], total[:, 8:]) for i in (0, 1)
         ]
