@@ -26,14 +26,12 @@ from pallas_kernels.blocks import (
     synchronize,
     wait_for_stores,
 )
+from pallas_kernels.fragments import STEPS
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.gradient_steps import StepKind
 from pallas_kernels.layouts import HEADS, KEYS, VALUES, WARPS
 from pallas_kernels.operands import Operands
 from pallas_kernels.steps import Steps
-
-AT_ONCE = 8
-"""Most steps back that are written out in a row."""
 
 
 class Gradients(NamedTuple):
@@ -74,7 +72,6 @@ def scratch(
         "d_keys_rows": plgpu.SMEM((2, chunk, heads, keys), dtype),  # of q and of k
         "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
         "partial_scalars": plgpu.SMEM((1 + has_write_gate, chunk, WARPS, 4), jnp.float32),
-        "partial_sums": plgpu.SMEM((WARPS, keys // 16, 32, 4), jnp.float32),
     }
 
 
@@ -197,21 +194,20 @@ def backward(
                     "scalars": ref["back_scalars"].at[slot, :, :, pl.ds(row, n)],
                 }
 
-            def walk_back(row: Any, first: Any, n: int, d: Array, after: Array) -> Any:
-                """n steps from this row of the results, whose states are from this row on."""
+            def walk_back(row: Any, first: Any, n: int, carry: Any) -> Any:
+                """n steps from step `first` on of the group in this row of the results."""
+                row = row + first
                 t = rows.start + row
                 return steps.walk_back(
                     n,
-                    d,
-                    after,
+                    *carry,
                     **inputs_of_replay(t, row, n),
                     q=ref["back_q"].at[slot, pl.ds(t, n)],
-                    states=ref["states"].at[pl.ds(first, n)],
+                    states=ref["states"].at[pl.ds(first, STEPS)],
                     d_out=ref["back_d_out"].at[slot, pl.ds(t, n)],
                     d_v=ref["d_v_rows"].at[pl.ds(row, n)],
                     d_keys=ref["d_keys_rows"].at[:, pl.ds(row, n)],
                     partial_scalars=ref["partial_scalars"].at[:, pl.ds(row, n)],
-                    partial_sums=ref["partial_sums"],
                 )
 
             def group(g: Any, n: int, carry: Any) -> Any:
@@ -227,16 +223,17 @@ def backward(
                 if replays:
                     # Loaded a group ahead, as it comes from device memory.
                     start = steps.load(state_before(0, jnp.maximum(c * n_groups + g - 1, 0)))
-                whole, left_over = divmod(n, AT_ONCE)
+                whole, left_over = divmod(n, STEPS)
                 carry = d, after
                 if left_over:
-                    carry = walk_back(row + whole * AT_ONCE, whole * AT_ONCE, left_over, *carry)
-
-                def several(j: Any, carry: Any) -> Any:
-                    first = (whole - 1 - j) * AT_ONCE
-                    return walk_back(row + first, first, AT_ONCE, *carry)
-
-                return start, lax.fori_loop(0, whole, several, carry)[0]
+                    carry = walk_back(row, whole * STEPS, left_over, carry)
+                carry = lax.fori_loop(
+                    0,
+                    whole,
+                    lambda j, carry: walk_back(row, (whole - 1 - j) * STEPS, STEPS, carry),
+                    carry,
+                )
+                return start, carry[0]
 
             whole, left_over = divmod(len(rows), history)
             if left_over:

@@ -81,6 +81,8 @@ def replay(
         state = f.add_outer(scalars.decayed(state), f.wide_keys(keys), error)
         return _activated(f, kind, state), loaded
 
+    if keep:
+        w.synchronize()  # all have read the sums that `walk_back` left there
     state, _ = _steps(w, n, unroll, step, state, load(0))
     return state
 
@@ -100,38 +102,23 @@ def _steps(w: Any, n: int, unroll: int, step: Any, *carry: Any) -> Any:
 def walk_back(
     f: Fragments, kind: StepKind, at: Mapping[str, Any], d_state: Any, after: Any, n: int
 ) -> tuple[Any, Any]:
-    """n steps back; returns the gradient of the state before them, and that state."""
-    for first in reversed(range(0, n, STEPS)):
-        steps = min(STEPS, n - first)
-        d_state, after = _walk_back_a_few(f, kind, at, d_state, after, first, steps)
-    return d_state, after
+    """n steps back, at most 4; returns the gradient of the state before them, and that state.
 
-
-def _walk_back_a_few(
-    f: Fragments,
-    kind: StepKind,
-    at: Mapping[str, Any],
-    d_state: Any,
-    after: Any,
-    first: int,
-    n: int,
-) -> tuple[Any, Any]:
-    """n steps back, at most 4, from row `first` on."""
+    `states` has room for 4 steps, and is overwritten.
+    """
     w = f.w
     sums = f.no_sums()
     scalars_of_steps: list[list[Any]] = [[None] * n for _ in range(1 + kind.has_write_gate)]
-    last = first + n - 1
-    d_o = f.load_outputs(at["d_out"], last)
-    d_after = f.add_outer_of_outputs(d_state, f.load_keys(at["q"], last), d_o)
+    d_o = f.load_outputs(at["d_out"], n - 1)
+    d_after = f.add_outer_of_outputs(d_state, f.load_keys(at["q"], n - 1), d_o)
     if f.exact:
         sums = f.add_exact_sums(sums, n - 1, [(after, d_o)])
     else:
         sums = f.add_sums(sums, f.narrow(after), f.only(n - 1, d_o))
     for t in reversed(range(n)):
-        row = first + t
-        words = f.load_words(at["states"], row)
-        k = f.wide_keys(f.load_keys(at["k"], row))
-        scalars = _Scalars(f, kind, at["scalars"], row)
+        words = f.load_words(at["states"], t)
+        k = f.wide_keys(f.load_keys(at["k"], t))
+        scalars = _Scalars(f, kind, at["scalars"], t)
         d_sum = d_after
         if not kind.linear_state:
             d_sum = _times_derivative(f, d_after, after)
@@ -141,19 +128,19 @@ def _walk_back_a_few(
         d_after = scalars.decayed(d_sum)
         d_o = None
         if t:
-            d_o = f.load_outputs(at["d_out"], row - 1)
-            d_after = f.add_outer_of_outputs(d_after, f.load_keys(at["q"], row - 1), d_o)
+            d_o = f.load_outputs(at["d_out"], t - 1)
+            d_after = f.add_outer_of_outputs(d_after, f.load_keys(at["q"], t - 1), d_o)
         d_after = f.add_outer(d_after, k, d_read)
         before = f.wide(words)
-        correction = scalars.gated(f.load_both_columns(at["errors"], row))
+        correction = scalars.gated(f.load_both_columns(at["errors"], t))
         if f.exact:
             if d_o is not None:
                 sums = f.add_exact_sums(sums, t - 1, [(before, d_o)])
             sums = f.add_exact_sums(sums, STEPS + t, [(before, d_read), (d_sum, correction)])
-            f.store_columns(at["d_v"], d_v, row)
+            f.store_columns(at["d_v"], d_v, t)
         else:
             pairs = f.pairs(STEPS + t, d_v)
-            f.store_pairs(STEPS + t, at["d_v"], pairs, row)
+            f.store_pairs(STEPS + t, at["d_v"], pairs, t)
             pairs = f.pairs(STEPS + t, d_read) if kind.has_keep else f.negative_pairs(pairs)
             bits = [w.as_bits(x) for unit in correction for x in unit]
             of_step = f.only(STEPS + t, [*pairs, *bits])
@@ -165,11 +152,11 @@ def _walk_back_a_few(
             sums = f.add_wide_sums(sums, d_sum, of_d_sum)
         scalars_of_steps[0][t] = f.dot(d_sum, before)
         if kind.has_write_gate:
-            error = f.load_columns(at["errors"], row)
+            error = f.load_columns(at["errors"], t)
             scalars_of_steps[1][t] = f.lane_sums_of(d_correction, error)
         after = before
-    _add_over_lanes(f, at["partial_scalars"], scalars_of_steps, first)
-    _add_over_warps(f, at, sums, first, n)
+    _add_over_lanes(f, at["partial_scalars"], scalars_of_steps)
+    _add_over_warps(f, at, sums, n)
     return d_after, after
 
 
@@ -187,9 +174,9 @@ def _times_derivative(f: Fragments, d_after: Any, after: Any) -> Any:
     ]
 
 
-def _add_over_lanes(f: Fragments, memory: Any, of_steps: list[list[Any]], first: int) -> None:
-    """Adds the numbers that each lane has for at most 4 steps, from row `first` on, over groups of
-    8 lanes; stores what comes of it in rows `[..., WARPS, 4]`."""
+def _add_over_lanes(f: Fragments, memory: Any, of_steps: list[list[Any]]) -> None:
+    """Adds the numbers that each lane has for at most 4 steps over groups of 8 lanes; stores what
+    comes of it in rows `[..., WARPS, 4]`."""
     w = f.w
     _, step = w.divide(w.lane, STEPS)
     group, _ = w.divide(w.lane, 8)
@@ -205,7 +192,7 @@ def _add_over_lanes(f: Fragments, memory: Any, of_steps: list[list[Any]], first:
         x = [*x, *[w.number(0.0)] * (STEPS - n)]
         total = halved(second_bit, *(halved(first_bit, *x[j : j + 2], 1) for j in (0, 2)), 2)
         total = w.fadd(total, w.exchange(total, 4))
-        address = w.address(memory, i, w.add(step, first), w.warp, group)
+        address = w.address(memory, i, step, w.warp, group)
 
         def store(address: Any = address, total: Any = total) -> None:
             w.store(memory, address, [w.as_bits(total)])
@@ -239,14 +226,17 @@ def add_scalars(f: Fragments, partial_scalars: Any, d_scalars: Any) -> None:
             w.when(w.less(row, n), lambda store=store, address=address: store(address))
 
 
-def _add_over_warps(f: Fragments, at: Mapping[str, Any], sums: Any, first: int, n: int) -> None:
-    """Adds what the warps of a head have of the gradients of q and k, and stores these, of n steps
-    from row `first` on."""
-    w, partial = f.w, at["partial_sums"]
-    w.synchronize()  # all have read what is overwritten
+def _add_over_warps(f: Fragments, at: Mapping[str, Any], sums: Any, n: int) -> None:
+    """Adds what the warps of a head have of the gradients of q and k; stores these, of n steps."""
+    w, partial = f.w, at["states"]
+    w.synchronize()  # all have read their states
     quad = w.multiply(w.lane, 16)
+
+    def quads(warp: Any, tile: Any) -> Any:
+        return w.multiply(w.add(w.multiply(warp, len(sums)), tile), 32 * 16)
+
     for i, acc in enumerate(sums):
-        address = w.add(quad, w.address(partial, w.warp, i))
+        address = w.add(quad, quads(w.warp, i))
         w.store(partial, address, [w.as_bits(x) for x in acc])
     w.synchronize()
 
@@ -258,7 +248,7 @@ def _add_over_warps(f: Fragments, at: Mapping[str, Any], sums: Any, first: int, 
         head, tile = w.divide(job, len(sums))
         total: list[Any] = []
         for i in range(f.warps_per_head):
-            of_warp = w.address(partial, w.add(w.multiply(head, f.warps_per_head), i), tile)
+            of_warp = quads(w.add(w.multiply(head, f.warps_per_head), i), tile)
             x = [w.as_float(bits) for bits in w.load(partial, w.add(quad, of_warp), 4)]
             total = [w.fadd(a, b) for a, b in zip(total, x, strict=True)] if total else x
         outer, inner = w.divide(tile, f.vector // 2)
@@ -266,7 +256,7 @@ def _add_over_warps(f: Fragments, at: Mapping[str, Any], sums: Any, first: int, 
         key = w.add(key, w.multiply(f.g, f.vector))
         for j in range(2):
             t = w.add(w.multiply(t_pair, 2), j)
-            address = w.address(target, is_k, w.add(t, first), head, key)
+            address = w.address(target, is_k, t, head, key)
             both = total[j], total[j + 2]
             words = [w.as_bits(x) for x in both] if f.exact else [w.pack(*both)]
             if n == STEPS:
@@ -275,8 +265,8 @@ def _add_over_warps(f: Fragments, at: Mapping[str, Any], sums: Any, first: int, 
                 w.when(w.less(t, n), lambda a=address, b=words: w.store(target, a, b))
 
     jobs = f.heads * len(sums)
-    # Where there are fewer than warps, these take turns.
-    turn = first // STEPS % 2 * (WARPS // 2)
+    # In neighbouring warpgroups other warps have more of them, so that no scheduler has.
+    turn = w.multiply(w.warpgroup, WARPS // 2)
     _, start = w.divide(w.add(w.warp, turn), WARPS)
     for i in range(0, jobs, WARPS):
         job = w.add(start, i)

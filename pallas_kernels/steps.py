@@ -68,18 +68,18 @@ class Steps:
         return self._run(program, refs, state)
 
     def walk_back(self, n: int, d_state: Array, after: Array, **refs: Any) -> tuple[Array, Array]:
-        """The gradient of the state before n steps, and that state.
+        """The gradient of the state before n steps, at most 4, and that state.
 
         Args:
             d_state, after: the gradient of the state after the steps, and that state.
-            k, scalars, errors, states: as in `replay`.
+            k, scalars, errors: as in `replay`.
             q: `[n, heads, keys]`.
             d_out: `[n, heads, values]`.
             d_v: `[n, heads, values]`, written.
             d_keys: `[2, n, heads, keys]`, of q and of k, written.
             partial_scalars: `[1 or 2, n, ...]`, written: numbers that `add_scalars` adds up to the
                 gradients of decay and the write gate.
-            partial_sums: scratch that the warps share.
+            states: as in `replay`, with room for 4 steps; overwritten.
         """
         if self.interpret:
             return _walk_back_in_jax(self.kind, n, d_state, after, **refs)
@@ -193,10 +193,7 @@ def _walk_back_in_jax(
     d_v: Any,
     d_keys: Any,
     partial_scalars: Any,
-    partial_sums: Any,
 ) -> tuple[Array, Array]:
-    del partial_sums
-
     def step(d_after: Array, x: Any) -> Any:
         k, q, d_o, (decay, gate, keep), error, before, after = x
         d_after = d_after + d_o[:, :, None] * q[:, None, :]
@@ -211,7 +208,7 @@ def _walk_back_in_jax(
         d_decay = jnp.sum(d_sum * before, axis=(1, 2))
         return d_before, (d_q, d_k, d_v, d_decay, d_correction)
 
-    rows = states[...].astype(jnp.float32)
+    rows = states[:n].astype(jnp.float32)
     x = (
         *(ref[...].astype(jnp.float32) for ref in (k, q, d_out)),
         _per_step(kind, scalars[...]),

@@ -79,19 +79,18 @@ def backward_geometry(
     """The geometry of the backward kernel for `B * H` states `[N, V]`."""
     block = _block(heads, n_value)
     per_sm = _warpgroups(batch, heads, n_value, block) / n_sms
+    held = _held_at_once(per_sm)
+    if per_sm >= MANY and 16 < n_state <= 32:
+        block, held = _larger(block, heads, n_value, columns=64), 4
+    cuts = [(16, 8), (8, 8), (16, 4), (8, 4)]
     if per_sm <= 1:
         # One warpgroup has a multiprocessor to itself: nothing to save shared memory for.
-        candidates = [
-            Geometry(*block, chunk=max(h, 8), unroll=2, history=h) for h in (32, 16, 8, 4)
-        ]
-    else:
-        # Larger states leave no room for long histories at as many warpgroups.
-        cuts = ((16, 8), (8, 8), (8, 4)) if n_state <= 32 else ((8, 4),)
-        candidates = [
-            Geometry(*block, chunk=chunk, unroll=2 if w <= 2 else 1, history=history, warpgroups=w)
-            for w in range(_held_at_once(per_sm), 0, -1)
-            for chunk, history in cuts
-        ]
+        cuts = [(32, 32), (16, 16), *cuts]
+    candidates = (
+        Geometry(*block, chunk=chunk, unroll=min(h, 8), history=h, warpgroups=w)
+        for w in range(held, 0, -1)
+        for chunk, h in cuts
+    )
 
     def needed(geometry: Geometry) -> int:
         return backward_shared_bytes(geometry, n_state, dtype, n_scalars, has_write_gate)

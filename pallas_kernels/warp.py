@@ -42,10 +42,8 @@ class Warp:
     def __init__(self) -> None:
         self.i32 = ir.IntegerType.get_signless(32)
         self.f32 = ir.F32Type.get()
-        # Of the warpgroup.
-        self.thread = self._u(arith.remui, mgpu.thread_idx(), THREADS)
-        self.warp = self._u(arith.divui, self.thread, 32)
-        self.lane = self._u(arith.remui, self.thread, 32)
+        self.warpgroup, self.thread = self.divide(mgpu.thread_idx(), THREADS)
+        self.warp, self.lane = self.divide(self.thread, 32)  # of the warpgroup
 
     def _int(self, x: Any) -> Any:
         return arith.constant(self.i32, x) if isinstance(x, int) else x

@@ -26,7 +26,7 @@ def test_every_size_fits_in_shared_memory(batch: int, heads: int, dtype: Any) ->
         sizes = batch, heads, n_state, n_value, H100_SMS, dtype
         forward, backward = forward_geometry(*sizes), backward_geometry(*sizes)
         assert 0 < forward_shared_bytes(forward, n_state, dtype) <= MAX_SHARED_BYTES
-        assert 0 < backward_shared_bytes(backward, n_state, n_value, dtype) <= MAX_SHARED_BYTES
+        assert 0 < backward_shared_bytes(backward, n_state, dtype) <= MAX_SHARED_BYTES
 
 
 @pytest.mark.parametrize("n_value", [8, 32, 48, 72, 128])
@@ -46,6 +46,17 @@ def test_as_many_warpgroups_as_a_multiprocessor_has_work_for() -> None:
         return forward_geometry(batch, 132, 32, 32, H100_SMS, jnp.bfloat16).warpgroups
 
     assert [side_by_side(batch) for batch in (1, 2, 5, 7, 40)] == [1, 2, 5, 5, 2]
+
+
+def test_backward_warpgroups_of_many_small_states_have_twice_the_columns() -> None:
+    def block(heads: int, n_state: int) -> tuple[int, int]:
+        geometry = backward_geometry(8, heads, n_state, n_state, H100_SMS, jnp.bfloat16)
+        return geometry.heads, geometry.values
+
+    assert block(72, 32) == (1, 32)
+    assert block(384, 32) == (2, 32)
+    assert block(383, 32) == (1, 32), "a head more"
+    assert block(384, 64) == (1, 32)
 
 
 def test_larger_warpgroups_hold_no_more_than_their_registers_do() -> None:

@@ -40,6 +40,7 @@ class WarpInNumpy:
     """The methods of `pallas_kernels.warp.Warp`, for all warps of a warpgroup at once."""
 
     def __init__(self) -> None:
+        self.warpgroup = self._int(1)
         self.thread = np.arange(THREADS, dtype=np.uint32)
         self.warp, self.lane = self.divide(self.thread, 32)
         self.tanhs: set[bool] = set()
