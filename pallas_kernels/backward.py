@@ -6,6 +6,7 @@ few states per head, whatever T is). Then, from last to first, a group is replay
 state kept in shared memory, and walked back.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -98,11 +99,6 @@ def backward(
     value_blocks = n_values // values
     n_blocks = batch * (n_heads // heads) * value_blocks
     chunks = Chunks(x.time, size)
-    segment_chunks = checkpoint_every // size
-    history = geometry.history
-    n_groups = size // history  # of a chunk
-    replays = segment_chunks * n_groups > 1  # to know the state before each group
-    n_d_scalars = 1 + x.has_write_gate
     kind = StepKind(x.has_write_gate, x.has_keep, linear_state)
     steps = Steps(kind, geometry, keys, exact, interpret is not None)
 
@@ -116,223 +112,26 @@ def backward(
         "checkpoints": checkpoints,
     }
     d_keys = jax.ShapeDtypeStruct((value_blocks, batch, x.time, n_heads, keys), dtype)
+    d_scalars = value_blocks, batch, n_heads // heads, chunks.count, 1 + x.has_write_gate
     outputs = {
         "d_q": d_keys,
         "d_k": d_keys,
         "d_v": jax.ShapeDtypeStruct((batch, x.time, n_heads, n_values), dtype),
-        "d_scalars": jax.ShapeDtypeStruct(
-            (value_blocks, batch, n_heads // heads, chunks.count, n_d_scalars, size, heads),
-            jnp.float32,
-        ),
+        "d_scalars": jax.ShapeDtypeStruct((*d_scalars, size, heads), jnp.float32),
         "d_initial_state": jax.ShapeDtypeStruct((batch, n_heads, n_values, keys), jnp.float32),
         # The state before each group of a segment: not a result.
         "replayed": jax.ShapeDtypeStruct(
-            (n_blocks, segment_chunks * n_groups, heads, values, keys), dtype
+            (n_blocks, checkpoint_every // geometry.history, heads, values, keys), dtype
         ),
     }
 
     def body(index: Any, group: Any, ref: dict[str, Any]) -> None:
         block = Block.from_index(index, n_heads, n_values, heads, values)
-        replay_stream = Stream(
-            block,
-            chunks,
-            [
-                Input(ref["k"], ref["replay_k"], KEYS),
-                Input(ref["errors"], ref["replay_errors"], VALUES),
-                Input(ref["scalars"], ref["replay_scalars"], HEADS),
-            ],
-            ref["replay_loaded"],
-            group,
-            interpret,
+        segment_chunks = checkpoint_every // size
+        way = _WayBack(
+            ref, index, block, chunks, segment_chunks, geometry.history, steps, group, interpret
         )
-        back_stream = Stream(
-            block,
-            chunks,
-            [
-                Input(ref["k"], ref["back_k"], KEYS),
-                Input(ref["q"], ref["back_q"], KEYS),
-                Input(ref["errors"], ref["back_errors"], VALUES),
-                Input(ref["d_out"], ref["back_d_out"], VALUES),
-                Input(ref["scalars"], ref["back_scalars"], HEADS),
-            ],
-            ref["back_loaded"],
-            group,
-            interpret,
-        )
-
-        def state_before(c: Any, g: Any) -> Any:
-            """The state before group g of chunk c of the segment."""
-            return ref["replayed"].at[index, c * n_groups + g]
-
-        def replay(slot: Any, c: Any, rows: range, is_last: bool, state: Array) -> Array:
-            """These rows of chunk c of the segment; not the last group, if it is the last."""
-            groups = -(-len(rows) // history) - is_last
-
-            def group(g: Any, state: Array) -> Array:
-                steps.store(state_before(c, g), state.astype(dtype))
-                t = rows.start + g * history
-                return steps.replay(
-                    history,
-                    state,
-                    k=ref["replay_k"].at[slot, pl.ds(t, history)],
-                    errors=ref["replay_errors"].at[slot, pl.ds(t, history)],
-                    scalars=ref["replay_scalars"].at[slot, :, :, pl.ds(g * history, history)],
-                )
-
-            return lax.fori_loop(0, groups, group, state)
-
-        def rows_back(slot: Any, i: Any, c: Any, rows: range, carry: Any) -> Any:
-            """These rows of chunk i, chunk c of the segment.
-
-            Carries the state before the group at hand and the gradient of the state after it.
-            """
-
-            def inputs_of_replay(t: Any, row: Any, n: int) -> dict[str, Any]:
-                return {
-                    "k": ref["back_k"].at[slot, pl.ds(t, n)],
-                    "errors": ref["back_errors"].at[slot, pl.ds(t, n)],
-                    "scalars": ref["back_scalars"].at[slot, :, :, pl.ds(row, n)],
-                }
-
-            def walk_back(row: Any, first: Any, n: int, carry: Any) -> Any:
-                """n steps from step `first` on of the group in this row of the results."""
-                row = row + first
-                t = rows.start + row
-                return steps.walk_back(
-                    n,
-                    *carry,
-                    **inputs_of_replay(t, row, n),
-                    q=ref["back_q"].at[slot, pl.ds(t, n)],
-                    states=ref["states"].at[pl.ds(first, STEPS)],
-                    d_out=ref["back_d_out"].at[slot, pl.ds(t, n)],
-                    d_v=ref["d_v_rows"].at[pl.ds(row, n)],
-                    d_keys=ref["d_keys_rows"].at[:, pl.ds(row, n)],
-                    partial_scalars=ref["partial_scalars"].at[:, pl.ds(row, n)],
-                )
-
-            def group(g: Any, n: int, carry: Any) -> Any:
-                start, d = carry
-                row = g * history
-                t = rows.start + row
-                after = steps.replay(
-                    n,
-                    start.astype(jnp.float32),
-                    **inputs_of_replay(t, row, n),
-                    states=ref["states"].at[pl.ds(0, n)],
-                )
-                if replays:
-                    # Loaded a group ahead, as it comes from device memory.
-                    start = steps.load(state_before(0, jnp.maximum(c * n_groups + g - 1, 0)))
-                whole, left_over = divmod(n, STEPS)
-                carry = d, after
-                if left_over:
-                    carry = walk_back(row, whole * STEPS, left_over, carry)
-                carry = lax.fori_loop(
-                    0,
-                    whole,
-                    lambda j, carry: walk_back(row, (whole - 1 - j) * STEPS, STEPS, carry),
-                    carry,
-                )
-                return start, carry[0]
-
-            whole, left_over = divmod(len(rows), history)
-            if left_over:
-                carry = group(whole, left_over, carry)
-            return lax.fori_loop(
-                0, whole, lambda j, carry: group(whole - 1 - j, history, carry), carry
-            )
-
-        def chunk_back(n: Any, i: Any, c: Any, rows: range, carry: Any) -> Any:
-            slot = lax.rem(n, SLOTS)
-            back_stream.start(i - 1, 1 - slot)
-            back_stream.wait(slot)
-            wait_for_stores()
-            carry = rows_back(slot, i, c, rows, carry)
-            t = pl.ds(chunks.start(i) + rows.start, len(rows))
-            results = pl.ds(0, len(rows))
-            start_stores(
-                [
-                    (
-                        ref["d_keys_rows"].at[j, results],
-                        block.steps(ref[name].at[block.value_block], KEYS, t),
-                    )
-                    for j, name in enumerate(("d_q", "d_k"))
-                ]
-                + [(ref["d_v_rows"].at[results], block.steps(ref["d_v"], VALUES, t))],
-                group,
-                interpret,
-            )
-            of_chunk = block.value_block, block.b, block.head_block, i
-            steps.add_scalars(
-                partial_scalars=ref["partial_scalars"].at[:, results],
-                d_scalars=ref["d_scalars"].at[(*of_chunk, slice(None), results)],
-            )
-            return carry
-
-        def segment(s: Any, n: Any, d_state: Array, count: int, last_rows: range) -> Any:
-            """The gradient of segment s, of `count` chunks, of which the last has these rows.
-
-            n counts the chunks that came in each stream.
-            """
-            base = s * segment_chunks
-            n_replay, n_back = n
-            checkpoint = ref["checkpoints"].at[block.b, block.heads, s, block.values]
-            state = steps.load(checkpoint).astype(jnp.float32)
-
-            def replay_chunk(c: Any, carry: Any, rows: range, is_last: bool) -> Any:
-                n, state = carry
-                slot = lax.rem(n, SLOTS)
-                following = base - segment_chunks if is_last else base + c + 1
-                replay_stream.start(following, 1 - slot)
-                replay_stream.wait(slot)
-                state = replay(slot, c, rows, is_last, state)
-                synchronize(interpret)  # every warp has read the slot
-                return n + 1, state
-
-            def next_chunk_back(j: Any, carry: Any, rows: range) -> Any:
-                n, carry = carry
-                c = count - 1 - j
-                return n + 1, chunk_back(n, base + c, c, rows, carry)
-
-            if replays:
-                carry = lax.fori_loop(
-                    0,
-                    count - 1,
-                    lambda c, carry: replay_chunk(c, carry, range(size), False),
-                    (n_replay, state),
-                )
-                n_replay, state = replay_chunk(count - 1, carry, last_rows, True)
-            carry, first = (n_back, (state.astype(dtype), d_state)), 0
-            if len(last_rows) < size:
-                carry, first = next_chunk_back(0, carry, last_rows), 1
-            n_back, (_, d_state) = lax.fori_loop(
-                first, count, lambda j, carry: next_chunk_back(j, carry, range(size)), carry
-            )
-            return (n_replay, n_back), d_state
-
-        zero = jnp.int32(0)
-        n = zero, zero
-        n_segments = -(-chunks.count // segment_chunks)
-        last_start = (n_segments - 1) * segment_chunks
-        last_count = chunks.count - last_start
-        if replays:
-            replay_stream.start(jnp.int32(last_start), zero)
-        back_stream.start(jnp.int32(chunks.count - 1), zero)
-        d_state = steps.load(ref["d_final_state"].at[block.b, block.heads, block.values])
-        n_alike = n_segments
-        if chunks.whole < chunks.count or last_count < segment_chunks:
-            n_alike -= 1
-            last_rows = chunks.last_rows
-            n, d_state = segment(jnp.int32(n_alike), n, d_state, last_count, last_rows)
-        if n_alike:
-            _, d_state = lax.fori_loop(
-                0,
-                n_alike,
-                lambda j, c: segment(n_alike - 1 - j, c[0], c[1], segment_chunks, range(size)),
-                (n, d_state),
-            )
-        steps.store(ref["d_initial_state"].at[block.b, block.heads, block.values], d_state)
-        wait_for_stores()
+        way.go()
 
     results = run_blocks(
         body,
@@ -346,6 +145,240 @@ def backward(
     )
     results["d_scalars"] = _in_time(results["d_scalars"], chunks)
     return Gradients(**{name: results[name] for name in Gradients._fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class _WayBack:
+    """A block's way back in time: segments, of whole chunks, of groups of `history` steps.
+
+    "Rows" are steps of a chunk: all, or those of the last chunk that are to be worked on. `c` is
+    the number of a chunk in its segment.
+    """
+
+    ref: dict[str, Any]
+    index: Any
+    block: Block
+    chunks: Chunks
+    segment_chunks: int
+    history: int
+    steps: Steps
+    group: Any
+    interpret: Any
+
+    @property
+    def _dtype(self) -> Any:
+        return self.ref["states"].dtype
+
+    @property
+    def _groups(self) -> int:
+        """Of a chunk."""
+        return self.chunks.size // self.history
+
+    @property
+    def _replays_first(self) -> bool:
+        """To know the state before each group."""
+        return self.segment_chunks * self._groups > 1
+
+    def _stream(self, name: str, inputs: dict[str, tuple[int, ...]]) -> Stream:
+        ref = self.ref
+        return Stream(
+            self.block,
+            self.chunks,
+            [Input(ref[x], ref[f"{name}_{x}"], axes) for x, axes in inputs.items()],
+            ref[f"{name}_loaded"],
+            self.group,
+            self.interpret,
+        )
+
+    @property
+    def _replay_stream(self) -> Stream:
+        return self._stream("replay", {"k": KEYS, "errors": VALUES, "scalars": HEADS})
+
+    @property
+    def _back_stream(self) -> Stream:
+        axes = {"k": KEYS, "q": KEYS, "errors": VALUES, "d_out": VALUES, "scalars": HEADS}
+        return self._stream("back", axes)
+
+    def go(self) -> None:
+        ref, block, chunks = self.ref, self.block, self.chunks
+        zero = jnp.int32(0)
+        n = zero, zero
+        n_segments = -(-chunks.count // self.segment_chunks)
+        last_start = (n_segments - 1) * self.segment_chunks
+        last_count = chunks.count - last_start
+        if self._replays_first:
+            self._replay_stream.start(jnp.int32(last_start), zero)
+        self._back_stream.start(jnp.int32(chunks.count - 1), zero)
+        d_state = self.steps.load(ref["d_final_state"].at[block.b, block.heads, block.values])
+        n_alike = n_segments
+        if chunks.whole < chunks.count or last_count < self.segment_chunks:
+            n_alike -= 1
+            last_rows = chunks.last_rows
+            n, d_state = self._segment(jnp.int32(n_alike), n, d_state, last_count, last_rows)
+        if n_alike:
+            rows = range(chunks.size)
+            _, d_state = lax.fori_loop(
+                0,
+                n_alike,
+                lambda j, c: self._segment(n_alike - 1 - j, *c, self.segment_chunks, rows),
+                (n, d_state),
+            )
+        target = ref["d_initial_state"].at[block.b, block.heads, block.values]
+        self.steps.store(target, d_state)
+        wait_for_stores()
+
+    def _segment(self, s: Any, n: Any, d_state: Array, count: int, last_rows: range) -> Any:
+        """The gradient of segment s, of `count` chunks, of which the last has these rows.
+
+        n counts the chunks that came in each stream.
+        """
+        rows, block = range(self.chunks.size), self.block
+        base = s * self.segment_chunks
+        n_replay, n_back = n
+        checkpoint = self.ref["checkpoints"].at[block.b, block.heads, s, block.values]
+        state = self.steps.load(checkpoint).astype(jnp.float32)
+
+        def chunk_back(j: Any, carry: Any, rows: range) -> Any:
+            n, carry = carry
+            c = count - 1 - j
+            return n + 1, self._chunk_back(n, base + c, c, rows, carry)
+
+        if self._replays_first:
+            carry = lax.fori_loop(
+                0,
+                count - 1,
+                lambda c, carry: self._replay_chunk(c, base + c + 1, rows, carry),
+                (n_replay, state),
+            )
+            n_replay, state = self._replay_chunk(
+                count - 1, base - self.segment_chunks, last_rows, carry, is_last=True
+            )
+        carry, first = (n_back, (state.astype(self._dtype), d_state)), 0
+        if len(last_rows) < self.chunks.size:
+            carry, first = chunk_back(0, carry, last_rows), 1
+        n_back, (_, d_state) = lax.fori_loop(
+            first, count, lambda j, carry: chunk_back(j, carry, rows), carry
+        )
+        return (n_replay, n_back), d_state
+
+    def _state_before(self, c: Any, g: Any) -> Any:
+        """The state before group g of chunk c."""
+        return self.ref["replayed"].at[self.index, c * self._groups + g]
+
+    def _replay_chunk(
+        self, c: Any, following: Any, rows: range, carry: Any, is_last: bool = False
+    ) -> Any:
+        """Rows of chunk c, but not the last group of a segment; `following` is the next chunk that
+        is replayed, of all."""
+        n, state = carry
+        slot = lax.rem(n, SLOTS)
+        self._replay_stream.start(following, 1 - slot)
+        self._replay_stream.wait(slot)
+
+        def group(g: Any, state: Array) -> Array:
+            self.steps.store(self._state_before(c, g), state.astype(self._dtype))
+            t = rows.start + g * self.history
+            return self._replay("replay", slot, t, g * self.history, self.history, state)
+
+        state = lax.fori_loop(0, -(-len(rows) // self.history) - is_last, group, state)
+        synchronize(self.interpret)  # every warp has read the slot
+        return n + 1, state
+
+    def _inputs(self, stream: str, slot: Any, t: Any, row: Any, n: int) -> dict[str, Any]:
+        """What is replayed: n steps from t on of a chunk, whose scalars are from `row` on."""
+        ref = self.ref
+        return {
+            "k": ref[f"{stream}_k"].at[slot, pl.ds(t, n)],
+            "errors": ref[f"{stream}_errors"].at[slot, pl.ds(t, n)],
+            "scalars": ref[f"{stream}_scalars"].at[slot, :, :, pl.ds(row, n)],
+        }
+
+    def _replay(
+        self, stream: str, slot: Any, t: Any, row: Any, n: int, state: Array, **states: Any
+    ) -> Array:
+        return self.steps.replay(n, state, **self._inputs(stream, slot, t, row, n), **states)
+
+    def _chunk_back(self, n: Any, i: Any, c: Any, rows: range, carry: Any) -> Any:
+        """Rows of chunk i, chunk c of its segment.
+
+        Carries the state before the group at hand and the gradient of the state after it.
+        """
+        ref, block = self.ref, self.block
+        slot = lax.rem(n, SLOTS)
+        self._back_stream.start(i - 1, 1 - slot)
+        self._back_stream.wait(slot)
+        wait_for_stores()
+        whole, left_over = divmod(len(rows), self.history)
+        if left_over:
+            carry = self._group_back(slot, c, rows, whole, left_over, carry)
+        carry = lax.fori_loop(
+            0,
+            whole,
+            lambda j, carry: self._group_back(slot, c, rows, whole - 1 - j, self.history, carry),
+            carry,
+        )
+        t = pl.ds(self.chunks.start(i) + rows.start, len(rows))
+        results = pl.ds(0, len(rows))
+        d_q, d_k = (ref[name].at[block.value_block] for name in ("d_q", "d_k"))
+        stores = [
+            (ref["d_keys_rows"].at[0, results], block.steps(d_q, KEYS, t)),
+            (ref["d_keys_rows"].at[1, results], block.steps(d_k, KEYS, t)),
+            (ref["d_v_rows"].at[results], block.steps(ref["d_v"], VALUES, t)),
+        ]
+        start_stores(stores, self.group, self.interpret)
+        of_chunk = block.value_block, block.b, block.head_block, i
+        self.steps.add_scalars(
+            partial_scalars=ref["partial_scalars"].at[:, results],
+            d_scalars=ref["d_scalars"].at[(*of_chunk, slice(None), results)],
+        )
+        return carry
+
+    def _group_back(self, slot: Any, c: Any, rows: range, g: Any, n: int, carry: Any) -> Any:
+        """The n steps of group g of these rows."""
+        start, d = carry
+        row = g * self.history
+        after = self._replay(
+            "back",
+            slot,
+            rows.start + row,
+            row,
+            n,
+            start.astype(jnp.float32),
+            states=self.ref["states"].at[pl.ds(0, n)],
+        )
+        if self._replays_first:
+            # Loaded a group ahead, as it comes from device memory.
+            before = jnp.maximum(c * self._groups + g - 1, 0)
+            start = self.steps.load(self._state_before(0, before))
+        whole, left_over = divmod(n, STEPS)
+        carry = d, after
+        if left_over:
+            carry = self._walk_back(slot, rows, row, whole * STEPS, left_over, carry)
+        carry = lax.fori_loop(
+            0,
+            whole,
+            lambda j, carry: self._walk_back(
+                slot, rows, row, (whole - 1 - j) * STEPS, STEPS, carry
+            ),
+            carry,
+        )
+        return start, carry[0]
+
+    def _walk_back(self, slot: Any, rows: range, row: Any, first: Any, n: int, carry: Any) -> Any:
+        """n steps from step `first` on of the group in this row."""
+        ref, row = self.ref, row + first
+        t = rows.start + row
+        return self.steps.walk_back(
+            n,
+            *carry,
+            **self._inputs("back", slot, t, row, n),
+            q=ref["back_q"].at[slot, pl.ds(t, n)],
+            states=ref["states"].at[pl.ds(first, STEPS)],
+            d_out=ref["back_d_out"].at[slot, pl.ds(t, n)],
+            d_v=ref["d_v_rows"].at[pl.ds(row, n)],
+            d_keys=ref["d_keys_rows"].at[:, pl.ds(row, n)],
+            partial_scalars=ref["partial_scalars"].at[:, pl.ds(row, n)],
+        )
 
 
 def _in_time(d_scalars: Array, chunks: Chunks) -> Array:
