@@ -125,11 +125,11 @@ def backward(
         ),
     }
 
-    def body(index: Any, group: Any, ref: dict[str, Any]) -> None:
+    def body(index: Any, warpgroup: Any, ref: dict[str, Any]) -> None:
         block = Block.from_index(index, n_heads, n_values, heads, values)
         segment_chunks = checkpoint_every // size
         way = _WayBack(
-            ref, index, block, chunks, segment_chunks, geometry.history, steps, group, interpret
+            ref, index, block, chunks, segment_chunks, geometry.history, steps, warpgroup, interpret
         )
         way.go()
 
@@ -162,7 +162,7 @@ class _WayBack:
     segment_chunks: int
     history: int
     steps: Steps
-    group: Any
+    warpgroup: Any
     interpret: Any
 
     @property
@@ -186,7 +186,7 @@ class _WayBack:
             self.chunks,
             [Input(ref[x], ref[f"{name}_{x}"], axes) for x, axes in inputs.items()],
             ref[f"{name}_loaded"],
-            self.group,
+            self.warpgroup,
             self.interpret,
         )
 
@@ -220,7 +220,7 @@ class _WayBack:
             _, d_state = lax.fori_loop(
                 0,
                 n_alike,
-                lambda j, c: self._segment(n_alike - 1 - j, *c, self.segment_chunks, rows),
+                lambda j, carry: self._segment(n_alike - 1 - j, *carry, self.segment_chunks, rows),
                 (n, d_state),
             )
         target = ref["d_initial_state"].at[block.b, block.heads, block.values]
@@ -238,7 +238,7 @@ class _WayBack:
         checkpoint = self.ref["checkpoints"].at[block.b, block.heads, s, block.values]
         state = self.steps.load(checkpoint).astype(jnp.float32)
 
-        def chunk_back(j: Any, carry: Any, rows: range) -> Any:
+        def next_back(j: Any, carry: Any, rows: range) -> Any:
             n, carry = carry
             c = count - 1 - j
             return n + 1, self._chunk_back(n, base + c, c, rows, carry)
@@ -255,30 +255,32 @@ class _WayBack:
             )
         carry, first = (n_back, (state.astype(self._dtype), d_state)), 0
         if len(last_rows) < self.chunks.size:
-            carry, first = chunk_back(0, carry, last_rows), 1
+            carry, first = next_back(0, carry, last_rows), 1
         n_back, (_, d_state) = lax.fori_loop(
-            first, count, lambda j, carry: chunk_back(j, carry, rows), carry
+            first, count, lambda j, carry: next_back(j, carry, rows), carry
         )
         return (n_replay, n_back), d_state
 
-    def _state_before(self, c: Any, g: Any) -> Any:
-        """The state before group g of chunk c."""
-        return self.ref["replayed"].at[self.index, c * self._groups + g]
+    def _state_before(self, g: Any) -> Any:
+        """The state before group g of the segment."""
+        return self.ref["replayed"].at[self.index, g]
 
     def _replay_chunk(
         self, c: Any, following: Any, rows: range, carry: Any, is_last: bool = False
     ) -> Any:
-        """Rows of chunk c, but not the last group of a segment; `following` is the next chunk that
-        is replayed, of all."""
+        """Rows of chunk c; of the last one of a segment not the last group, as the state after it
+        is not wanted. `following` is the chunk to be replayed next, as a number of all chunks."""
         n, state = carry
         slot = lax.rem(n, SLOTS)
         self._replay_stream.start(following, 1 - slot)
         self._replay_stream.wait(slot)
 
         def group(g: Any, state: Array) -> Array:
-            self.steps.store(self._state_before(c, g), state.astype(self._dtype))
+            before = self._state_before(c * self._groups + g)
+            self.steps.store(before, state.astype(self._dtype))
             t = rows.start + g * self.history
-            return self._replay("replay", slot, t, g * self.history, self.history, state)
+            inputs = self._inputs("replay", slot, t, g * self.history, self.history)
+            return self.steps.replay(self.history, state, **inputs)
 
         state = lax.fori_loop(0, -(-len(rows) // self.history) - is_last, group, state)
         synchronize(self.interpret)  # every warp has read the slot
@@ -292,11 +294,6 @@ class _WayBack:
             "errors": ref[f"{stream}_errors"].at[slot, pl.ds(t, n)],
             "scalars": ref[f"{stream}_scalars"].at[slot, :, :, pl.ds(row, n)],
         }
-
-    def _replay(
-        self, stream: str, slot: Any, t: Any, row: Any, n: int, state: Array, **states: Any
-    ) -> Array:
-        return self.steps.replay(n, state, **self._inputs(stream, slot, t, row, n), **states)
 
     def _chunk_back(self, n: Any, i: Any, c: Any, rows: range, carry: Any) -> Any:
         """Rows of chunk i, chunk c of its segment.
@@ -325,7 +322,8 @@ class _WayBack:
             (ref["d_keys_rows"].at[1, results], block.steps(d_k, KEYS, t)),
             (ref["d_v_rows"].at[results], block.steps(ref["d_v"], VALUES, t)),
         ]
-        start_stores(stores, self.group, self.interpret)
+        start_stores(stores, self.warpgroup, self.interpret)
+        # After a barrier, that of `start_stores`; one of `wait_for_stores` is before what follows.
         of_chunk = block.value_block, block.b, block.head_block, i
         self.steps.add_scalars(
             partial_scalars=ref["partial_scalars"].at[:, results],
@@ -337,19 +335,16 @@ class _WayBack:
         """The n steps of group g of these rows."""
         start, d = carry
         row = g * self.history
-        after = self._replay(
-            "back",
-            slot,
-            rows.start + row,
-            row,
+        after = self.steps.replay(
             n,
             start.astype(jnp.float32),
+            **self._inputs("back", slot, rows.start + row, row, n),
             states=self.ref["states"].at[pl.ds(0, n)],
         )
         if self._replays_first:
             # Loaded a group ahead, as it comes from device memory.
-            before = jnp.maximum(c * self._groups + g - 1, 0)
-            start = self.steps.load(self._state_before(0, before))
+            previous = jnp.maximum(c * self._groups + g - 1, 0)
+            start = self.steps.load(self._state_before(previous))
         whole, left_over = divmod(n, STEPS)
         carry = d, after
         if left_over:

@@ -109,7 +109,7 @@ class Stream:
     chunks: Chunks
     inputs: Sequence[Input]
     loaded: Any  # barriers, each of which expects an arrival from each input
-    group: Any  # which warpgroup of its thread block this is
+    warpgroup: Any  # which one of its thread block this is
     interpret: Any
 
     def start(self, i: Any, slot: Any) -> None:
@@ -117,7 +117,7 @@ class Stream:
 
         @pl.when((i >= 0) & (i < self.chunks.count))
         def _() -> None:
-            by_one_warp(lambda: self._start(i, slot), self.group, self.interpret)
+            by_one_warp(lambda: self._start(i, slot), self.warpgroup, self.interpret)
 
     def _start(self, i: Any, slot: Any) -> None:
         for source, slots, axes in self.inputs:
@@ -133,10 +133,10 @@ class Stream:
         plgpu.barrier_wait(self._barrier(slot))
 
     def _barrier(self, slot: Any) -> Any:
-        return self.loaded.at[self.group * SLOTS + slot]
+        return self.loaded.at[self.warpgroup * SLOTS + slot]
 
 
-def by_one_warp(copies: Callable[[], None], group: Any, interpret: Any) -> None:
+def by_one_warp(copies: Callable[[], None], warpgroup: Any, interpret: Any) -> None:
     """Has one warp of a warpgroup start copies: the others would go through the same instructions
     for nothing. In neighbouring warpgroups it is another one, so that no scheduler has them all.
     """
@@ -146,7 +146,7 @@ def by_one_warp(copies: Callable[[], None], group: Any, interpret: Any) -> None:
 
     @plgpu.warp_map
     def _(warp: Any) -> None:
-        pl.when(warp == lax.rem(jnp.int32(group), jnp.int32(WARPS)))(copies)
+        pl.when(warp == lax.rem(jnp.int32(warpgroup), jnp.int32(WARPS)))(copies)
 
 
 def scalars_at_once(chunk: int) -> int:
@@ -163,7 +163,7 @@ def synchronize(interpret: Any) -> None:
         inline(lambda _: mgpu.utils.warpgroup_barrier())
 
 
-def start_stores(copies: Sequence[tuple[Any, Any]], group: Any, interpret: Any) -> None:
+def start_stores(copies: Sequence[tuple[Any, Any]], warpgroup: Any, interpret: Any) -> None:
     """Starts `(shared, device)` copies of what the block's warps have written.
 
     Waits for the warps: what any of them read before may be overwritten afterwards.
@@ -175,11 +175,14 @@ def start_stores(copies: Sequence[tuple[Any, Any]], group: Any, interpret: Any) 
             plgpu.copy_smem_to_gmem(source, target, commit_group=False)
         plgpu.commit_smem_to_gmem_group()
 
-    by_one_warp(start, group, interpret)
+    by_one_warp(start, warpgroup, interpret)
 
 
 def wait_for_stores(in_flight: int = 0) -> None:
-    """Waits until at most the latest `in_flight` calls of `start_stores` read shared memory."""
+    """Waits until at most the latest `in_flight` calls of `start_stores` read shared memory.
+
+    The warp that started the copies waits for them, the others at the barrier that Pallas adds.
+    """
     plgpu.wait_smem_to_gmem(in_flight, wait_read_only=True)
 
 
@@ -204,7 +207,7 @@ def run_blocks(
     approximate: bool,
     interpret: Any,
 ) -> dict[str, Any]:
-    """Runs `body(index, group, refs)` for each block, `warpgroups` of them side by side.
+    """Runs `body(index, warpgroup, refs)` for each block, `warpgroups` of them side by side.
 
     Blocks that share a thread block have nothing to do with each other, but are scheduled together:
     `warpgroups` caps the registers of a thread at 65536 / (128 warpgroups), and so says how many
@@ -224,15 +227,15 @@ def run_blocks(
 
     def one_thread(*refs: Any) -> None:
         ref = dict(zip([*inputs, *outputs, *scratch], refs, strict=True))
-        group = lax.axis_index("warpgroup") if warpgroups > 1 else 0
-        index = lax.axis_index("block") * warpgroups + group
+        warpgroup = lax.axis_index("warpgroup") if warpgroups > 1 else 0
+        index = lax.axis_index("block") * warpgroups + warpgroup
         for name, x in scratch.items():
             if not isinstance(x, plgpu.Barrier):
-                ref[name] = ref[name].at[group]
+                ref[name] = ref[name].at[warpgroup]
 
         @pl.when(index < n_blocks)
         def _() -> None:
-            body(index, group, ref)
+            body(index, warpgroup, ref)
 
     threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
     results = plgpu.kernel(

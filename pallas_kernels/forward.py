@@ -88,7 +88,7 @@ def forward(
     if keep_errors:
         outputs["errors"] = jax.ShapeDtypeStruct((batch, x.time, n_heads, n_values), jnp.float32)
 
-    def body(index: Any, group: Any, ref: dict[str, Any]) -> None:
+    def body(index: Any, warpgroup: Any, ref: dict[str, Any]) -> None:
         block = Block.from_index(index, n_heads, n_values, heads, values)
         stream = Stream(
             block,
@@ -100,7 +100,7 @@ def forward(
                 Input(ref["scalars"], ref["scalars_slots"], HEADS),
             ],
             ref["loaded"],
-            group,
+            warpgroup,
             interpret,
         )
 
@@ -158,7 +158,7 @@ def forward(
                     )
                     for name in names
                 ],
-                group,
+                warpgroup,
                 interpret,
             )
             return state

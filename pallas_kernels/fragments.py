@@ -15,7 +15,7 @@ lane holds its *own* column, 2c + (g & 1), as a sum over keys leaves it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pallas_kernels.layouts import THREADS, WARPS, tiled
@@ -63,8 +63,11 @@ class Fragments:
         half, _ = w.divide(self.g, 2)
         # The one lane of a column whose row of the second factor of a product meets it.
         gives_column = w.equal(half, self.c)
+        # A factor, where a selection would take one more instruction with a change of sign: what is
+        # not finite spreads to other columns.
         self._given = w.select(gives_column, w.number(1.0), w.number(0.0))
-        # Of a pair, and zero: the lane's column, if it gives it, in one half, and zero.
+        # Selectors that put the lane's column of a pair in the lower or the upper half and zero in
+        # the other; zero in both in lanes that do not give it.
         halves = [w.select(self.is_odd, *x) for x in ((0x7632, 0x7610), (0x3276, 0x1076))]
         self._halves = [w.select(gives_column, x, 0x7676) for x in halves]
         self._tiles = list(self._pairs_of_keys())
@@ -162,7 +165,7 @@ class Fragments:
             address = w.add(start, w.multiply(self.column(unit), 4))
             w.store(memory, address, [w.as_bits(x) for x in x])
 
-    def load_outputs(self, memory: Any, *index: Any) -> list[Any]:
+    def load_d_out(self, memory: Any, *index: Any) -> list[Any]:
         """`[unit]`: both columns of the lane, of a row `[..., heads, values]` of the dtype of
         inputs: a pair in bfloat16."""
         if self.exact:
@@ -239,31 +242,36 @@ class Fragments:
         if self.exact:
             return self._add_outer_exactly(state, k, columns)
         w = self.w
-        result = []
-        for unit, (x,) in zip(state, columns, strict=True):
-            given = w.fmultiply(x, self._given)
-            keys: list[Any] = [None] * self.n_keys
-            for i, j in self._tiles:
-                acc = w.multiply_add_tf32([*unit[i], *unit[j]], [k[i], k[j]], given)
-                keys[i], keys[j] = acc[:2], acc[2:]
-            result.append(keys)
-        return result
+        given = [w.fmultiply(x, self._given) for (x,) in columns]
 
-    def add_outer_of_outputs(self, state: Any, words: list[Any], outputs: list[Any]) -> Any:
-        """As `add_outer`, of keys as words of memory and what `load_outputs` returned."""
+        def add(u: int, i: int, j: int, acc: list[Any]) -> list[Any]:
+            return w.multiply_add_tf32(acc, [k[i], k[j]], given[u])
+
+        return self._add_products(state, add)
+
+    def add_outer_of_d_out(self, state: Any, words: list[Any], d_out: list[Any]) -> Any:
+        """As `add_outer`, of keys as words of memory and what `load_d_out` returned."""
         if self.exact:
-            return self._add_outer_exactly(state, self.wide_keys(words), outputs)
+            return self._add_outer_exactly(state, self.wide_keys(words), d_out)
         w = self.w
+        # A word has two keys: one meets the column, the other a zero.
+        given = [[w.bytes_of(pair, 0, half) for half in self._halves] for pair in d_out]
+
+        def add(u: int, i: int, j: int, acc: list[Any]) -> list[Any]:
+            low, high = words[i // 2], words[j // 2]
+            if j == i + 1:
+                high = w.bytes_of(high, high, 0x1032)
+            return w.multiply_add(acc, [low, high], given[u][i % 2])
+
+        return self._add_products(state, add)
+
+    def _add_products(self, state: Any, add: Callable[[int, int, int, list[Any]], Any]) -> Any:
+        """The state after `add` to each tile: the unit, two of the lane's keys, what they hold."""
         result = []
-        for unit, pair in zip(state, outputs, strict=True):
-            # A word has two keys: one meets the column, the other a zero.
-            given = [w.bytes_of(pair, 0, half) for half in self._halves]
+        for u, unit in enumerate(state):
             keys: list[Any] = [None] * self.n_keys
             for i, j in self._tiles:
-                a = [words[i // 2], words[j // 2]]
-                if j == i + 1:
-                    a[1] = w.bytes_of(a[1], a[1], 0x1032)
-                acc = w.multiply_add([*unit[i], *unit[j]], a, given[i % 2])
+                acc = add(u, i, j, [*unit[i], *unit[j]])
                 keys[i], keys[j] = acc[:2], acc[2:]
             result.append(keys)
         return result

@@ -1,8 +1,9 @@
 """The steps of the backward kernel, as programs for the lanes of a warpgroup.
 
 `replay` goes through steps again. As it is told their errors, `v - S^T k`, it needs no sum over
-keys. `walk_back` takes their gradient, last first. Each takes `Fragments`, the memory that it works
-on by name, and a state; `steps.py` says what they compute, and of what.
+keys. `walk_back` takes their gradient, last first. Both take `Fragments`, the memory that they work
+on by name, and a state. `add_scalars` ends what `walk_back` began. `steps.py` says what they
+compute, and of what.
 """
 
 import dataclasses
@@ -66,7 +67,7 @@ def replay(
     Returns the state after them, and writes those before to `states`, if there is such memory.
     """
     w = f.w
-    keep = "states" in at
+    stores_states = "states" in at
 
     def load(t: Any) -> Any:
         return f.load_keys(at["k"], t), f.load_columns(at["errors"], t)
@@ -75,13 +76,13 @@ def replay(
         keys, error = loaded
         scalars = _Scalars(f, kind, at["scalars"], t)
         loaded = load(w.minimum(w.add(t, 1), n - 1))
-        if keep:
+        if stores_states:
             f.store_words(at["states"], f.narrow(state), t)
         error = scalars.gated(error)
         state = f.add_outer(scalars.decayed(state), f.wide_keys(keys), error)
         return _activated(f, kind, state), loaded
 
-    if keep:
+    if stores_states:
         w.synchronize()  # all have read the sums that `walk_back` left there
     state, _ = _steps(w, n, unroll, step, state, load(0))
     return state
@@ -109,8 +110,8 @@ def walk_back(
     w = f.w
     sums = f.no_sums()
     scalars_of_steps: list[list[Any]] = [[None] * n for _ in range(1 + kind.has_write_gate)]
-    d_o = f.load_outputs(at["d_out"], n - 1)
-    d_after = f.add_outer_of_outputs(d_state, f.load_keys(at["q"], n - 1), d_o)
+    d_o = f.load_d_out(at["d_out"], n - 1)
+    d_after = f.add_outer_of_d_out(d_state, f.load_keys(at["q"], n - 1), d_o)
     if f.exact:
         sums = f.add_exact_sums(sums, n - 1, [(after, d_o)])
     else:
@@ -128,8 +129,8 @@ def walk_back(
         d_after = scalars.decayed(d_sum)
         d_o = None
         if t:
-            d_o = f.load_outputs(at["d_out"], t - 1)
-            d_after = f.add_outer_of_outputs(d_after, f.load_keys(at["q"], t - 1), d_o)
+            d_o = f.load_d_out(at["d_out"], t - 1)
+            d_after = f.add_outer_of_d_out(d_after, f.load_keys(at["q"], t - 1), d_o)
         d_after = f.add_outer(d_after, k, d_read)
         before = f.wide(words)
         correction = scalars.gated(f.load_both_columns(at["errors"], t))
@@ -179,7 +180,7 @@ def _add_over_lanes(f: Fragments, memory: Any, of_steps: list[list[Any]]) -> Non
     comes of it in rows `[..., WARPS, 4]`."""
     w = f.w
     _, step = w.divide(w.lane, STEPS)
-    group, _ = w.divide(w.lane, 8)
+    octet, _ = w.divide(w.lane, 8)
     first_bit, second_bit = (w.equal(w.bits_and(w.lane, bit), bit) for bit in (1, 2))
 
     def halved(takes_second: Any, a: Any, b: Any, distance: int) -> Any:
@@ -192,7 +193,7 @@ def _add_over_lanes(f: Fragments, memory: Any, of_steps: list[list[Any]]) -> Non
         x = [*x, *[w.number(0.0)] * (STEPS - n)]
         total = halved(second_bit, *(halved(first_bit, *x[j : j + 2], 1) for j in (0, 2)), 2)
         total = w.fadd(total, w.exchange(total, 4))
-        address = w.address(memory, i, step, w.warp, group)
+        address = w.address(memory, i, step, w.warp, octet)
 
         def store(address: Any = address, total: Any = total) -> None:
             w.store(memory, address, [w.as_bits(total)])
@@ -216,8 +217,7 @@ def add_scalars(f: Fragments, partial_scalars: Any, d_scalars: Any) -> None:
             address = w.address(partial_scalars, i, w.minimum(row, n - 1), warp)
             x = [w.as_float(bits) for bits in w.load(partial_scalars, address, 4)]
             total = w.fadd(w.fadd(x[0], x[1]), w.fadd(x[2], x[3]))
-            for distance in (d for d in (1, 2) if d < f.warps_per_head):
-                total = w.fadd(total, w.exchange(total, distance))
+            total = f.sum_over_lanes(total, *(d for d in (1, 2) if d < f.warps_per_head))
 
             def store(address: Any, total: Any = total) -> None:
                 w.when(w.equal(rest, 0), lambda: w.store(d_scalars, address, [w.as_bits(total)]))
@@ -265,7 +265,7 @@ def _add_over_warps(f: Fragments, at: Mapping[str, Any], sums: Any, n: int) -> N
                 w.when(w.less(t, n), lambda a=address, b=words: w.store(target, a, b))
 
     jobs = f.heads * len(sums)
-    # In neighbouring warpgroups other warps have more of them, so that no scheduler has.
+    # In neighbouring warpgroups other warps have more of them: a scheduler has one of each.
     turn = w.multiply(w.warpgroup, WARPS // 2)
     _, start = w.divide(w.add(w.warp, turn), WARPS)
     for i in range(0, jobs, WARPS):

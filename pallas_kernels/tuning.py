@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+
 from pallas_kernels import backward, forward
 from pallas_kernels.blocks import MAX_SHARED_BYTES, round_up, shared_bytes
 from pallas_kernels.geometry import KEYS_MULTIPLE, Geometry, column_multiple
@@ -15,8 +17,9 @@ from pallas_kernels.geometry import KEYS_MULTIPLE, Geometry, column_multiple
 MAX_HELD_AT_ONCE = 5
 """Most warpgroups that are put side by side to be held by one multiprocessor together."""
 MANY = 8
-"""Warpgroups per multiprocessor from which fewer and larger ones are faster: the loads of k and q
-are shared by more columns, and there are enough to hide latency behind each other."""
+"""Warpgroups per multiprocessor from which fewer and larger ones are faster, in the forward kernel
+always: the loads of k and q are shared by more columns, and there are enough to hide latency behind
+each other."""
 LARGEST_STATE = 4096
 """Most elements of state of a warpgroup that is made larger: 32 in a lane."""
 MOST_SCALARS = 3
@@ -80,8 +83,8 @@ def backward_geometry(
     block = _block(heads, n_value)
     per_sm = _warpgroups(batch, heads, n_value, block) / n_sms
     held = _held_at_once(per_sm)
-    if per_sm >= MANY and 16 < n_state <= 32:
-        block, held = _larger(block, heads, n_value, columns=64), 4
+    if per_sm >= MANY and block == (1, 32) and heads % 2 == 0 and _may_be_larger(n_state, dtype):
+        block, held = (2, 32), 4
     cuts = [(16, 8), (8, 8), (16, 4), (8, 4)]
     if per_sm <= 1:
         # One warpgroup has a multiprocessor to itself: nothing to save shared memory for.
@@ -96,6 +99,11 @@ def backward_geometry(
         return backward_shared_bytes(geometry, n_state, dtype, n_scalars, has_write_gate)
 
     return _first_that_fits(candidates, needed)
+
+
+def _may_be_larger(n_state: int, dtype: Any) -> bool:
+    """Where backward warpgroups of two heads were faster; with 16 keys they were slower."""
+    return 16 < n_state <= 32 and dtype == jnp.bfloat16
 
 
 def _padded_columns(heads: int, n_value: int, block: tuple[int, int]) -> int:

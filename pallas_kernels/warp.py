@@ -119,9 +119,6 @@ class Warp:
     def fadd(self, x: Any, y: Any) -> Any:
         return arith.addf(x, y)
 
-    def fsub(self, x: Any, y: Any) -> Any:
-        return arith.subf(x, y)
-
     def fmultiply(self, x: Any, y: Any) -> Any:
         return arith.mulf(x, y)
 

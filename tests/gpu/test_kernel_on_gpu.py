@@ -137,6 +137,7 @@ GEOMETRIES = {
     "parts, 5 warpgroups": ((2, 131, 4, 64, 64), Geometry(1, 32, 8, 1, 4, 5)),
     "parts, 2 warpgroups": ((2, 131, 2, 128, 128), Geometry(1, 32, 8, 2, 4, 2)),
     "2 heads": ((2, 131, 4, 48, 48), Geometry(2, 16, 16, 4, 4)),
+    "2 heads, 2 units of columns": ((2, 131, 4, 32, 32), Geometry(2, 32, 8, 8, 8, 4)),
     "4 heads": ((2, 70, 6, 16, 8), Geometry(4, 8, 16, 2, 8)),
     "2 units of columns": ((2, 131, 2, 64, 64), Geometry(1, 64, 16, 2, 8)),
     "one group between checkpoints": ((2, 99, 2, 32, 32), Geometry(2, 32, 32, 2, 32)),

@@ -154,4 +154,5 @@ def backward(
     # Two partial sums, as blocks of columns give; of padding, whatever is in memory.
     d_scalars = jnp.moveaxis(d_steps[3], 0, 3)[:, :, : 1 + x.has_write_gate]
     d_q, d_k, d_scalars = (jnp.stack([d / 4, 3 * d / 4]) for d in (d_q, d_k, d_scalars))
+    d_q, d_k = (d.astype(x.q.dtype) for d in (d_q, d_k))
     return Gradients(d_q, d_k, d_v.astype(x.q.dtype), d_scalars, d_state)

@@ -182,6 +182,8 @@ def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int) -> Arrays:
         actual[f"before step {first}"] = from_lanes(after)
         stop = first
     actual["d_state"] = from_lanes(d)
+    # The next steps are kept where the sums of these were.
+    replay(f, kind, of_replay | {"states": states[:n]}, state, n, unroll)
     w.synchronize()
     add_scalars(f, partial_scalars[:, :n], d_scalars[:, :n])
     assert w.tanhs == (set() if kind.linear_state else {dtype != jnp.float32})
@@ -232,7 +234,7 @@ def test_options(flags: tuple[bool, bool, bool], dtype: Any) -> None:
 @over_dtypes
 @pytest.mark.parametrize(
     ("n", "unroll"),
-    [(1, 1), (2, 2), (3, 1), (4, 4), (4, 2), (8, 4), (8, 8), (15, 1)],
+    [(1, 1), (2, 2), (3, 1), (4, 4), (4, 2), (8, 4), (8, 8), (15, 1), (40, 8)],
 )
 def test_numbers_of_steps(n: int, unroll: int, dtype: Any) -> None:
     check(n, (2, 16, 48), EVERY_OPTION, dtype, unroll)

@@ -48,15 +48,25 @@ def test_as_many_warpgroups_as_a_multiprocessor_has_work_for() -> None:
     assert [side_by_side(batch) for batch in (1, 2, 5, 7, 40)] == [1, 2, 5, 5, 2]
 
 
-def test_backward_warpgroups_of_many_small_states_have_twice_the_columns() -> None:
-    def block(heads: int, n_state: int) -> tuple[int, int]:
-        geometry = backward_geometry(8, heads, n_state, n_state, H100_SMS, jnp.bfloat16)
-        return geometry.heads, geometry.values
-
-    assert block(72, 32) == (1, 32)
-    assert block(384, 32) == (2, 32)
-    assert block(383, 32) == (1, 32), "a head more"
-    assert block(384, 64) == (1, 32)
+@pytest.mark.parametrize(
+    ("batch", "heads", "size", "dtype", "geometry"),
+    [
+        (8, 72, 32, jnp.bfloat16, Geometry(1, 32, 16, 8, 8, 5)),
+        (8, 384, 32, jnp.bfloat16, Geometry(2, 32, 8, 8, 8, 4)),
+        (8, 383, 32, jnp.bfloat16, Geometry(1, 32, 16, 8, 8, 5)),
+        (8, 384, 32, jnp.float32, Geometry(1, 32, 8, 4, 4, 5)),
+        (1, 72, 32, jnp.bfloat16, Geometry(1, 32, 32, 8, 32, 1)),
+        (8, 40, 64, jnp.bfloat16, Geometry(1, 32, 16, 4, 4, 5)),
+        (4, 16, 128, jnp.bfloat16, Geometry(1, 32, 16, 8, 8, 2)),
+        (8, 48, 48, jnp.bfloat16, Geometry(2, 16, 8, 8, 8, 5)),
+        (8, 288, 16, jnp.bfloat16, Geometry(2, 16, 16, 8, 8, 5)),
+    ],
+)
+def test_backward_geometries_that_were_measured(
+    batch: int, heads: int, size: int, dtype: Any, geometry: Geometry
+) -> None:
+    sizes = batch, heads, size, size, H100_SMS, dtype
+    assert backward_geometry(*sizes, n_scalars=1, has_write_gate=False) == geometry
 
 
 def test_larger_warpgroups_hold_no_more_than_their_registers_do() -> None:

@@ -116,9 +116,6 @@ class WarpInNumpy:
     def fadd(self, x: Lanes, y: Lanes) -> Lanes:
         return self._float(x) + self._float(y)
 
-    def fsub(self, x: Lanes, y: Lanes) -> Lanes:
-        return self._float(x) - self._float(y)
-
     def fmultiply(self, x: Lanes, y: Lanes) -> Lanes:
         return self._float(x) * self._float(y)
 
