@@ -220,7 +220,9 @@ class _WayBack:
             _, d_state = lax.fori_loop(
                 0,
                 n_alike,
-                lambda j, carry: self._segment(n_alike - 1 - j, *carry, self.segment_chunks, rows),
+                lambda j, carry: self._segment(
+                    n_alike - 1 - j, carry[0], carry[1], self.segment_chunks, rows
+                ),
                 (n, d_state),
             )
         target = ref["d_initial_state"].at[block.b, block.heads, block.values]

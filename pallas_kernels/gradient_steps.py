@@ -191,7 +191,8 @@ def _add_over_lanes(f: Fragments, memory: Any, of_steps: list[list[Any]]) -> Non
     for i, x in enumerate(of_steps):
         n = len(x)
         x = [*x, *[w.number(0.0)] * (STEPS - n)]
-        total = halved(second_bit, *(halved(first_bit, *x[j : j + 2], 1) for j in (0, 2)), 2)
+        halves = [halved(first_bit, x[j], x[j + 1], 1) for j in (0, 2)]
+        total = halved(second_bit, halves[0], halves[1], 2)
         total = w.fadd(total, w.exchange(total, 4))
         address = w.address(memory, i, step, w.warp, octet)
 

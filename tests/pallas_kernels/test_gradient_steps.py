@@ -18,7 +18,7 @@ from pallas_kernels.blocks import round_up
 from pallas_kernels.fragments import STEPS, Fragments, fragment_layout
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.gradient_steps import StepKind, add_scalars, replay, walk_back
-from pallas_kernels.warp import Warp
+from pallas_kernels.warp import Warp, _Address
 
 Arrays = dict[str, np.ndarray]
 EVERY_OPTION = StepKind(has_write_gate=True, has_keep=True, linear_state=False)
@@ -26,9 +26,10 @@ EVERY_OPTION = StepKind(has_write_gate=True, has_keep=True, linear_state=False)
 EXACT = 2e-5
 TF32 = 1e-3
 """Of what is computed in float32 from products of tf32, which cut 2^-10 off at most."""
-BFLOAT16 = 4e-3
-"""Of what is rounded to bfloat16 itself, or summed from what is."""
-
+BFLOAT16 = 2.6e-3
+"""Of what is rounded to bfloat16 itself, or summed over columns from what is."""
+D_DECAY = 4e-3
+"""Of a sum over a whole state of terms that cancel, from states in bfloat16."""
 
 over_dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
@@ -212,7 +213,9 @@ def check(
     def bound(name: str) -> float:
         if dtype == jnp.float32:
             return EXACT
-        return TF32 if name in ("state", "d_state", "d_write_gate") else BFLOAT16
+        if name in ("state", "d_state", "d_write_gate"):
+            return TF32
+        return D_DECAY if name == "d_decay" else BFLOAT16
 
     wrong = {name: x for name, x in ratios.items() if not x < bound(name)}
     assert not wrong, f"differ by so much: {wrong}; of {ratios}"
@@ -245,3 +248,15 @@ def test_the_warp_in_numpy_is_called_as_the_real_one() -> None:
         if not name.startswith("_"):
             own, real = (inspect.signature(m) for m in (getattr(WarpInNumpy, name), method))
             assert list(own.parameters) == list(real.parameters), name
+
+
+def test_addresses_keep_their_constants_apart() -> None:
+    """In NumPy addresses are numbers, so that no other test sees these."""
+    w = object.__new__(Warp)
+    row: Any = SimpleNamespace(strides=[64, 4])
+    address = w.address(row, 2, 3)
+    assert (address.dynamic, address.constant) == (0, 140)
+    for total in (w.add(address, 16), w.add(16, address)):
+        assert (total.dynamic, total.constant) == (0, 156)
+    both = w.add(w.add(_Address(5, 8), 1), _Address(3, 2))
+    assert (both.dynamic, both.constant) == (8, 11)
