@@ -155,12 +155,15 @@ def scalars_at_once(chunk: int) -> int:
 
 
 def synchronize(interpret: Any) -> None:
-    """Waits for the warps of the block, and sees what they wrote.
+    """Waits for the warps of the block: what they read before may be overwritten by a copy.
 
-    The interpreter knows no warps: only a GPU shows where one of these is missing.
+    The interpreter knows no warps, but orders copies by the commits before them: only a GPU shows
+    where one of these is missing.
     """
     if interpret is None:
         inline(lambda _: mgpu.utils.warpgroup_barrier())
+    else:
+        plgpu.commit_smem()
 
 
 def start_stores(copies: Sequence[tuple[Any, Any]], warpgroup: Any, interpret: Any) -> None:
