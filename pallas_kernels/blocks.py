@@ -157,8 +157,7 @@ def scalars_at_once(chunk: int) -> int:
 def synchronize(interpret: Any) -> None:
     """Waits for the warps of the block: what they read before may be overwritten by a copy.
 
-    The interpreter knows no warps, but orders copies by the commits before them: only a GPU shows
-    where one of these is missing.
+    The interpreter knows no warps: there it orders the copy after the reads.
     """
     if interpret is None:
         inline(lambda _: mgpu.utils.warpgroup_barrier())

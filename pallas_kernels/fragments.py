@@ -144,6 +144,10 @@ class Fragments:
         """`[unit][column]`: as `load_columns` if exact."""
         return self._load_columns(memory, True, *index)
 
+    def own_columns(self, both: list[list[Any]]) -> list[list[Any]]:
+        """What `load_columns` returns, of what `load_both_columns` returned."""
+        return both if self.exact else [[self.w.select(self.is_odd, b, a)] for a, b in both]
+
     def _load_columns(self, memory: Any, both: bool, *index: Any) -> list[list[Any]]:
         w = self.w
         start = w.address(memory, *index, self.head)

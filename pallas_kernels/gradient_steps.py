@@ -133,7 +133,8 @@ def walk_back(
             d_after = f.add_outer_of_d_out(d_after, f.load_keys(at["q"], t - 1), d_o)
         d_after = f.add_outer(d_after, k, d_read)
         before = f.wide(words)
-        correction = scalars.gated(f.load_both_columns(at["errors"], t))
+        errors = f.load_both_columns(at["errors"], t)
+        correction = scalars.gated(errors)
         if f.exact:
             if d_o is not None:
                 sums = f.add_exact_sums(sums, t - 1, [(before, d_o)])
@@ -153,8 +154,7 @@ def walk_back(
             sums = f.add_wide_sums(sums, d_sum, of_d_sum)
         scalars_of_steps[0][t] = f.dot(d_sum, before)
         if kind.has_write_gate:
-            error = f.load_columns(at["errors"], t)
-            scalars_of_steps[1][t] = f.lane_sums_of(d_correction, error)
+            scalars_of_steps[1][t] = f.lane_sums_of(d_correction, f.own_columns(errors))
         after = before
     _add_over_lanes(f, at["partial_scalars"], scalars_of_steps)
     _add_over_warps(f, at, sums, n)
