@@ -1,9 +1,7 @@
 """The backward kernel: each block replays its columns and carries their gradient back in time.
 
-Segments, of the steps between two checkpoints, go by from last to first. In each, the steps are
-first replayed in order, to leave the state before each group of `history` steps in device memory (a
-few states per head, whatever T is). Then, from last to first, a group is replayed again with every
-state kept in shared memory, and walked back.
+Groups of steps go by from last to first. Each is replayed from the state before it, which `forward`
+kept, with every state kept in shared memory, and then walked back.
 """
 
 import dataclasses
@@ -24,11 +22,10 @@ from pallas_kernels.blocks import (
     run_blocks,
     scalars_at_once,
     start_stores,
-    synchronize,
     wait_for_stores,
 )
 from pallas_kernels.fragments import STEPS
-from pallas_kernels.geometry import Geometry
+from pallas_kernels.geometry import GROUP, Geometry
 from pallas_kernels.gradient_steps import StepKind
 from pallas_kernels.layouts import HEADS, KEYS, VALUES, WARPS
 from pallas_kernels.operands import Operands
@@ -56,20 +53,14 @@ def scratch(
     """The shared memory of a warpgroup, by name."""
     heads, values, chunk = geometry.heads, geometry.values, geometry.chunk
     keys_slots = plgpu.SMEM((SLOTS, chunk, heads, keys), dtype)
-    errors_slots = plgpu.SMEM((SLOTS, chunk, heads, values), jnp.float32)
-    scalars_slots = plgpu.SMEM((SLOTS, heads, n_scalars, scalars_at_once(chunk)), jnp.float32)
     return {
-        "replay_k": keys_slots,
-        "replay_errors": errors_slots,
-        "replay_scalars": scalars_slots,
-        "replay_loaded": plgpu.Barrier(num_arrivals=3),
-        "back_k": keys_slots,
-        "back_q": keys_slots,
-        "back_errors": errors_slots,
-        "back_d_out": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
-        "back_scalars": scalars_slots,
-        "back_loaded": plgpu.Barrier(num_arrivals=5),
-        "states": plgpu.SMEM((geometry.history, heads, values, keys), dtype),
+        "k_slots": keys_slots,
+        "q_slots": keys_slots,
+        "errors_slots": plgpu.SMEM((SLOTS, chunk, heads, values), jnp.float32),
+        "d_out_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
+        "scalars_slots": plgpu.SMEM((SLOTS, heads, n_scalars, scalars_at_once(chunk)), jnp.float32),
+        "loaded": plgpu.Barrier(num_arrivals=5),
+        "states": plgpu.SMEM((GROUP, heads, values, keys), dtype),
         "d_keys_rows": plgpu.SMEM((2, chunk, heads, keys), dtype),  # of q and of k
         "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
         "partial_scalars": plgpu.SMEM((1 + has_write_gate, chunk, WARPS, 4), jnp.float32),
@@ -82,25 +73,22 @@ def backward(
     d_final_state: Array,
     checkpoints: Array,
     geometry: Geometry,
-    checkpoint_every: int,
     *,
     linear_state: bool,
     interpret: Any = None,
 ) -> Gradients:
-    """The gradients of `forward`, from its checkpoints; one is every so many steps.
+    """The gradients of `forward`, from its checkpoints, one before each group of steps.
 
     `x.v` holds the errors that `forward` kept.
     """
-    batch, _, n_heads, keys = x.q.shape
-    n_values = x.v.shape[-1]
+    batch, _, n_heads, n_state = x.q.shape
+    sizes = geometry.padded(n_heads, d_out.shape[-1], n_state)
     dtype = x.q.dtype
     exact = dtype != jnp.bfloat16
-    heads, values, size = geometry.heads, geometry.values, geometry.chunk
-    value_blocks = n_values // values
-    n_blocks = batch * (n_heads // heads) * value_blocks
-    chunks = Chunks(x.time, size)
+    value_blocks, head_blocks = sizes.values // geometry.values, sizes.heads // geometry.heads
+    chunks = Chunks(x.time, geometry.chunk)
     kind = StepKind(x.has_write_gate, x.has_keep, linear_state)
-    steps = Steps(kind, geometry, keys, exact, interpret is not None)
+    steps = Steps(kind, geometry, sizes.keys, exact, interpret is not None)
 
     inputs = {
         "q": x.q,
@@ -111,34 +99,26 @@ def backward(
         "d_final_state": d_final_state,
         "checkpoints": checkpoints,
     }
-    d_keys = jax.ShapeDtypeStruct((value_blocks, batch, x.time, n_heads, keys), dtype)
-    d_scalars = value_blocks, batch, n_heads // heads, chunks.count, 1 + x.has_write_gate
+    d_keys = jax.ShapeDtypeStruct((value_blocks, batch, x.time, sizes.heads, sizes.keys), dtype)
+    d_scalars = value_blocks, batch, head_blocks, chunks.count, 1 + x.has_write_gate
     outputs = {
         "d_q": d_keys,
         "d_k": d_keys,
-        "d_v": jax.ShapeDtypeStruct((batch, x.time, n_heads, n_values), dtype),
-        "d_scalars": jax.ShapeDtypeStruct((*d_scalars, size, heads), jnp.float32),
-        "d_initial_state": jax.ShapeDtypeStruct((batch, n_heads, n_values, keys), jnp.float32),
-        # The state before each group of a segment: not a result.
-        "replayed": jax.ShapeDtypeStruct(
-            (n_blocks, checkpoint_every // geometry.history, heads, values, keys), dtype
-        ),
+        "d_v": jax.ShapeDtypeStruct((batch, x.time, sizes.heads, sizes.values), dtype),
+        "d_scalars": jax.ShapeDtypeStruct((*d_scalars, chunks.size, geometry.heads), jnp.float32),
+        "d_initial_state": jax.ShapeDtypeStruct((batch, *sizes), jnp.float32),
     }
 
     def body(index: Any, warpgroup: Any, ref: dict[str, Any]) -> None:
-        block = Block.from_index(index, n_heads, n_values, heads, values)
-        segment_chunks = checkpoint_every // size
-        way = _WayBack(
-            ref, index, block, chunks, segment_chunks, geometry.history, steps, warpgroup, interpret
-        )
-        way.go()
+        block = Block.from_index(index, sizes, geometry)
+        _WayBack(ref, block, chunks, steps, warpgroup, interpret).go()
 
     results = run_blocks(
         body,
-        n_blocks,
+        batch * geometry.blocks(sizes),
         inputs,
         outputs,
-        scratch(geometry, keys, x.scalars.shape[2], x.has_write_gate, dtype),
+        scratch(geometry, sizes.keys, x.scalars.shape[2], x.has_write_gate, dtype),
         warpgroups=geometry.warpgroups,
         approximate=not exact,
         interpret=interpret,
@@ -149,171 +129,73 @@ def backward(
 
 @dataclasses.dataclass(frozen=True)
 class _WayBack:
-    """A block's way back in time: segments, of whole chunks, of groups of `history` steps.
+    """A block's way back in time: chunks, of groups of steps.
 
-    "Rows" are steps of a chunk: all, or those of the last chunk that are to be worked on. `c` is
-    the number of a chunk in its segment.
+    "Rows" are steps of a chunk: all, or those of the last chunk that are to be worked on.
     """
 
     ref: dict[str, Any]
-    index: Any
     block: Block
     chunks: Chunks
-    segment_chunks: int
-    history: int
     steps: Steps
     warpgroup: Any
     interpret: Any
 
     @property
-    def _dtype(self) -> Any:
-        return self.ref["states"].dtype
-
-    @property
-    def _groups(self) -> int:
-        """Of a chunk."""
-        return self.chunks.size // self.history
-
-    @property
-    def _replays_first(self) -> bool:
-        """To know the state before each group."""
-        return self.segment_chunks * self._groups > 1
-
-    def _stream(self, name: str, inputs: dict[str, tuple[int, ...]]) -> Stream:
+    def _stream(self) -> Stream:
+        axes = {"k": KEYS, "q": KEYS, "errors": VALUES, "d_out": VALUES, "scalars": HEADS}
         ref = self.ref
         return Stream(
             self.block,
             self.chunks,
-            [Input(ref[x], ref[f"{name}_{x}"], axes) for x, axes in inputs.items()],
-            ref[f"{name}_loaded"],
+            [Input(ref[x], ref[f"{x}_slots"], of) for x, of in axes.items()],
+            ref["loaded"],
             self.warpgroup,
             self.interpret,
         )
 
-    @property
-    def _replay_stream(self) -> Stream:
-        return self._stream("replay", {"k": KEYS, "errors": VALUES, "scalars": HEADS})
-
-    @property
-    def _back_stream(self) -> Stream:
-        axes = {"k": KEYS, "q": KEYS, "errors": VALUES, "d_out": VALUES, "scalars": HEADS}
-        return self._stream("back", axes)
+    def _state_before(self, group: Any) -> Array:
+        """The state before this group of all, as it is kept."""
+        of_block = self.block.b, self.block.heads, group, self.block.values
+        return self.steps.load(self.ref["checkpoints"].at[of_block])
 
     def go(self) -> None:
         ref, block, chunks = self.ref, self.block, self.chunks
-        zero = jnp.int32(0)
-        n = zero, zero
-        n_segments = -(-chunks.count // self.segment_chunks)
-        last_start = (n_segments - 1) * self.segment_chunks
-        last_count = chunks.count - last_start
-        if self._replays_first:
-            self._replay_stream.start(jnp.int32(last_start), zero)
-        self._back_stream.start(jnp.int32(chunks.count - 1), zero)
+        last = chunks.count - 1
+        self._stream.start(jnp.int32(last), jnp.int32(0))
+        before = self._state_before(jnp.int32((chunks.time - 1) // GROUP))
         d_state = self.steps.load(ref["d_final_state"].at[block.b, block.heads, block.values])
-        n_alike = n_segments
-        if chunks.whole < chunks.count or last_count < self.segment_chunks:
-            n_alike -= 1
-            last_rows = chunks.last_rows
-            n, d_state = self._segment(jnp.int32(n_alike), n, d_state, last_count, last_rows)
-        if n_alike:
-            rows = range(chunks.size)
-            _, d_state = lax.fori_loop(
-                0,
-                n_alike,
-                lambda j, carry: self._segment(
-                    n_alike - 1 - j, carry[0], carry[1], self.segment_chunks, rows
-                ),
-                (n, d_state),
-            )
+        carry, first = (before, d_state), 0
+        if chunks.whole < chunks.count:
+            carry, first = self._chunk(0, last, chunks.last_rows, carry), 1
+        rows = range(chunks.size)
+        _, d_state = lax.fori_loop(
+            first,
+            chunks.count,
+            lambda n, carry: self._chunk(n, last - n, rows, carry),
+            carry,
+        )
         target = ref["d_initial_state"].at[block.b, block.heads, block.values]
         self.steps.store(target, d_state)
         wait_for_stores()
 
-    def _segment(self, s: Any, n: Any, d_state: Array, count: int, last_rows: range) -> Any:
-        """The gradient of segment s, of `count` chunks, of which the last has these rows.
-
-        n counts the chunks that came in each stream.
-        """
-        rows, block = range(self.chunks.size), self.block
-        base = s * self.segment_chunks
-        n_replay, n_back = n
-        checkpoint = self.ref["checkpoints"].at[block.b, block.heads, s, block.values]
-        state = self.steps.load(checkpoint).astype(jnp.float32)
-
-        def next_back(j: Any, carry: Any, rows: range) -> Any:
-            n, carry = carry
-            c = count - 1 - j
-            return n + 1, self._chunk_back(n, base + c, c, rows, carry)
-
-        if self._replays_first:
-            carry = lax.fori_loop(
-                0,
-                count - 1,
-                lambda c, carry: self._replay_chunk(c, base + c + 1, rows, carry),
-                (n_replay, state),
-            )
-            n_replay, state = self._replay_chunk(
-                count - 1, base - self.segment_chunks, last_rows, carry, is_last=True
-            )
-        carry, first = (n_back, (state.astype(self._dtype), d_state)), 0
-        if len(last_rows) < self.chunks.size:
-            carry, first = next_back(0, carry, last_rows), 1
-        n_back, (_, d_state) = lax.fori_loop(
-            first, count, lambda j, carry: next_back(j, carry, rows), carry
-        )
-        return (n_replay, n_back), d_state
-
-    def _state_before(self, g: Any) -> Any:
-        """The state before group g of the segment."""
-        return self.ref["replayed"].at[self.index, g]
-
-    def _replay_chunk(
-        self, c: Any, following: Any, rows: range, carry: Any, is_last: bool = False
-    ) -> Any:
-        """Rows of chunk c; of the last one of a segment not the last group, as the state after it
-        is not wanted. `following` is the chunk to be replayed next, as a number of all chunks."""
-        n, state = carry
-        slot = lax.rem(n, SLOTS)
-        self._replay_stream.start(following, 1 - slot)
-        self._replay_stream.wait(slot)
-
-        def group(g: Any, state: Array) -> Array:
-            before = self._state_before(c * self._groups + g)
-            self.steps.store(before, state.astype(self._dtype))
-            t = rows.start + g * self.history
-            inputs = self._inputs("replay", slot, t, g * self.history, self.history)
-            return self.steps.replay(self.history, state, **inputs)
-
-        state = lax.fori_loop(0, -(-len(rows) // self.history) - is_last, group, state)
-        synchronize(self.interpret)  # every warp has read the slot
-        return n + 1, state
-
-    def _inputs(self, stream: str, slot: Any, t: Any, row: Any, n: int) -> dict[str, Any]:
-        """What is replayed: n steps from t on of a chunk, whose scalars are from `row` on."""
-        ref = self.ref
-        return {
-            "k": ref[f"{stream}_k"].at[slot, pl.ds(t, n)],
-            "errors": ref[f"{stream}_errors"].at[slot, pl.ds(t, n)],
-            "scalars": ref[f"{stream}_scalars"].at[slot, :, :, pl.ds(row, n)],
-        }
-
-    def _chunk_back(self, n: Any, i: Any, c: Any, rows: range, carry: Any) -> Any:
-        """Rows of chunk i, chunk c of its segment.
+    def _chunk(self, n: Any, i: Any, rows: range, carry: Any) -> Any:
+        """Rows of chunk i, after n others.
 
         Carries the state before the group at hand and the gradient of the state after it.
         """
-        ref, block = self.ref, self.block
-        slot = lax.rem(n, SLOTS)
-        self._back_stream.start(i - 1, 1 - slot)
-        self._back_stream.wait(slot)
+        ref, block, i = self.ref, self.block, jnp.int32(i)
+        slot = lax.rem(jnp.int32(n), SLOTS)
+        self._stream.start(i - 1, 1 - slot)
+        self._stream.wait(slot)
         wait_for_stores()
-        whole, left_over = divmod(len(rows), self.history)
+        whole, left_over = divmod(len(rows), GROUP)
         if left_over:
-            carry = self._group_back(slot, c, rows, whole, left_over, carry)
+            carry = self._group(slot, i, rows, whole, left_over, carry)
         carry = lax.fori_loop(
             0,
             whole,
-            lambda j, carry: self._group_back(slot, c, rows, whole - 1 - j, self.history, carry),
+            lambda j, carry: self._group(slot, i, rows, whole - 1 - j, GROUP, carry),
             carry,
         )
         t = pl.ds(self.chunks.start(i) + rows.start, len(rows))
@@ -333,20 +215,27 @@ class _WayBack:
         )
         return carry
 
-    def _group_back(self, slot: Any, c: Any, rows: range, g: Any, n: int, carry: Any) -> Any:
-        """The n steps of group g of these rows."""
-        start, d = carry
-        row = g * self.history
+    def _inputs(self, slot: Any, t: Any, row: Any, n: int) -> dict[str, Any]:
+        """What is replayed: n steps from t on of a chunk, whose scalars are from `row` on."""
+        ref = self.ref
+        return {
+            "k": ref["k_slots"].at[slot, pl.ds(t, n)],
+            "errors": ref["errors_slots"].at[slot, pl.ds(t, n)],
+            "scalars": ref["scalars_slots"].at[slot, :, :, pl.ds(row, n)],
+        }
+
+    def _group(self, slot: Any, i: Any, rows: range, g: Any, n: int, carry: Any) -> Any:
+        """The n steps of group g of these rows of chunk i."""
+        before, d = carry
+        row = g * GROUP
         after = self.steps.replay(
             n,
-            start.astype(jnp.float32),
-            **self._inputs("back", slot, rows.start + row, row, n),
+            before.astype(jnp.float32),
+            **self._inputs(slot, rows.start + row, row, n),
             states=self.ref["states"].at[pl.ds(0, n)],
         )
-        if self._replays_first:
-            # Loaded a group ahead, as it comes from device memory.
-            previous = jnp.maximum(c * self._groups + g - 1, 0)
-            start = self.steps.load(self._state_before(previous))
+        # Loaded a group ahead, as it comes from device memory.
+        before = self._state_before(jnp.maximum(i * (self.chunks.size // GROUP) + g - 1, 0))
         whole, left_over = divmod(n, STEPS)
         carry = d, after
         if left_over:
@@ -359,7 +248,7 @@ class _WayBack:
             ),
             carry,
         )
-        return start, carry[0]
+        return before, carry[0]
 
     def _walk_back(self, slot: Any, rows: range, row: Any, first: Any, n: int, carry: Any) -> Any:
         """n steps from step `first` on of the group in this row."""
@@ -368,10 +257,10 @@ class _WayBack:
         return self.steps.walk_back(
             n,
             *carry,
-            **self._inputs("back", slot, t, row, n),
-            q=ref["back_q"].at[slot, pl.ds(t, n)],
+            **self._inputs(slot, t, row, n),
+            q=ref["q_slots"].at[slot, pl.ds(t, n)],
             states=ref["states"].at[pl.ds(first, STEPS)],
-            d_out=ref["back_d_out"].at[slot, pl.ds(t, n)],
+            d_out=ref["d_out_slots"].at[slot, pl.ds(t, n)],
             d_v=ref["d_v_rows"].at[pl.ds(row, n)],
             d_keys=ref["d_keys_rows"].at[:, pl.ds(row, n)],
             partial_scalars=ref["partial_scalars"].at[:, pl.ds(row, n)],

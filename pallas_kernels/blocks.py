@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.layouts import HEADS, KEYS, WARPS, inline
+from pallas_kernels.geometry import Geometry, Sizes, round_up
+from pallas_kernels.layouts import HEADS, KEYS, WARPS
 
 SLOTS = 2
 MAX_SHARED_BYTES = 232_448 - 1024
@@ -30,35 +30,30 @@ class Block(NamedTuple):
     b: Any
     heads: Any
     values: Any
+    keys: Any
     head_block: Any
     value_block: Any
 
     @classmethod
-    def from_index(
-        cls, index: Any, n_heads: int, n_values: int, heads: int, values: int
-    ) -> "Block":
-        """Block `index` of `B * (n_heads / heads) * (n_values / values)`, columns fastest."""
-        index, value_block = _divmod(index, n_values // values)
-        b, head_block = _divmod(index, n_heads // heads)
-        own_heads = pl.ds(head_block * heads, heads)
-        own_values = pl.ds(value_block * values, values)
-        return cls(b, own_heads, own_values, head_block, value_block)
+    def from_index(cls, index: Any, sizes: Sizes, geometry: Geometry) -> "Block":
+        """Block `index` of those of all rows, columns fastest."""
+        index, value_block = _divmod(index, sizes.values // geometry.values)
+        b, head_block = _divmod(index, sizes.heads // geometry.heads)
+        heads = pl.ds(head_block * geometry.heads, geometry.heads)
+        values = pl.ds(value_block * geometry.values, geometry.values)
+        return cls(b, heads, values, pl.ds(0, sizes.keys), head_block, value_block)
 
     def steps(self, ref: Any, axes: tuple[int, ...], t: Any) -> Any:
         """Steps t of an array `[B, T, H, ...]`, or `[B, H, scalars, T]` for HEADS."""
         if axes == HEADS:
             return ref.at[self.b, self.heads, :, t]
         if axes == KEYS:
-            return ref.at[self.b, t, self.heads]
+            return ref.at[self.b, t, self.heads, self.keys]
         return ref.at[self.b, t, self.heads, self.values]
 
 
 def _divmod(x: Any, y: int) -> tuple[Any, Any]:
     return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))
-
-
-def round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,17 +147,6 @@ def by_one_warp(copies: Callable[[], None], warpgroup: Any, interpret: Any) -> N
 def scalars_at_once(chunk: int) -> int:
     """Steps of scalars that one copy brings: a copy is a multiple of 128 bytes."""
     return round_up(chunk, 128 // 4)
-
-
-def synchronize(interpret: Any) -> None:
-    """Waits for the warps of the block: what they read before may be overwritten by a copy.
-
-    The interpreter knows no warps: there it orders the copy after the reads.
-    """
-    if interpret is None:
-        inline(lambda _: mgpu.utils.warpgroup_barrier())
-    else:
-        plgpu.commit_smem()
 
 
 def start_stores(copies: Sequence[tuple[Any, Any]], warpgroup: Any, interpret: Any) -> None:

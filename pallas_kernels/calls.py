@@ -22,16 +22,13 @@ from pallas_kernels import tuning
 from pallas_kernels.backward import backward
 from pallas_kernels.forward import Kept, forward
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.operands import Inputs, cut, prepare, prepare_states, prepare_values
-
-_CHECKPOINT_MULTIPLE = 16
-"""Steps between checkpoints are a multiple of it, whatever the geometry: all shards of a program
-must agree on where they are."""
+from pallas_kernels.operands import Inputs, cut, prepare, prepare_states, prepare_values, resized
 
 # The names of the axes of what the calls take and give.
 INPUTS: Any = Inputs._make(["b t h n", "b t h n", "b t h v", "b t h", "b t h", "b t"])
 STATE = "b h n v"
-KEPT: Any = Kept._make(["b h c v n", INPUTS.v])
+# States as the kernels have them, padding and all: to cut them and pad them again takes time.
+KEPT: Any = Kept._make(["b h checkpoints values keys", "b t h values"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +40,9 @@ class Options:
     """
 
     linear_state: bool
-    checkpoint_every: int
     forward_geometry: Geometry | None
     backward_geometry: Geometry | None
     interpret: Any
-
-    @property
-    def chunk_multiple(self) -> int:
-        """What the chunks of both kernels divide."""
-        given = [x.chunk for x in (self.forward_geometry, self.backward_geometry) if x]
-        return math.lcm(_CHECKPOINT_MULTIPLE, *given)
 
 
 def _geometry(choose: Callable[..., Geometry], x: Inputs, *options: Any) -> Geometry:
@@ -64,24 +54,26 @@ def _geometry(choose: Callable[..., Geometry], x: Inputs, *options: Any) -> Geom
 
 @functools.cache
 def forward_call(
-    options: Options, keep_checkpoints: bool, keep_errors: bool
+    options: Options, checkpoint_every: int | None, keep_errors: bool
 ) -> Callable[[Inputs, Array | None], tuple[Array, Array, Any]]:
     """From inputs and the initial state to `out`, the final state, and what is kept, if it is.
 
-    Checkpoint i, in v's dtype, is the state before step `i * checkpoint_every`.
+    Checkpoint i, in v's dtype, is the state before step `i * checkpoint_every`, a multiple of
+    `GROUP`.
     """
 
     def call(x: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
         geometry = options.forward_geometry or _geometry(tuning.forward_geometry, x)
-        if keep_checkpoints:
-            geometry = geometry.for_checkpoints(options.checkpoint_every)
+        if checkpoint_every is not None and checkpoint_every % geometry.chunk:
+            chunk = math.gcd(geometry.chunk, checkpoint_every)
+            geometry = dataclasses.replace(geometry, chunk=chunk)
         if initial_state is not None:
             initial_state = prepare_states(jnp.swapaxes(initial_state, 2, 3), geometry)
         out, final_state, kept = forward(
-            prepare(x, geometry),
+            prepare(x, geometry, options.interpret),
             initial_state,
             geometry,
-            options.checkpoint_every if keep_checkpoints else None,
+            checkpoint_every,
             keep_errors,
             linear_state=options.linear_state,
             interpret=options.interpret,
@@ -89,10 +81,8 @@ def forward_call(
         _, time, heads, n_state = x.q.shape
         n_value = x.v.shape[-1]
         if kept is not None:
-            kept = Kept(
-                cut(kept.checkpoints[:, :heads], n_value, n_state),
-                None if kept.errors is None else cut(kept.errors, time, heads, n_value),
-            )
+            errors = None if kept.errors is None else kept.errors[:, :, :heads]
+            kept = Kept(kept.checkpoints[:, :heads], errors)
         return (
             cut(out, time, heads, n_value),
             jnp.swapaxes(cut(final_state, heads, n_value, n_state), 2, 3),
@@ -101,7 +91,7 @@ def forward_call(
 
     def results(x: Inputs, _: Any) -> Any:
         kept = KEPT if keep_errors else KEPT._replace(errors=None)
-        return x.v, STATE, kept if keep_checkpoints else None
+        return x.v, STATE, None if checkpoint_every is None else kept
 
     return _over_rows(call, (INPUTS, STATE), results, options.interpret is None)
 
@@ -111,28 +101,30 @@ def backward_call(
     options: Options,
 ) -> Callable[[Inputs, Array, Array, Array], tuple[Inputs, Array]]:
     """From inputs, checkpoints and the gradients of `out` and the final state to the gradients of
-    the inputs and of the initial state. In place of v the inputs have the errors that were kept."""
+    the inputs and of the initial state. Checkpoints are `GROUP` steps apart, and in place of v the
+    inputs have the errors that were kept."""
 
     def call(
         x: Inputs, checkpoints: Array, d_out: Array, d_final_state: Array
     ) -> tuple[Inputs, Array]:
         has_write_gate, has_starts = x.write_gate is not None, x.starts is not None
         geometry = options.backward_geometry or _geometry(
-            tuning.backward_geometry, x, 1 + has_write_gate + has_starts, has_write_gate
+            tuning.backward_geometry,
+            x._replace(v=d_out),
+            1 + has_write_gate + has_starts,
+            has_write_gate,
         )
-        geometry = geometry.for_checkpoints(options.checkpoint_every)
         d = backward(
-            prepare(x, geometry),
-            prepare_values(d_out, geometry),
+            prepare(x, geometry, options.interpret),
+            prepare_values(d_out, geometry, options.interpret),
             prepare_states(jnp.swapaxes(d_final_state, 2, 3), geometry),
             prepare_states(checkpoints, geometry),
             geometry,
-            options.checkpoint_every,
             linear_state=options.linear_state,
             interpret=options.interpret,
         )
         _, time, heads, n_state = x.q.shape
-        n_value = x.v.shape[-1]
+        n_value = d_out.shape[-1]
 
         def total(parts: Array) -> Array:
             return jnp.sum(parts, axis=0, dtype=jnp.float32)
@@ -154,9 +146,9 @@ def backward_call(
         return d_inputs, jnp.swapaxes(cut(d.d_initial_state, heads, n_value, n_state), 2, 3)
 
     def results(x: Inputs, *_: Any) -> Any:
-        return x._replace(starts=None), STATE
+        return x._replace(v=INPUTS.v, starts=None), STATE
 
-    arguments = INPUTS, KEPT.checkpoints, INPUTS.v, STATE
+    arguments = INPUTS._replace(v=KEPT.errors), KEPT.checkpoints, INPUTS.v, STATE
     return _over_rows(call, arguments, results, options.interpret is None)
 
 
@@ -216,7 +208,7 @@ def _partitioned(
         )
         result_axes = results(*argument_axes)
 
-        def partition(mesh: Any, shapes: Any, _: Any) -> Any:
+        def partition(mesh: Any, shapes: Any, result_shapes: Any) -> Any:
             q = shapes[0].q.sharding.spec
             spec = dict(zip(INPUTS.q.split(), q, strict=True))
             sharded = {name: spec[name] for name in ("b", "h")}
@@ -224,7 +216,15 @@ def _partitioned(
             def shardings(axes: Any) -> Any:
                 return jax.tree.map(functools.partial(_sharding, mesh, sharded), axes)
 
-            return mesh, call, shardings(result_axes), shardings(argument_axes)
+            def fitted(x: Array, whole: Any, axes: str) -> Array:
+                # A shard's blocks may pad otherwise.
+                sizes = zip(axes.split(), x.shape, whole.shape, strict=True)
+                return resized(x, tuple(own if a in sharded else all_ for a, own, all_ in sizes))
+
+            def of_shard(*arrays: Any) -> Any:
+                return jax.tree.map(fitted, call(*arrays), result_shapes, result_axes)
+
+            return mesh, of_shard, shardings(result_axes), shardings(argument_axes)
 
         function = custom_partitioning(call)
         function.def_partition(

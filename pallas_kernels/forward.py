@@ -60,36 +60,39 @@ def forward(
     linear_state: bool,
     interpret: Any = None,
 ) -> tuple[Array, Array, Kept | None]:
-    """Returns out `[B, T, H, V]`, the final state `[B, H, V, N]` and what is kept, if wanted.
+    """Returns out `[B, T, H, V]`, the final state `[B, H, V, N]` and what is kept, if wanted, all
+    with the padding of whole blocks.
 
-    Checkpoint i is the state before step `i * checkpoint_every`, a multiple of a chunk, in v's
-    dtype.
+    Checkpoint i is the state before step `i * checkpoint_every`, in v's dtype. Of the steps between
+    two and of a chunk, one is a multiple of the other.
     """
-    batch, _, n_heads, keys = x.q.shape
-    n_values = x.v.shape[-1]
+    batch, _, n_heads, n_state = x.q.shape
+    sizes = geometry.padded(n_heads, x.v.shape[-1], n_state)
     dtype = x.v.dtype
-    heads, values = geometry.heads, geometry.values
     chunks = Chunks(x.time, geometry.chunk)
-    registers = geometry.registers(keys, dtype, interpret is not None)
+    # Steps between the places where there may be a checkpoint.
+    size = min(checkpoint_every or geometry.chunk, geometry.chunk)
+    registers = geometry.registers(sizes.keys, dtype, interpret is not None)
     n_scalars = x.scalars.shape[2]
 
     inputs = {"q": x.q, "k": x.k, "v": x.v, "scalars": x.scalars}
     if initial_state is not None:
         inputs["initial_state"] = initial_state
+    columns = batch, x.time, sizes.heads, sizes.values
     outputs = {
-        "out": jax.ShapeDtypeStruct((batch, x.time, n_heads, n_values), dtype),
-        "final_state": jax.ShapeDtypeStruct((batch, n_heads, n_values, keys), jnp.float32),
+        "out": jax.ShapeDtypeStruct(columns, dtype),
+        "final_state": jax.ShapeDtypeStruct((batch, *sizes), jnp.float32),
     }
     if checkpoint_every is not None:
         n_checkpoints = -(-x.time // checkpoint_every)
         outputs["checkpoints"] = jax.ShapeDtypeStruct(
-            (batch, n_heads, n_checkpoints, n_values, keys), dtype
+            (batch, sizes.heads, n_checkpoints, sizes.values, sizes.keys), dtype
         )
     if keep_errors:
-        outputs["errors"] = jax.ShapeDtypeStruct((batch, x.time, n_heads, n_values), jnp.float32)
+        outputs["errors"] = jax.ShapeDtypeStruct(columns, jnp.float32)
 
     def body(index: Any, warpgroup: Any, ref: dict[str, Any]) -> None:
-        block = Block.from_index(index, n_heads, n_values, heads, values)
+        block = Block.from_index(index, sizes, geometry)
         stream = Stream(
             block,
             chunks,
@@ -104,19 +107,21 @@ def forward(
             interpret,
         )
 
+        def keep(i: Any, state: Array) -> None:
+            """The state before step `i * size`, if there is a checkpoint."""
+            if checkpoint_every is None:
+                return
+            apart = checkpoint_every // size
+
+            @pl.when(lax.rem(i, apart) == 0)
+            def _() -> None:
+                of_block = block.b, block.heads, lax.div(i, apart), block.values
+                registers.store(ref["checkpoints"].at[of_block], state, STATE)
+
         def chunk(i: Any, state: Array, rows: range = range(chunks.size)) -> Array:
             """These rows of chunk i."""
             slot = lax.rem(i, SLOTS)
             stream.start(i + 1, 1 - slot)
-            if checkpoint_every is not None:
-                chunks_per_checkpoint = checkpoint_every // chunks.size
-
-                @pl.when(lax.rem(i, chunks_per_checkpoint) == 0)
-                def _() -> None:
-                    checkpoint = lax.div(i, chunks_per_checkpoint)
-                    target = ref["checkpoints"].at[block.b, block.heads, checkpoint, block.values]
-                    registers.store(target, state, STATE)
-
             k, v, scalars = (ref[name].at[slot] for name in ("k_slots", "v_slots", "scalars_slots"))
 
             def load(t: Any) -> cell.Step:
@@ -141,13 +146,21 @@ def forward(
             wait_for_stores(SLOTS - 1)
             inputs = load(rows.start)
             (read,) = cell.read(registers, state, inputs.k)
-            state, _, _ = lax.fori_loop(
-                rows.start,
-                rows.stop,
-                step,
-                (state, read, inputs),
-                unroll=geometry.unroll_of(len(rows)),
-            )
+            carry = state, read, inputs
+            whole, left_over = divmod(len(rows), size)
+
+            def group(g: Any, carry: Any, n: int = size) -> Any:
+                """n steps from a checkpoint on, if there are any."""
+                keep(i * (chunks.size // size) + g, carry[0])
+                first, unroll = rows.start + g * size, geometry.unroll_of(n)
+                return lax.fori_loop(
+                    0, n, lambda j, carry: step(first + j, carry), carry, unroll=unroll
+                )
+
+            carry = lax.fori_loop(0, whole, group, carry)
+            if left_over:
+                carry = group(whole, carry, left_over)
+            state = carry[0]
             t = pl.ds(chunks.start(i) + rows.start, len(rows))
             names = ("out", "errors") if keep_errors else ("out",)
             start_stores(
@@ -177,10 +190,10 @@ def forward(
 
     results = run_blocks(
         body,
-        batch * (n_heads // heads) * (n_values // values),
+        batch * geometry.blocks(sizes),
         inputs,
         outputs,
-        scratch(geometry, keys, n_scalars, dtype, keep_errors),
+        scratch(geometry, sizes.keys, n_scalars, dtype, keep_errors),
         warpgroups=geometry.warpgroups,
         approximate=dtype == jnp.bfloat16,
         interpret=interpret,

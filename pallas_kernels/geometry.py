@@ -1,19 +1,30 @@
 """Block geometry: how a kernel cuts up the work, as data."""
 
 import dataclasses
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.fragments import STEPS
 from pallas_kernels.layouts import COLUMN_LANES, WARPS, Registers
 
 KEYS_MULTIPLE = 16
 """What a kernel's N is a multiple of."""
-CHUNK_MULTIPLE = 8
-"""What a chunk is a multiple of: copies to shared memory are multiples of 128 bytes."""
+GROUP = 8
+"""Steps that the backward kernel replays at once, from the state that was kept before them. A chunk
+has whole groups; copies to shared memory are multiples of 128 bytes, so 8 steps or more."""
 MAX_WARPGROUPS = 8
+
+
+def round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+class Sizes(NamedTuple):
+    """Of a state in the kernels, padding and all."""
+
+    heads: int
+    values: int
+    keys: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +37,6 @@ class Geometry:
         chunk: steps that are copied to shared memory at once, a multiple of 8.
         unroll: steps forward, and replayed, that are written out in a row where it divides their
             number.
-        history: steps whose states the backward kernel keeps at once: a multiple of 4 that divides
-            `chunk`.
         warpgroups: warpgroups of a thread block. They are independent, but a thread block of w of
             them may use 65,536 / (128 w) registers per thread: w caps the registers, and so says
             how many warpgroups a multiprocessor holds.
@@ -37,7 +46,6 @@ class Geometry:
     values: int
     chunk: int
     unroll: int = 4
-    history: int = 4
     warpgroups: int = 1
 
     def __post_init__(self) -> None:
@@ -49,13 +57,8 @@ class Geometry:
                 f"a warpgroup of {self.heads} heads has a multiple of {multiple} columns of each, "
                 f"got {self.values}."
             )
-        if self.chunk < 1 or self.chunk % CHUNK_MULTIPLE:
-            raise ValueError(f"a chunk has a multiple of {CHUNK_MULTIPLE} steps, got {self.chunk}.")
-        if self.history < 1 or self.chunk % self.history or self.history % STEPS:
-            raise ValueError(
-                f"history must be a multiple of {STEPS} steps that divides a chunk of "
-                f"{self.chunk}, got {self.history}."
-            )
+        if self.chunk < 1 or self.chunk % GROUP:
+            raise ValueError(f"a chunk has a multiple of {GROUP} steps, got {self.chunk}.")
         if self.unroll < 1:
             raise ValueError(f"unroll must be at least 1 step, got {self.unroll}.")
         if not 1 <= self.warpgroups <= MAX_WARPGROUPS:
@@ -66,13 +69,20 @@ class Geometry:
     def registers(self, keys: int, dtype: Any, interpret: bool) -> Registers:
         return Registers(self.heads, self.values, keys, jnp.dtype(dtype).itemsize, interpret)
 
+    def padded(self, heads: int, n_value: int, n_state: int) -> Sizes:
+        """The sizes that whole blocks have together."""
+        return Sizes(
+            round_up(heads, self.heads),
+            round_up(n_value, self.values),
+            round_up(n_state, KEYS_MULTIPLE),
+        )
+
+    def blocks(self, sizes: Sizes) -> int:
+        """Of a row of the batch."""
+        return (sizes.heads // self.heads) * (sizes.values // self.values)
+
     def unroll_of(self, steps: int) -> int:
         return self.unroll if steps % self.unroll == 0 else 1
-
-    def for_checkpoints(self, checkpoint_every: int) -> "Geometry":
-        """With chunks that divide the steps between two checkpoints, a multiple of 8."""
-        chunk = math.gcd(self.chunk, checkpoint_every)
-        return dataclasses.replace(self, chunk=chunk, history=math.gcd(self.history, chunk))
 
 
 def column_multiple(heads: int) -> int:

@@ -64,10 +64,9 @@ def replay(
 ) -> Any:
     """n steps from `state`, `unroll` of them, which divides n, written out in a row.
 
-    Returns the state after them, and writes those before to `states`, if there is such memory.
+    Returns the state after them, and writes those before to `states`.
     """
     w = f.w
-    stores_states = "states" in at
 
     def load(t: Any) -> Any:
         return f.load_keys(at["k"], t), f.load_columns(at["errors"], t)
@@ -76,14 +75,12 @@ def replay(
         keys, error = loaded
         scalars = _Scalars(f, kind, at["scalars"], t)
         loaded = load(w.minimum(w.add(t, 1), n - 1))
-        if stores_states:
-            f.store_words(at["states"], f.narrow(state), t)
+        f.store_words(at["states"], f.narrow(state), t)
         error = scalars.gated(error)
         state = f.add_outer(scalars.decayed(state), f.wide_keys(keys), error)
         return _activated(f, kind, state), loaded
 
-    if stores_states:
-        w.synchronize()  # all have read the sums that `walk_back` left there
+    w.synchronize()  # all have read the sums that `walk_back` left there
     state, _ = _steps(w, n, unroll, step, state, load(0))
     return state
 

@@ -1,7 +1,7 @@
-"""What the kernels read and write: the op's arrays, padded and laid out for bulk copies.
+"""What the kernels read and write: the op's arrays, laid out for bulk copies.
 
 Zero heads, keys and columns are exact. Zero steps are not: a kernel skips those past the time that
-it is told.
+it is told. Past the end of an array the copy engine reads zeros, so that most need no padding.
 """
 
 from typing import Any, NamedTuple
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import round_up, scalars_at_once
+from pallas_kernels.blocks import scalars_at_once
 from pallas_kernels.cell import Step
-from pallas_kernels.geometry import KEYS_MULTIPLE, Geometry
+from pallas_kernels.geometry import KEYS_MULTIPLE, Geometry, round_up
 from pallas_kernels.layouts import HEADS, KEYS, VALUES, Registers
 
 
@@ -30,7 +30,7 @@ class Operands(NamedTuple):
     q: Array  # [B, T, H, N]
     k: Array  # [B, T, H, N]
     v: Array  # [B, T, H, V]; for the backward kernel the errors, float32
-    scalars: Array  # [B, H, S, T] float32: decay, then the write gate and keep where given
+    scalars: Array  # [B, H, S, T] float32: decay, then the write gate and keep where given; padded
     has_write_gate: bool
     has_keep: bool
     time: int  # steps; the arrays may have more, which the kernels skip
@@ -45,14 +45,17 @@ def _padded(x: Array, *multiples: int) -> Array:
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
-def _pad_columns(x: Array, multiple: int, geometry: Geometry) -> Array:
-    """`[B, T, H, columns]` with at least a chunk of steps."""
+def _columns(x: Array, multiple: int, geometry: Geometry, interpret: Any) -> Array:
+    """`[B, T, H, columns]` for bulk copies of whole blocks."""
+    if interpret is None:
+        # Rows must begin at 16 bytes; past the end of any axis zeros are read.
+        return _padded(x, 1, 1, 1, 16 // x.dtype.itemsize)
     short = x.shape[1] < geometry.chunk
     return _padded(x, 1, geometry.chunk if short else 1, geometry.heads, multiple)
 
 
-def prepare(x: Inputs, geometry: Geometry) -> Operands:
-    """The kernels' operands; copies only where a size is not what the geometry needs."""
+def prepare(x: Inputs, geometry: Geometry, interpret: Any) -> Operands:
+    """The kernels' operands; q, k and v are copied only where they cannot be read as they are."""
     time = x.q.shape[1]
     decay, keep = x.decay, None
     if x.starts is not None:
@@ -65,9 +68,9 @@ def prepare(x: Inputs, geometry: Geometry) -> Operands:
     ends = round_up(time, geometry.chunk) + scalars_at_once(geometry.chunk)
     scalars = jnp.pad(scalars, ((0, 0), (0, 0), (0, 0), (0, ends - time)))
     return Operands(
-        _pad_columns(x.q, KEYS_MULTIPLE, geometry),
-        _pad_columns(x.k, KEYS_MULTIPLE, geometry),
-        prepare_values(x.v, geometry),
+        _columns(x.q, KEYS_MULTIPLE, geometry, interpret),
+        _columns(x.k, KEYS_MULTIPLE, geometry, interpret),
+        prepare_values(x.v, geometry, interpret),
         scalars,
         has_write_gate=x.write_gate is not None,
         has_keep=keep is not None,
@@ -75,13 +78,13 @@ def prepare(x: Inputs, geometry: Geometry) -> Operands:
     )
 
 
-def prepare_values(x: Array, geometry: Geometry) -> Array:
+def prepare_values(x: Array, geometry: Geometry, interpret: Any) -> Array:
     """v, the errors or the gradient of out, `[B, T, H, V]`, for the kernels."""
-    return _pad_columns(x, geometry.values, geometry)
+    return _columns(x, geometry.values, geometry, interpret)
 
 
 def prepare_states(states: Array, geometry: Geometry) -> Array:
-    """States `[B, H, ..., V, N]` for the kernels."""
+    """States `[B, H, ..., V, N]` for the kernels, which read them without the copy engine."""
     between = (1,) * (states.ndim - 4)
     return _padded(states, 1, geometry.heads, *between, geometry.values, KEYS_MULTIPLE)
 
@@ -89,6 +92,12 @@ def prepare_states(states: Array, geometry: Geometry) -> Array:
 def cut(x: Array, *sizes: int) -> Array:
     """x without its padding: the first so many of its last axes."""
     return x[(..., *(slice(size) for size in sizes))]
+
+
+def resized(x: Array, shape: tuple[int, ...]) -> Array:
+    """x, cut or with zeros after it, so that it has this shape."""
+    x = x[tuple(slice(size) for size in shape)]
+    return jnp.pad(x, [(0, size - own) for size, own in zip(shape, x.shape, strict=True)])
 
 
 def load_step(

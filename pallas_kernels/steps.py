@@ -56,8 +56,7 @@ class Steps:
             k: `[n, heads, keys]`.
             scalars: `[heads, scalars, n]`.
             errors: `[n, heads, values]` float32.
-            states: the states before each step, written, in an order of their own; left out where
-                they are not wanted.
+            states: the states before each step, written, in an order of their own.
         """
         if self.interpret:
             return _replay_in_jax(self.kind, state, **refs)
@@ -164,7 +163,7 @@ def _after(kind: StepKind, state: Array, decay: Array, k: Array, correction: Arr
 
 
 def _replay_in_jax(
-    kind: StepKind, state: Array, *, k: Any, scalars: Any, errors: Any, states: Any = None
+    kind: StepKind, state: Array, *, k: Any, scalars: Any, errors: Any, states: Any
 ) -> Array:
     def step(state: Array, x: Any) -> Any:
         k, error, (decay, gate, _) = x
@@ -173,8 +172,7 @@ def _replay_in_jax(
 
     x = k[...].astype(jnp.float32), errors[...], _per_step(kind, scalars[...])
     after, rows = lax.scan(step, state, x)
-    if states is not None:
-        states[...] = rows.astype(states.dtype)
+    states[...] = rows.astype(states.dtype)
     return after
 
 

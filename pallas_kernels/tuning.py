@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels import backward, forward
-from pallas_kernels.blocks import MAX_SHARED_BYTES, round_up, shared_bytes
-from pallas_kernels.geometry import KEYS_MULTIPLE, Geometry, column_multiple
+from pallas_kernels.blocks import MAX_SHARED_BYTES, shared_bytes
+from pallas_kernels.geometry import GROUP, KEYS_MULTIPLE, Geometry, column_multiple, round_up
 
 MAX_HELD_AT_ONCE = 5
 """Most warpgroups that are put side by side to be held by one multiprocessor together."""
@@ -85,14 +85,12 @@ def backward_geometry(
     held = _held_at_once(per_sm)
     if per_sm >= MANY and block == (1, 32) and heads % 2 == 0 and _may_be_larger(n_state, dtype):
         block, held = (2, 32), 4
-    cuts = [(16, 8), (8, 8), (16, 4), (8, 4)]
-    if per_sm <= 1:
-        # One warpgroup has a multiprocessor to itself: nothing to save shared memory for.
-        cuts = [(32, 32), (16, 16), *cuts]
+    # In float32 a block of several heads may not fit, whose keys all of them take room.
     candidates = (
-        Geometry(*block, chunk=chunk, unroll=min(h, 8), history=h, warpgroups=w)
+        Geometry(*b, chunk=chunk, unroll=GROUP, warpgroups=w)
+        for b in (block, (1, column_multiple(1)))
         for w in range(held, 0, -1)
-        for chunk, h in cuts
+        for chunk in (16, 8)
     )
 
     def needed(geometry: Geometry) -> int:
@@ -158,7 +156,6 @@ def neighbours(geometry: Geometry) -> list[Geometry]:
         *({"values": v} for v in (geometry.values // 2, geometry.values * 2)),
         *({"chunk": c} for c in (geometry.chunk // 2, geometry.chunk * 2)),
         *({"unroll": u} for u in (1, 2, 4, 8)),
-        *({"history": h} for h in (geometry.history // 2, geometry.history * 2)),
         *({"warpgroups": w} for w in (geometry.warpgroups - 1, geometry.warpgroups + 1)),
     ]
     found = []

@@ -1,6 +1,5 @@
 """The recurrence as a differentiable function: the two kernels, joined."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -8,16 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.blocks import round_up
 from pallas_kernels.calls import Options, backward_call, forward_call
-from pallas_kernels.geometry import Geometry
-from pallas_kernels.operands import Inputs
+from pallas_kernels.geometry import GROUP, Geometry, round_up
+from pallas_kernels.operands import Inputs, cut
 
-LONGEST_SEGMENT = 64
-"""Most steps between checkpoints that the backward kernel is given: it keeps the state before each
-group of `history` of them in device memory."""
-CLOSER = 32
-"""Steps between the checkpoints that the backward pass makes where it has none closer."""
+KEEPS_GROUPS = 32
+"""Most steps between checkpoints, as asked for, where instead the state before each group is kept,
+which the backward kernel starts from. That is faster than to make it again; `README.md` says by how
+much, and what it costs in memory."""
 
 
 def recurrence(
@@ -58,12 +55,10 @@ def recurrence(
     Returns:
         out `[B, T, H, V]` in v's dtype and the final state `[B, H, N, V]` float32.
     """
-    options = Options(
-        linear_state, checkpoint_every, forward_geometry, backward_geometry, interpret
-    )
-    steps = round_up(min(checkpoint_every, q.shape[1]), options.chunk_multiple)
-    options = dataclasses.replace(options, checkpoint_every=steps)
-    return _recurrence(options, q, k, v, decay, write_gate, initial_state, segment_ids)
+    options = Options(linear_state, forward_geometry, backward_geometry, interpret)
+    every = min(checkpoint_every, q.shape[1])
+    every = GROUP if every <= KEEPS_GROUPS else round_up(every, KEEPS_GROUPS)
+    return _recurrence(options, every, q, k, v, decay, write_gate, initial_state, segment_ids)
 
 
 def _inputs(
@@ -80,27 +75,28 @@ def _inputs(
     return Inputs(q, k, v, decay, write_gate, starts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recurrence(options, q, k, v, decay, write_gate, initial_state, segment_ids):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recurrence(options, every, q, k, v, decay, write_gate, initial_state, segment_ids):
     x = _inputs(q, k, v, decay, write_gate, segment_ids)
-    out, final_state, _ = forward_call(options, False, False)(x, initial_state)
+    out, final_state, _ = forward_call(options, None, False)(x, initial_state)
     return out, final_state
 
 
-def _recurrence_forward(options, q, k, v, decay, write_gate, initial_state, segment_ids):
+def _recurrence_forward(options, every, q, k, v, decay, write_gate, initial_state, segment_ids):
     x = _inputs(q, k, v, decay, write_gate, segment_ids)
-    errors_are_read = options.checkpoint_every <= LONGEST_SEGMENT
-    out, final_state, kept = forward_call(options, True, errors_are_read)(x, initial_state)
-    if errors_are_read:
+    keep_errors = every == GROUP
+    out, final_state, kept = forward_call(options, every, keep_errors)(x, initial_state)
+    if keep_errors:
         x = x._replace(v=kept.errors)
     return (out, final_state), (x, initial_state, kept.checkpoints)
 
 
-def _recurrence_backward(options, residuals, d_results):
+def _recurrence_backward(options, every, residuals, d_results):
     x, initial_state, checkpoints = residuals
-    backward = backward_call(options)
-    if options.checkpoint_every > LONGEST_SEGMENT:
-        backward = functools.partial(_backward_by_segments, options)
+    if every == GROUP:
+        backward = backward_call(options)
+    else:
+        backward = functools.partial(_backward_by_segments, options, every)
     d, d_initial_state = backward(x, checkpoints, *d_results)
     if initial_state is None:
         d_initial_state = None
@@ -111,22 +107,21 @@ _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 def _backward_by_segments(
-    options: Options, x: Inputs, checkpoints: Array, d_out: Array, d_final_state: Array
+    options: Options, length: int, x: Inputs, checkpoints: Array, d_out: Array, d_final_state: Array
 ) -> tuple[Inputs, Array]:
-    """As `backward_call`, but each segment first makes closer checkpoints from its own."""
-    length, time = options.checkpoint_every, x.q.shape[1]
-    steps = round_up(CLOSER, options.chunk_multiple)
-    closer = dataclasses.replace(options, checkpoint_every=steps)
+    """As `backward_call`, but each segment of so many steps first makes what it needs from its own
+    checkpoint."""
+    time = x.q.shape[1]
 
     def segment(d_state: Array, i: Array | int, steps: int) -> tuple[Array, Inputs]:
         own, d_o = jax.tree.map(
             lambda x: lax.dynamic_slice_in_dim(x, i * length, steps, axis=1), (x, d_out)
         )
         state = lax.dynamic_index_in_dim(checkpoints, i, axis=2, keepdims=False)
-        state = jnp.swapaxes(state, 2, 3).astype(jnp.float32)
-        *_, kept = forward_call(closer, True, True)(own, state)
+        state = jnp.swapaxes(cut(state, *d_final_state.shape[:1:-1]), 2, 3).astype(jnp.float32)
+        *_, kept = forward_call(options, GROUP, True)(own, state)
         own = own._replace(v=kept.errors)
-        d_own, d_state = backward_call(closer)(own, kept.checkpoints, d_o, d_state)
+        d_own, d_state = backward_call(options)(own, kept.checkpoints, d_o, d_state)
         return d_state, d_own
 
     n_whole, left_over = divmod(time, length)

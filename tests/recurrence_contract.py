@@ -146,6 +146,8 @@ class RecurrenceContract:
     # float64 is for the formulas; what users run is compiled as they compile it.
     quick_to_compile: tuple[str, ...] = ("float64",)
     checkpoint_intervals: tuple[int, ...] = (1, 5, 32, 1000)
+    kept_every: Mapping[int, int] = MappingProxyType({16: 16, 64: 64})
+    """Steps between the states that are kept where `checkpoint_every` is so many."""
     uses_xla_memory: bool = True
     """Whether XLA's analysis counts all the device memory that a program uses."""
 
@@ -539,10 +541,11 @@ class RecurrenceContract:
 
         # All states would be state_bytes a step. Checkpoints are a fraction of that, and copies of
         # the inputs and gradients in the order that the implementation wants come on top.
-        for every in (16, 64):
-            assert per_step(every) < state_bytes / every + 3 * step_bytes < state_bytes
+        states = {every: state_bytes / kept for every, kept in self.kept_every.items()}
+        for every, of_step in states.items():
+            assert per_step(every) < of_step + 3 * step_bytes < state_bytes
         # Checkpoints may be kept in bfloat16: half of what float32 takes.
-        saved = (per_step(16) - per_step(64)) / (state_bytes * (1 / 16 - 1 / 64))
+        saved = (per_step(16) - per_step(64)) / (states[16] - states[64])
         assert 0.45 < saved < 1.2
         assert temporary(2048, 64) < 2048 * state_bytes / 3
 

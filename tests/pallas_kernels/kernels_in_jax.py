@@ -12,26 +12,27 @@ from jax import Array, lax
 
 from pallas_kernels.backward import Gradients
 from pallas_kernels.forward import Kept
-from pallas_kernels.geometry import Geometry
-from pallas_kernels.operands import Operands
+from pallas_kernels.geometry import GROUP, Geometry, Sizes
+from pallas_kernels.operands import Operands, resized
 
 Steps = tuple[Array, ...]
 
 
-def _steps(x: Operands) -> Steps:
+def _rows(x: Array, time: int, heads: int, columns: int) -> Array:
+    """x in float32, time first, padded as copies are by the GPU."""
+    assert x.shape[3] * x.dtype.itemsize % 16 == 0
+    x = resized(x, (x.shape[0], time, heads, columns))
+    return jnp.moveaxis(x, 1, 0).astype(jnp.float32)
+
+
+def _steps(x: Operands, sizes: Sizes) -> Steps:
     """q, k, v (or errors) and scalars of the steps that count, float32, time first."""
-    by_time = [jnp.moveaxis(a, 1, 0).astype(jnp.float32)[: x.time] for a in (x.q, x.k, x.v)]
-    return *by_time, jnp.moveaxis(x.scalars, 3, 0)[: x.time]
-
-
-def _check(x: Operands, geometry: Geometry) -> None:
-    batch, steps, heads, keys = x.q.shape
-    assert heads % geometry.heads == 0
-    assert x.v.shape[-1] % geometry.values == 0
-    assert keys % 16 == 0
-    assert steps == max(x.time, geometry.chunk)
-    assert x.scalars.shape[:3] == (batch, heads, 1 + x.has_write_gate + x.has_keep)
+    heads, values, keys = sizes
+    q, k = (_rows(a, x.time, heads, keys) for a in (x.q, x.k))
+    v = _rows(x.v, x.time, heads, values)
+    assert x.scalars.shape[1:3] == (heads, 1 + x.has_write_gate + x.has_keep)
     assert x.scalars.shape[3] % 4 == 0
+    return q, k, v, jnp.moveaxis(x.scalars, 3, 0)[: x.time]
 
 
 def _read(x: Operands, state: Array, k: Array, scalars: Array) -> Array:
@@ -92,17 +93,17 @@ def forward(
     linear_state: bool,
     interpret: Any = None,
 ) -> tuple[Array, Array, Kept | None]:
-    _check(x, geometry)
-    batch, _, heads, keys = x.q.shape
+    batch, _, heads, n_state = x.q.shape
+    sizes = geometry.padded(heads, x.v.shape[-1], n_state)
     state = initial_state
     if state is None:
-        state = jnp.zeros((batch, heads, x.v.shape[-1], keys), jnp.float32)
+        state = jnp.zeros((batch, *sizes), jnp.float32)
 
     def piece(state: Array, steps: Steps) -> tuple[Array, Any]:
         after, results = _run(x, linear_state, state, steps)
         return after, (results, state.astype(x.v.dtype))
 
-    whole, rest = _pieces(_steps(x), checkpoint_every or x.time)
+    whole, rest = _pieces(_steps(x, sizes), checkpoint_every or x.time)
     state, (results, checkpoints) = lax.scan(piece, state, whole)
     results = [a.reshape(-1, *a.shape[2:]) for a in results]
     if len(rest[0]):
@@ -122,13 +123,12 @@ def backward(
     d_final_state: Array,
     checkpoints: Array,
     geometry: Geometry,
-    checkpoint_every: int,
     *,
     linear_state: bool,
     interpret: Any = None,
 ) -> Gradients:
-    _check(x, geometry)
-    assert checkpoints.shape[2] == -(-x.time // checkpoint_every)
+    heads, values, keys = sizes = geometry.padded(x.q.shape[2], d_out.shape[-1], x.q.shape[3])
+    assert checkpoints.shape[2] == -(-x.time // GROUP)
     assert x.v.dtype == jnp.float32  # the errors
     assert checkpoints.dtype == d_out.dtype == x.q.dtype
 
@@ -139,9 +139,9 @@ def backward(
         _, pullback = jax.vjp(run, state, (q, k, v, scalars))
         return pullback((d_state, (d_out, jnp.zeros_like(errors))))
 
-    states = jnp.moveaxis(checkpoints, 2, 0).astype(jnp.float32)
-    d_outs = jnp.moveaxis(d_out, 1, 0).astype(jnp.float32)[: x.time]
-    (d_whole, *whole), (d_rest, *rest) = _pieces((d_outs, *_steps(x)), checkpoint_every)
+    states = jnp.moveaxis(checkpoints, 2, 0).astype(jnp.float32)[..., :values, :keys]
+    d_outs = _rows(d_out, x.time, heads, values)
+    (d_whole, *whole), (d_rest, *rest) = _pieces((d_outs, *_steps(x, sizes)), GROUP)
     d_state, last = d_final_state, None
     if len(d_rest):
         d_state, last = piece(d_state, (states[-1], d_rest, tuple(rest)))

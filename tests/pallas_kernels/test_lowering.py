@@ -109,11 +109,11 @@ def test_options(options: tuple[str, ...], dtype: str) -> None:
 @pytest.mark.parametrize(
     "geometry",
     [
-        Geometry(heads=1, values=32, chunk=8, history=4, warpgroups=3),
-        Geometry(heads=1, values=64, chunk=8, history=8, unroll=1),
-        Geometry(heads=2, values=16, chunk=16, history=8, warpgroups=2),
-        Geometry(heads=4, values=16, chunk=8, history=8),
-        Geometry(heads=1, values=32, chunk=32, history=32),
+        Geometry(heads=1, values=32, chunk=8, warpgroups=3),
+        Geometry(heads=1, values=64, chunk=8, unroll=1),
+        Geometry(heads=2, values=16, chunk=16, warpgroups=2),
+        Geometry(heads=4, values=16, chunk=8),
+        Geometry(heads=1, values=32, chunk=32),
     ],
     ids=str,
 )

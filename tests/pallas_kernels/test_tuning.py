@@ -51,15 +51,15 @@ def test_as_many_warpgroups_as_a_multiprocessor_has_work_for() -> None:
 @pytest.mark.parametrize(
     ("batch", "heads", "size", "dtype", "geometry"),
     [
-        (8, 72, 32, jnp.bfloat16, Geometry(1, 32, 16, 8, 8, 5)),
-        (8, 384, 32, jnp.bfloat16, Geometry(2, 32, 8, 8, 8, 4)),
-        (8, 383, 32, jnp.bfloat16, Geometry(1, 32, 16, 8, 8, 5)),
-        (8, 384, 32, jnp.float32, Geometry(1, 32, 8, 4, 4, 5)),
-        (1, 72, 32, jnp.bfloat16, Geometry(1, 32, 32, 8, 32, 1)),
-        (8, 40, 64, jnp.bfloat16, Geometry(1, 32, 16, 4, 4, 5)),
-        (4, 16, 128, jnp.bfloat16, Geometry(1, 32, 16, 8, 8, 2)),
-        (8, 48, 48, jnp.bfloat16, Geometry(2, 16, 8, 8, 8, 5)),
-        (8, 288, 16, jnp.bfloat16, Geometry(2, 16, 16, 8, 8, 5)),
+        (8, 72, 32, jnp.bfloat16, Geometry(1, 32, 16, 8, 5)),
+        (8, 384, 32, jnp.bfloat16, Geometry(2, 32, 8, 8, 4)),
+        (8, 383, 32, jnp.bfloat16, Geometry(1, 32, 16, 8, 5)),
+        (8, 384, 32, jnp.float32, Geometry(1, 32, 8, 8, 5)),
+        (1, 72, 32, jnp.bfloat16, Geometry(1, 32, 16, 8, 1)),
+        (8, 40, 64, jnp.bfloat16, Geometry(1, 32, 8, 8, 5)),
+        (4, 16, 128, jnp.bfloat16, Geometry(1, 32, 16, 8, 2)),
+        (8, 48, 48, jnp.bfloat16, Geometry(2, 16, 8, 8, 5)),
+        (8, 288, 16, jnp.bfloat16, Geometry(2, 16, 16, 8, 5)),
     ],
 )
 def test_backward_geometries_that_were_measured(
@@ -82,9 +82,6 @@ def test_larger_warpgroups_hold_no_more_than_their_registers_do() -> None:
         ({"values": 24}, ["32", "24"]),
         ({"values": 0}, ["32", "0"]),
         ({"chunk": 12}, ["8", "12"]),
-        ({"history": 6}, ["16", "6"]),
-        ({"history": 2}, ["4", "2"]),
-        ({"chunk": 24, "history": 16}, ["24", "16"]),
         ({"unroll": 0}, ["1", "0"]),
         ({"warpgroups": 9}, ["8", "9"]),
     ],
@@ -96,15 +93,8 @@ def test_bad_geometry(changes: dict[str, int], fragments: list[str]) -> None:
         assert fragment in str(error.value)
 
 
-@pytest.mark.parametrize("steps", [8, 16, 48, 96])
-def test_chunks_divide_the_steps_between_checkpoints(steps: int) -> None:
-    geometry = Geometry(heads=1, values=32, chunk=32, history=32).for_checkpoints(steps)
-    assert steps % geometry.chunk == 0
-    assert geometry.chunk % geometry.history == 0
-
-
 def test_neighbours_differ_in_one_number() -> None:
-    geometry = Geometry(heads=2, values=32, chunk=16, history=8, warpgroups=3)
+    geometry = Geometry(heads=2, values=32, chunk=16, warpgroups=3)
     found = neighbours(geometry)
     assert len(set(found)) == len(found) > 5
     for other in found:
