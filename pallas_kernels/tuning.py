@@ -22,6 +22,8 @@ always: the loads of k and q are shared by more columns, and there are enough to
 each other."""
 LARGEST_STATE = 4096
 """Most elements of state of a warpgroup that is made larger: 32 in a lane."""
+MANY_KEYS = 96
+"""Most keys at which 8 steps of the backward kernel are written out in a row, rather than 4."""
 MOST_SCALARS = 3
 
 
@@ -85,12 +87,18 @@ def backward_geometry(
     held = _held_at_once(per_sm)
     if per_sm >= MANY and block == (1, 32) and heads % 2 == 0 and _may_be_larger(n_state, dtype):
         block, held = (2, 32), 4
-    # In float32 a block of several heads may not fit, whose keys all of them take room.
+    unroll, chunks = GROUP, (16, 8)
+    if n_state > MANY_KEYS:
+        unroll, chunks = GROUP // 2, (8,)
+    elif per_sm <= 1:
+        # One warpgroup has a multiprocessor to itself: nothing to save shared memory for.
+        chunks = (32, 16, 8)
+    # In float32 a block of several heads, each of which has its own keys, may not fit.
     candidates = (
-        Geometry(*b, chunk=chunk, unroll=GROUP, warpgroups=w)
+        Geometry(*b, chunk=chunk, unroll=unroll, warpgroups=w)
         for b in (block, (1, column_multiple(1)))
         for w in range(held, 0, -1)
-        for chunk in (16, 8)
+        for chunk in chunks
     )
 
     def needed(geometry: Geometry) -> int:

@@ -42,7 +42,7 @@ MOSAIC_GPU = functools.partial(e88_recurrence, implementation="mosaic_gpu")
 class TestMosaicGpu(RecurrenceContract):
     implementation = "mosaic_gpu"
     dtypes = ("float32", "bfloat16")
-    kept_every = MappingProxyType({16: 8, 64: 64})
+    kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     sizes = [size for size in SIZES if size[1] % 4 == size[2] % 4 == 0]  # noqa: RUF012
     n_value = 8
 
@@ -52,7 +52,7 @@ class TestTheKernelsAlone(RecurrenceContract):
 
     implementation = "kernels"
     dtypes = ("float32", "bfloat16")
-    kept_every = MappingProxyType({16: 8, 64: 64})
+    kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     n_value = 8
 
     def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:

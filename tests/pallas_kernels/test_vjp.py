@@ -37,7 +37,7 @@ def _forget_traced_calls() -> None:
 class TestAroundTheKernels(RecurrenceContract):
     implementation = "kernels in plain JAX"
     dtypes = ("float32", "bfloat16")
-    kept_every = MappingProxyType({16: 8, 64: 64})
+    kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     quick_to_compile = dtypes
 
     def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
