@@ -132,9 +132,10 @@ def e88_recurrence(
             starts from a zero state. Token 0 continues `initial_state`.
         linear_state: leave out the tanh.
         checkpoint_every: the backward pass keeps one state every so many steps and recomputes
-            those between: memory grows with `T / checkpoint_every`. The GPU kernel rounds it up
-            to a multiple of 16, keeps bfloat16 states for bfloat16 inputs and, up to 64 steps,
-            `v - S^T k` in float32 in place of v.
+            those between: memory grows with `T / checkpoint_every`. The GPU kernel keeps bfloat16
+            states for bfloat16 inputs. Up to 32 it keeps one every 8 steps, and `v - S^T k` in
+            float32 in place of v, which makes the backward pass faster; above, as asked for, in
+            multiples of 32.
         implementation: `"scan"` (pure JAX, every platform, the numerical definition),
             `"mosaic_gpu"` (GPU kernel: Hopper GPUs and later; N and V multiples of 4 up to 128;
             float32 and bfloat16), or None for the fastest that takes the call.

@@ -55,9 +55,19 @@ def backward_shared_bytes(
 
 
 def forward_geometry(
-    batch: int, heads: int, n_state: int, n_value: int, n_sms: int, dtype: Any
+    batch: int,
+    heads: int,
+    n_state: int,
+    n_value: int,
+    n_sms: int,
+    dtype: Any,
+    keeps_groups: bool = False,
 ) -> Geometry:
-    """The geometry of the forward kernel for `B * H` states `[N, V]`."""
+    """The geometry of the forward kernel for `B * H` states `[N, V]`.
+
+    Args:
+        keeps_groups: whether it keeps the state before each group of steps.
+    """
     block = _block(heads, n_value)
     per_sm = _warpgroups(batch, heads, n_value, block) / n_sms
     if per_sm >= MANY:
@@ -65,6 +75,8 @@ def forward_geometry(
         held, chunks = 2, (16, 8)
     else:
         held, chunks = _held_at_once(per_sm), (32, 16, 8)
+    if keeps_groups:
+        chunks = (GROUP,)  # as measured; longer ones were not
     candidates = (
         Geometry(*block, chunk=chunk, warpgroups=w) for w in range(held, 0, -1) for chunk in chunks
     )
@@ -93,6 +105,8 @@ def backward_geometry(
     elif per_sm <= 1:
         # One warpgroup has a multiprocessor to itself: nothing to save shared memory for.
         chunks = (32, 16, 8)
+    if block[0] == 4:
+        unroll //= 2  # or registers spill, at N = 56 and 120
     # In float32 a block of several heads, each of which has its own keys, may not fit.
     candidates = (
         Geometry(*b, chunk=chunk, unroll=unroll, warpgroups=w)
@@ -125,7 +139,7 @@ def _block(heads: int, n_value: int) -> tuple[int, int]:
 def _larger(block: tuple[int, int], heads: int, n_value: int, columns: int) -> tuple[int, int]:
     """The block doubled to at most so many columns, as long as that pads nothing more."""
     padded = _padded_columns(heads, n_value, block)
-    while block[0] * block[1] < columns:
+    while 2 * block[0] * block[1] <= columns:
         doubled = [(block[0] * 2, block[1])] if block[0] < 4 else []
         doubled.append((block[0], block[1] * 2))
         same = [b for b in doubled if _padded_columns(heads, n_value, b) == padded]

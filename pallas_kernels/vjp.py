@@ -35,8 +35,8 @@ def recurrence(
     """The recurrence by the GPU kernels; differentiable once, in reverse mode.
 
     Between the two passes it keeps its arguments, and, in v's dtype, a state every
-    `checkpoint_every` steps, rounded up to whole chunks. Up to 64 steps, it keeps `v - S^T k` in
-    float32 in place of v.
+    `checkpoint_every` steps, rounded up to a multiple of 32; up to 32, a state every 8 steps, and
+    `v - S^T k` in float32 in place of v.
 
     Args:
         q, k: `[B, T, H, N]`, float32 or bfloat16.

@@ -70,9 +70,9 @@ def test_backward_geometries_that_were_measured(
 
 
 def test_larger_warpgroups_hold_no_more_than_their_registers_do() -> None:
-    for n_state in (16, 32, 64, 128):
+    for n_state in (16, 32, 64, 80, 112, 128):
         geometry = forward_geometry(64, 384, n_state, 128, H100_SMS, jnp.bfloat16)
-        assert geometry.heads * geometry.values * n_state in (2048, 4096)
+        assert 2048 <= geometry.heads * geometry.values * n_state <= 4096
 
 
 @pytest.mark.parametrize(
