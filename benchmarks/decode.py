@@ -6,13 +6,19 @@ launch a program does not count.
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from recurrence import ClockSampler, Shape, make_inputs, time_calls
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+from harness.recurrence_timing import Shape, make_inputs
+from harness.timing import ClockSampler, time_calls
 
 import pallas_kernels
 

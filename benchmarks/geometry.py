@@ -10,11 +10,17 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from recurrence import NAMED, ClockSampler, Shape, make_inputs, time_calls
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+from harness.recurrence_timing import Shape, make_inputs, one_line
+from harness.timing import ClockSampler, time_calls
+from recurrence import NAMED
 
 import pallas_kernels
 from pallas_kernels.geometry import Geometry
@@ -61,7 +67,7 @@ def milliseconds(
     try:
         return time_calls(program, input_sets, options.repetitions, clock)["ms"]
     except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
-        print(f"  {geometry}: {' '.join(str(error).split())[:100]}", file=sys.stderr)
+        print(f"  {geometry}: {one_line(error)[:100]}", file=sys.stderr)
         return None
 
 

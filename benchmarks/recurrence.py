@@ -10,52 +10,25 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import itertools
 import json
-import math
-import os
-import statistics
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+from harness.recurrence_timing import Shape, time_passes
+from harness.timing import ClockSampler, Numbers
 
 from e88_jax.recurrence import Implementation, e88_recurrence
 
 TANH_PER_CYCLE = 16
 """Of one SM's special-function units, on an H100 or H200: CUDA C++ Programming Guide, throughput of
 arithmetic instructions."""
-L2_BYTES = 50 * 2**20
-"""Of an H100 or H200. Inputs must not stay there from one call to the next."""
-MAX_INPUT_SETS = 16
-REPETITION_SECONDS = 0.025
 SCAN_REPETITIONS = 3
-
-Numbers = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes of one call; N = V."""
-
-    name: str
-    B: int
-    T: int
-    H: int
-    N: int
-
-    @property
-    def elements(self) -> int:
-        """Of the state, at every step: B * T * H * N * V."""
-        return self.B * self.T * self.H * self.N**2
-
 
 NAMED = {
     shape.name: shape
@@ -73,118 +46,6 @@ SWEEP = {
     n: Shape(f"N={n}", 8, 2048, max(1, round(72 * 32 * 32 / n**2)), n)
     for n in (16, 32, 48, 64, 72, 96, 128)
 }
-PASSES = ("forward", "backward", "forward+backward")
-
-
-class ClockSampler:
-    """Reads the SM clock by nvidia-smi, again and again in a thread while its `with` block runs."""
-
-    def __init__(self) -> None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-        self._query = ["nvidia-smi", f"--id={visible or 0}", "--format=csv,noheader,nounits"]
-        self._samples: list[tuple[float, float]] = []  # seconds, MHz
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> "ClockSampler":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def query(self, what: str) -> str | None:
-        """nvidia-smi's answer, or None without one."""
-        try:
-            command = [*self._query, f"--query-gpu={what}"]
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return answer.stdout.strip() if answer.returncode == 0 else None
-
-    def _sample(self) -> None:
-        while (answer := self.query("clocks.sm")) is not None:
-            if answer.isdecimal():
-                self._samples.append((time.perf_counter(), float(answer)))
-            if self._stop.wait(0.01):
-                break
-
-    def median_mhz(self, start: float, stop: float) -> float | None:
-        """Of the samples between two times of `time.perf_counter`; None if there are none."""
-        samples = [mhz for second, mhz in self._samples if start <= second <= stop]
-        return statistics.median(samples) if samples else None
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def make_inputs(shape: Shape, dtype: str, key: jax.Array) -> dict[str, jax.Array]:
-    """Normalised q and k, normal v, decay in (0.9, 1), and the gradient of out."""
-    keys = jax.random.split(key, 5)
-    per_step = (shape.B, shape.T, shape.H)
-    q, k, v, d_out = (jax.random.normal(x, (*per_step, shape.N)) for x in keys[:4])
-    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-    narrow = {"q": q, "k": k, "v": v, "d_out": d_out}
-    decay = jax.random.uniform(keys[4], per_step, minval=0.9, maxval=1.0)
-    return {name: x.astype(dtype) for name, x in narrow.items()} | {"decay": decay}
-
-
-def make_programs(
-    implementation: Implementation, checkpoint_every: int
-) -> dict[str, Callable[..., Any]]:
-    """What is timed: inference, and results with the gradients of every input."""
-
-    def run(arrays: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        return e88_recurrence(
-            **arrays, implementation=implementation, checkpoint_every=checkpoint_every
-        )
-
-    @jax.jit
-    def forward(d_out: jax.Array, **arrays: jax.Array) -> Any:
-        del d_out
-        return run(arrays)
-
-    @jax.jit
-    def forward_backward(d_out: jax.Array, **arrays: jax.Array) -> Any:
-        out, pullback = jax.vjp(lambda arrays: run(arrays)[0], arrays)
-        return out, pullback(d_out)
-
-    return {"forward": forward, "forward+backward": forward_backward}
-
-
-def time_calls(
-    program: Callable[..., Any],
-    input_sets: list[dict[str, jax.Array]],
-    repetitions: int,
-    clock: ClockSampler,
-) -> Numbers:
-    """Milliseconds of one call, median and spread over the repetitions, and the clock meanwhile.
-
-    A repetition enqueues several calls and waits once, so that the time to launch is hidden.
-    """
-    sets = itertools.cycle(input_sets)
-
-    def seconds(calls: int) -> float:
-        began = time.perf_counter()
-        result = None
-        for _ in range(calls):
-            result = program(**next(sets))
-        jax.block_until_ready(result)
-        return time.perf_counter() - began
-
-    compile_seconds = seconds(1)
-    seconds(2)
-    calls = min(max(round(REPETITION_SECONDS / (seconds(2) / 2)), 1), 100)
-    began = time.perf_counter()
-    ms = [1e3 * seconds(calls) / calls for _ in range(repetitions)]
-    p10, p50, p90 = (round(float(x), 6) for x in np.percentile(ms, (10, 50, 90)))
-    return {
-        "ms": p50,
-        "p10_ms": p10,
-        "p90_ms": p90,
-        "calls_per_repetition": calls,
-        "compile_seconds": round(compile_seconds, 1),
-        "clock_mhz": clock.median_mhz(began, time.perf_counter()),
-    }
 
 
 def time_shape(
@@ -196,25 +57,14 @@ def time_shape(
     clock: ClockSampler,
 ) -> tuple[dict[str, Numbers], str | None]:
     """Numbers of each pass, and what stopped those that are missing."""
-    passes: dict[str, Numbers] = {}
-    size = 4 * shape.B * shape.T * shape.H * shape.N * jnp.dtype(dtype).itemsize
-    n_sets = min(math.ceil(2 * L2_BYTES / size), MAX_INPUT_SETS)
-    try:
-        input_sets = [make_inputs(shape, dtype, jax.random.key(seed)) for seed in range(n_sets)]
-        for name, program in make_programs(implementation, checkpoint_every).items():
-            passes[name] = time_calls(program, input_sets, repetitions, clock)
-            passes[name]["input_sets"] = n_sets
-            print(
-                f"{shape.name} {implementation} {name}: {passes[name]['ms']:.3f} ms, compiled in "
-                f"{passes[name]['compile_seconds']:.1f} s",
-                file=sys.stderr,
-            )
-    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return passes, " ".join(str(error).split())
-    both = passes["forward+backward"]
-    ms = round(both["ms"] - passes["forward"]["ms"], 6)
-    backward = {"ms": ms, "clock_mhz": both["clock_mhz"]}
-    return {name: {"backward": backward, **passes}[name] for name in PASSES}, None
+    recurrence = functools.partial(
+        e88_recurrence, implementation=implementation, checkpoint_every=checkpoint_every
+    )
+
+    def say(line: str) -> None:
+        print(f"{shape.name} {implementation} {line}", file=sys.stderr)
+
+    return time_passes(recurrence, shape, dtype, repetitions, clock, say)
 
 
 def time_all(

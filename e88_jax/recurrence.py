@@ -13,12 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from e88_jax.hardware import KERNELS_NEED
 from e88_jax.reference import scan_recurrence
 
 Implementation = Literal["scan", "mosaic_gpu"]
-
-_MOSAIC_GPU_NEEDS = (9, 0)
-"""Compute capability: Hopper, the first with bulk tensor copies."""
 
 _log = logging.getLogger(__name__)
 
@@ -26,12 +24,12 @@ _log = logging.getLogger(__name__)
 def _unsupported_device() -> str | None:
     """Why the kernels do not run on the default device, or None if they do."""
     device = jax.devices()[0]
-    needs = f"needs an NVIDIA GPU of compute capability {'.'.join(map(str, _MOSAIC_GPU_NEEDS))}"
+    needs = f"needs an NVIDIA GPU of compute capability {'.'.join(map(str, KERNELS_NEED))}"
     if device.platform != "gpu":
         return f"{needs} or later, got platform {device.platform!r}"
     capability = device.compute_capability.split(".")
     # AMD's are such as gfx90a.
-    if not capability[0].isdecimal() or tuple(map(int, capability)) < _MOSAIC_GPU_NEEDS:
+    if not capability[0].isdecimal() or tuple(map(int, capability)) < KERNELS_NEED:
         return f"{needs} or later, got {device.device_kind} of {device.compute_capability}"
     return None
 
@@ -132,10 +130,10 @@ def e88_recurrence(
             starts from a zero state. Token 0 continues `initial_state`.
         linear_state: leave out the tanh.
         checkpoint_every: the backward pass keeps one state every so many steps and recomputes
-            those between: memory grows with `T / checkpoint_every`. The GPU kernel keeps bfloat16
-            states for bfloat16 inputs. Up to 32 it keeps one every 8 steps, and `v - S^T k` in
-            float32 in place of v, which makes the backward pass faster; above, as asked for, in
-            multiples of 32.
+            those between: memory grows with `T / checkpoint_every`. The GPU kernel rounds it up
+            to a multiple of 32 and keeps bfloat16 states for bfloat16 inputs. Up to 32 it keeps one
+            every 8 steps instead, and `v - S^T k` in float32 in place of v, which makes the
+            backward pass faster.
         implementation: `"scan"` (pure JAX, every platform, the numerical definition),
             `"mosaic_gpu"` (GPU kernel: Hopper GPUs and later; N and V multiples of 4 up to 128;
             float32 and bfloat16), or None for the fastest that takes the call.

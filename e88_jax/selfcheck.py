@@ -81,7 +81,7 @@ FULL = (
     Case((1, 31, 1, 9, 30), "float32", _EVERY),
     *(Case((3, 67, 5, 32, 32), dtype) for dtype in BOUNDS),
     Case((2, 67, 1, 48, 12), "bfloat16", _EVERY),
-    *(Case((1, 129, 5, 64, 64), dtype, checkpoint_every=64) for dtype in BOUNDS),
+    *(Case((1, 129, 5, 64, 64), dtype, _EVERY, 64) for dtype in BOUNDS),
     Case((2, 129, 1, 50, 100), "bfloat16", _EVERY),
     *(Case((1, 67, 1, 128, 128), dtype) for dtype in BOUNDS),
     Case((1, 31, 1, 128, 4), "float32", _EVERY),

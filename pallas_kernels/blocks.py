@@ -25,7 +25,7 @@ _ALIGNMENT = 1024  # of each ref, by Pallas
 
 
 class Block(NamedTuple):
-    """The heads and columns of one block."""
+    """The heads, columns and keys of one block, with padding."""
 
     b: Any
     heads: Any

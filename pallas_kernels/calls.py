@@ -27,7 +27,8 @@ from pallas_kernels.operands import Inputs, cut, prepare, prepare_states, prepar
 # The names of the axes of what the calls take and give.
 INPUTS: Any = Inputs._make(["b t h n", "b t h n", "b t h v", "b t h", "b t h", "b t"])
 STATE = "b h n v"
-# States as the kernels have them, padding and all: to cut them and pad them again takes time.
+# Keys and columns with their padding: to cut them and pad them again takes time. Heads without, as
+# they may be sharded.
 KEPT: Any = Kept._make(["b h checkpoints values keys", "b t h values"])
 
 

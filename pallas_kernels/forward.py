@@ -71,7 +71,7 @@ def forward(
     dtype = x.v.dtype
     chunks = Chunks(x.time, geometry.chunk)
     # Steps between the places where there may be a checkpoint.
-    size = min(checkpoint_every or geometry.chunk, geometry.chunk)
+    span = min(checkpoint_every or geometry.chunk, geometry.chunk)
     registers = geometry.registers(sizes.keys, dtype, interpret is not None)
     n_scalars = x.scalars.shape[2]
 
@@ -108,10 +108,10 @@ def forward(
         )
 
         def keep(i: Any, state: Array) -> None:
-            """The state before step `i * size`, if there is a checkpoint."""
+            """The state before step `i * span`, if there is a checkpoint."""
             if checkpoint_every is None:
                 return
-            apart = checkpoint_every // size
+            apart = checkpoint_every // span
 
             @pl.when(lax.rem(i, apart) == 0)
             def _() -> None:
@@ -147,19 +147,19 @@ def forward(
             inputs = load(rows.start)
             (read,) = cell.read(registers, state, inputs.k)
             carry = state, read, inputs
-            whole, left_over = divmod(len(rows), size)
+            whole, left_over = divmod(len(rows), span)
 
-            def group(g: Any, carry: Any, n: int = size) -> Any:
-                """n steps from a checkpoint on, if there are any."""
-                keep(i * (chunks.size // size) + g, carry[0])
-                first, unroll = rows.start + g * size, geometry.unroll_of(n)
+            def steps(j: Any, carry: Any, n: int = span) -> Any:
+                """The n steps of span j of these rows."""
+                keep(i * (chunks.size // span) + j, carry[0])
+                first, unroll = rows.start + j * span, geometry.unroll_of(n)
                 return lax.fori_loop(
-                    0, n, lambda j, carry: step(first + j, carry), carry, unroll=unroll
+                    0, n, lambda t, carry: step(first + t, carry), carry, unroll=unroll
                 )
 
-            carry = lax.fori_loop(0, whole, group, carry)
+            carry = lax.fori_loop(0, whole, steps, carry)
             if left_over:
-                carry = group(whole, carry, left_over)
+                carry = steps(whole, carry, left_over)
             state = carry[0]
             t = pl.ds(chunks.start(i) + rows.start, len(rows))
             names = ("out", "errors") if keep_errors else ("out",)

@@ -47,8 +47,9 @@ def _padded(x: Array, *multiples: int) -> Array:
 
 def _columns(x: Array, multiple: int, geometry: Geometry, interpret: Any) -> Array:
     """`[B, T, H, columns]` for bulk copies of whole blocks."""
+    # The interpreter of JAX 0.10.2 does not read past the end of an axis. The copy engine does,
+    # and finds zeros; its rows must begin at 16 bytes.
     if interpret is None:
-        # Rows must begin at 16 bytes; past the end of any axis zeros are read.
         return _padded(x, 1, 1, 1, 16 // x.dtype.itemsize)
     short = x.shape[1] < geometry.chunk
     return _padded(x, 1, geometry.chunk if short else 1, geometry.heads, multiple)

@@ -105,11 +105,10 @@ def backward_geometry(
     elif per_sm <= 1:
         # One warpgroup has a multiprocessor to itself: nothing to save shared memory for.
         chunks = (32, 16, 8)
-    if block[0] == 4:
-        unroll //= 2  # or registers spill, at N = 56 and 120
-    # In float32 a block of several heads, each of which has its own keys, may not fit.
+    # In float32 a block of several heads, each of which has its own keys, may not fit. With four,
+    # registers spill at N = 56 and 120 if as many steps are written out.
     candidates = (
-        Geometry(*b, chunk=chunk, unroll=unroll, warpgroups=w)
+        Geometry(*b, chunk=chunk, unroll=unroll // 2 if b[0] == 4 else unroll, warpgroups=w)
         for b in (block, (1, column_multiple(1)))
         for w in range(held, 0, -1)
         for chunk in chunks

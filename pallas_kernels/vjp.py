@@ -14,7 +14,7 @@ from pallas_kernels.operands import Inputs, cut
 KEEPS_GROUPS = 32
 """Most steps between checkpoints, as asked for, where instead the state before each group is kept,
 which the backward kernel starts from. That is faster than to make it again; `README.md` says by how
-much, and what it costs in memory."""
+much, and what it costs in memory. Above, they are multiples of it apart, as chunks divide it."""
 
 
 def recurrence(
@@ -47,7 +47,7 @@ def recurrence(
         segment_ids: `[B, T]` integers, or None: a step whose id is not the one before starts from
             a zero state.
         linear_state: leave out the tanh.
-        checkpoint_every: steps between the states that are kept.
+        checkpoint_every: steps between the states that are kept, as above; T counts if it is less.
         forward_geometry, backward_geometry: how the kernels cut up the work; chosen by the
             functions of these names in `tuning.py` if not given.
         interpret: `compat.InterpretGPUParams` to run the kernels on a CPU.

@@ -22,8 +22,8 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_decoding_step_by_step_is_the_recurrence(load: Any) -> None:
-    decode, timing = load("decode"), load("recurrence")
-    inputs = timing.make_inputs(timing.Shape("", 2, 5, 3, 8), "float32", jax.random.key(0))
+    decode = load("decode")
+    inputs = decode.make_inputs(decode.Shape("", 2, 5, 3, 8), "float32", jax.random.key(0))
     state, out = decode.make_program(decode.WAYS["plain JAX"])(**inputs)
     del inputs["d_out"]
     expected, expected_state = e88_recurrence(**inputs, implementation="scan")
@@ -43,9 +43,9 @@ def test_the_search_starts_from_what_a_call_uses(
         raise NotImplementedError("seen")
 
     monkeypatch.setattr(calls, "backward", backward)
-    geometry, timing = load("geometry"), load("recurrence")
-    shape = timing.NAMED[name]
-    inputs = jax.eval_shape(lambda: timing.make_inputs(shape, dtype, jax.random.key(0)))
+    geometry = load("geometry")
+    shape = geometry.NAMED[name]
+    inputs = jax.eval_shape(lambda: geometry.make_inputs(shape, dtype, jax.random.key(0)))
     d_out = inputs.pop("d_out")
 
     def out(arrays: Any) -> Any:

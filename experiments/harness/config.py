@@ -86,6 +86,14 @@ class TrainConfig:
     """Bytes of text generated at the end."""
     prompt: str = "def "
     """What that text continues."""
+    preset: str | None = None
+    """Take a model of the sizing guide, such as h72n32-500m; `python -m e88_jax.sizing --presets`
+    lists them. Flags of the model change it."""
+    params: str | None = None
+    """Take the best model of so many parameters, such as 25M, for --gpu. Flags of the model change
+    it."""
+    gpu: str | None = None
+    """What --params is for, such as h100 or rtx4090; by default the GPU in this machine."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     model: LMConfig = DEFAULT_MODEL

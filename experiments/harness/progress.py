@@ -43,4 +43,9 @@ class Report:
         if self._bar is None:
             self.say(f"step {step}/{self._steps}  {line}")
         else:
+            self.show(step, line)
+
+    def show(self, step: int, line: str) -> None:
+        """As `advance`, but on a terminal's bar only."""
+        if self._bar is not None:
             self._bar.update(self._task, completed=step, description=line)

@@ -42,6 +42,7 @@ MOSAIC_GPU = functools.partial(e88_recurrence, implementation="mosaic_gpu")
 class TestMosaicGpu(RecurrenceContract):
     implementation = "mosaic_gpu"
     dtypes = ("float32", "bfloat16")
+    checkpoint_intervals = (32, 33, 1000)
     kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     sizes = [size for size in SIZES if size[1] % 4 == size[2] % 4 == 0]  # noqa: RUF012
     n_value = 8
@@ -52,6 +53,7 @@ class TestTheKernelsAlone(RecurrenceContract):
 
     implementation = "kernels"
     dtypes = ("float32", "bfloat16")
+    checkpoint_intervals = (32, 33, 1000)
     kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     n_value = 8
 
@@ -143,7 +145,7 @@ GEOMETRIES = {
     "2 heads, 2 units of columns": ((2, 131, 4, 32, 32), Geometry(2, 32, 8, 8, 4)),
     "4 heads": ((2, 70, 6, 16, 8), Geometry(4, 8, 16, 2)),
     "2 units of columns": ((2, 131, 2, 64, 64), Geometry(1, 64, 16, 2)),
-    "one group between checkpoints": ((2, 99, 2, 32, 32), Geometry(2, 32, 32, 2)),
+    "chunks of 32": ((2, 99, 2, 32, 32), Geometry(2, 32, 32, 2)),
 }
 
 
@@ -162,6 +164,21 @@ def test_geometries(name: str, dtype: str) -> None:
     check_against_scan(
         time, n_state, n_value, dtype, ("initial_state",), kernels, batch=batch, heads=heads
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk", [16, 24, 32])
+def test_several_groups_in_a_chunk_of_the_forward_kernel(chunk: int, dtype: str) -> None:
+    kernels = functools.partial(
+        pallas_kernels.recurrence,
+        forward_geometry=Geometry(1, 32, chunk),
+        checkpoint_every=32,
+    )
+    check_against_scan(75, 32, 32, dtype, op=kernels, batch=2, heads=3)
+
+
+def test_forward_and_backward_that_pad_otherwise() -> None:
+    check_against_scan(67, 128, 4, "float32", heads=5)
 
 
 def test_more_than_65535_blocks() -> None:

@@ -29,7 +29,7 @@ class TestInterpreted(RecurrenceContract):
     n_value = 8
     rows = MappingProxyType({"batch": 1, "heads": 1})
     quick_to_compile = dtypes
-    checkpoint_intervals = (16, 80)
+    checkpoint_intervals = (32, 33)
     supports_sharding = False  # `test_vjp.py` does that
     uses_xla_memory = False
 
@@ -49,6 +49,16 @@ class TestInterpreted(RecurrenceContract):
             dtype,
             forward_geometry=Geometry(heads, values, chunk=24),
             backward_geometry=Geometry(heads, values, chunk=16),
+        )
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_forward_and_backward_that_pad_otherwise(self, dtype: str) -> None:
+        inputs = make_inputs(27, 12, 12, EVERY_OPTION, batch=1, heads=3)
+        self.check_against_numpy(
+            _rounded(inputs, dtype),
+            dtype,
+            forward_geometry=Geometry(4, 8, chunk=24),
+            backward_geometry=Geometry(1, 64, chunk=16),
         )
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.blocks import MAX_SHARED_BYTES, round_up
-from pallas_kernels.geometry import Geometry, column_multiple
+from pallas_kernels.blocks import MAX_SHARED_BYTES
+from pallas_kernels.geometry import GROUP, Geometry, column_multiple, round_up
 from pallas_kernels.tuning import (
     backward_geometry,
     backward_shared_bytes,
@@ -46,6 +46,13 @@ def test_as_many_warpgroups_as_a_multiprocessor_has_work_for() -> None:
         return forward_geometry(batch, 132, 32, 32, H100_SMS, jnp.bfloat16).warpgroups
 
     assert [side_by_side(batch) for batch in (1, 2, 5, 7, 40)] == [1, 2, 5, 5, 2]
+
+
+def test_a_chunk_of_the_forward_kernel_has_one_group_where_states_are_kept() -> None:
+    for batch, heads, size in itertools.product((1, 8), (5, 384), SIZES):
+        sizes = batch, heads, size, size, H100_SMS, jnp.bfloat16
+        alone, keeping = forward_geometry(*sizes), forward_geometry(*sizes, keeps_groups=True)
+        assert keeping == dataclasses.replace(alone, chunk=GROUP)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def _forget_traced_calls() -> None:
 class TestAroundTheKernels(RecurrenceContract):
     implementation = "kernels in plain JAX"
     dtypes = ("float32", "bfloat16")
+    checkpoint_intervals = (32, 33, 1000)
     kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     quick_to_compile = dtypes
 
@@ -70,23 +71,25 @@ class TestAroundTheKernels(RecurrenceContract):
 @pytest.mark.parametrize(
     ("checkpoint_every", "checkpoints", "values"),
     [
-        (32, 13, "float32"),  # a state before each 8 steps, and errors in place of v
-        (40, 2, "bfloat16"),  # as asked for, and v itself, to make the others from
+        # A state before each 8 steps, and errors in place of v, padded.
+        (32, 13, ((2, 100, 3, 16), "float32")),
+        # As asked for, and v itself, to make the others from.
+        (40, 2, ((2, 100, 3, 12), "bfloat16")),
     ],
 )
 def test_what_is_kept_for_the_backward_pass(
-    checkpoint_every: int, checkpoints: int, values: str
+    checkpoint_every: int, checkpoints: int, values: tuple[tuple[int, ...], str]
 ) -> None:
-    inputs = make_inputs(100, 4, 8, EVERY_OPTION, batch=2, heads=3)
+    inputs = make_inputs(100, 4, 12, EVERY_OPTION, batch=2, heads=3)
     arrays = tensors(inputs, "bfloat16")
     ids = jnp.asarray(inputs.segment_ids)
     _, pullback = jax.vjp(
         lambda arrays: call(arrays, ids, checkpoint_every=checkpoint_every), arrays
     )
     wanted = arrays | {
-        "v": arrays["v"].astype(values),
+        "v": jnp.zeros(*values),
         "starts": jnp.zeros(ids.shape, bool),
-        "checkpoints": jnp.zeros((2, 3, checkpoints, 8, 16), "bfloat16"),  # keys are padded
+        "checkpoints": jnp.zeros((2, 3, checkpoints, 16, 16), "bfloat16"),  # padded
     }
     kept = jax.tree.leaves(pullback)
     assert sorted(str(x.aval) for x in kept) == sorted(str(x.aval) for x in wanted.values())
@@ -104,20 +107,36 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(kept) == {None}
 
 
-def test_segments_longer_than_the_kernel_takes() -> None:
-    inputs = make_inputs(211, 4, 8, EVERY_OPTION, batch=2, heads=1)
-    checker = TestAroundTheKernels()
-    for every in (80, 96, 500):  # a segment left over, a short one, one in all
-        checker.check_against_numpy(inputs, "float32", checkpoint_every=every)
+@pytest.mark.parametrize(
+    ("time", "checkpoint_every"),
+    # Whole segments and steps left over, whole ones only, one short one.
+    [(211, 96), (192, 64), (100, 500)],
+)
+def test_checkpoints_far_apart(time: int, checkpoint_every: int) -> None:
+    inputs = make_inputs(time, 4, 8, EVERY_OPTION, batch=2, heads=1)
+    TestAroundTheKernels().check_against_numpy(inputs, "float32", checkpoint_every=checkpoint_every)
 
 
-def test_a_geometry_may_be_given() -> None:
-    inputs = make_inputs(33, 4, 6, EVERY_OPTION, batch=1, heads=3)
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (Geometry(heads=4, values=16, chunk=24), Geometry(heads=2, values=16, chunk=40)),
+        # Each of the two pads heads and columns otherwise.
+        (Geometry(heads=4, values=8, chunk=24), Geometry(heads=1, values=64, chunk=40)),
+        (Geometry(heads=1, values=64, chunk=40), Geometry(heads=4, values=8, chunk=24)),
+    ],
+)
+@pytest.mark.parametrize("checkpoint_every", [32, 64])
+def test_geometries_may_be_given(
+    forward: Geometry, backward: Geometry, checkpoint_every: int
+) -> None:
+    inputs = make_inputs(75, 4, 6, EVERY_OPTION, batch=1, heads=3)
     TestAroundTheKernels().check_against_numpy(
         inputs,
         "float32",
-        forward_geometry=Geometry(heads=4, values=16, chunk=24),
-        backward_geometry=Geometry(heads=2, values=16, chunk=40),
+        forward_geometry=forward,
+        backward_geometry=backward,
+        checkpoint_every=checkpoint_every,
     )
 
 

@@ -1,0 +1,268 @@
+"""GPUs that models are sized for: their numbers, and which n_state suits them. Imports no JAX."""
+
+import dataclasses
+import math
+import re
+import subprocess
+
+KERNELS_NEED = (9, 0)
+"""Compute capability: Hopper, the first with bulk tensor copies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A row of the scaling document's table, as printed there.
+
+    Its "Tensor TFLOPS" of the GeForce cards are those of their float32 units, not of their tensor
+    cores.
+    """
+
+    memory_bandwidth_GBps: float
+    tensor_tflops: float
+    optimal_n_state: tuple[int, int]
+    """From and to."""
+    max_n_state: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GPU:
+    """One GPU: numbers of its vendor, and of the scaling document where that has it.
+
+    KB are 1024 bytes, GB 1e9 (memory as the vendor counts it).
+    """
+
+    name: str
+    key: str
+    """What the command line calls it."""
+    device_names: tuple[str, ...]
+    """What the driver calls it."""
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    boost_clock_MHz: int
+    memory_GB: int
+    memory_bandwidth_GBps: int
+    bf16_tflops: float
+    """Of the tensor cores, dense, adding in float32."""
+    shared_memory_KB: int
+    """Of a multiprocessor."""
+    source: str
+    published: Published | None = None
+    measured_n_state: tuple[int, int] | None = None
+    """Where the kernels of this package take the least time for each element of the state, forward
+    and backward, from and to: `benchmarks/results/`."""
+
+    @property
+    def formula_n_state(self) -> int:
+        """`optimal_n_state` of the numbers in the scaling document, else of the vendor's."""
+        numbers = self.published
+        bandwidth = numbers.memory_bandwidth_GBps if numbers else self.memory_bandwidth_GBps
+        tflops = numbers.tensor_tflops if numbers else self.bf16_tflops
+        return optimal_n_state(bandwidth, tflops, self.shared_memory_KB)
+
+    @property
+    def n_state_range(self) -> tuple[int, int]:
+        """Recommended n_state, from and to: measured, else published, else the formula's."""
+        if self.measured_n_state:
+            return self.measured_n_state
+        if self.published:
+            return self.published.optimal_n_state
+        return self.formula_n_state, self.formula_n_state
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the recurrence runs by `pallas_kernels` there, not by `lax.scan`."""
+        return self.compute_capability >= KERNELS_NEED
+
+
+_CUDA_GUIDE = "CUDA Programming Guide, compute capabilities (shared memory)"
+_AMPERE = f"NVIDIA A100 Tensor Core GPU data sheet and architecture white paper; {_CUDA_GUIDE}"
+_RTX_BLACKWELL = f"NVIDIA RTX Blackwell GPU Architecture white paper, table 3; {_CUDA_GUIDE}"
+
+GPUS: tuple[GPU, ...] = (
+    GPU(
+        name="RTX 3090",
+        key="rtx3090",
+        device_names=("GeForce RTX 3090",),
+        compute_capability=(8, 6),
+        multiprocessors=82,
+        boost_clock_MHz=1695,
+        memory_GB=24,
+        memory_bandwidth_GBps=936,
+        bf16_tflops=71.2,
+        shared_memory_KB=100,
+        source=f"NVIDIA Ampere GA102 GPU Architecture white paper, table 9; {_CUDA_GUIDE}",
+        published=Published(936, 35.6, (32, 32), 48),
+    ),
+    GPU(
+        name="RTX 4090",
+        key="rtx4090",
+        device_names=("GeForce RTX 4090",),
+        compute_capability=(8, 9),
+        multiprocessors=128,
+        boost_clock_MHz=2520,
+        memory_GB=24,
+        memory_bandwidth_GBps=1008,
+        bf16_tflops=165.2,
+        shared_memory_KB=100,
+        source=f"NVIDIA Ada GPU Architecture white paper, table 2; {_CUDA_GUIDE}",
+        published=Published(1008, 82.6, (32, 48), 64),
+    ),
+    GPU(
+        name="A100 40GB",
+        key="a100-40gb",
+        device_names=("A100-SXM4-40GB", "A100-PCIE-40GB"),
+        compute_capability=(8, 0),
+        multiprocessors=108,
+        boost_clock_MHz=1410,
+        memory_GB=40,
+        memory_bandwidth_GBps=1555,
+        bf16_tflops=312.0,
+        shared_memory_KB=164,
+        source=_AMPERE,
+        published=Published(1555, 312, (48, 64), 96),
+    ),
+    GPU(
+        name="A100 80GB",
+        key="a100-80gb",
+        device_names=("A100-SXM4-80GB", "A100 80GB PCIe"),
+        compute_capability=(8, 0),
+        multiprocessors=108,
+        boost_clock_MHz=1410,
+        memory_GB=80,
+        memory_bandwidth_GBps=2039,
+        bf16_tflops=312.0,
+        shared_memory_KB=164,
+        source=f"{_AMPERE}; SXM4 (PCIe: 1,935 GB/s)",
+        published=Published(2039, 312, (64, 64), 96),
+    ),
+    GPU(
+        name="H100",
+        key="h100",
+        device_names=("H100 80GB HBM3",),
+        compute_capability=(9, 0),
+        multiprocessors=132,
+        boost_clock_MHz=1980,
+        memory_GB=80,
+        memory_bandwidth_GBps=3350,
+        bf16_tflops=989.4,
+        shared_memory_KB=228,
+        source=f"NVIDIA H100 data sheet and architecture white paper, SXM5; {_CUDA_GUIDE}",
+        published=Published(3350, 989, (64, 96), 128),
+        measured_n_state=(32, 48),
+    ),
+    GPU(
+        name="H200",
+        key="h200",
+        device_names=("H200",),
+        compute_capability=(9, 0),
+        multiprocessors=132,
+        boost_clock_MHz=1980,
+        memory_GB=141,
+        memory_bandwidth_GBps=4800,
+        bf16_tflops=989.5,
+        shared_memory_KB=228,
+        source=f"NVIDIA H200 data sheet, SXM (half of the sparse rate); {_CUDA_GUIDE}",
+    ),
+    GPU(
+        name="B200",
+        key="b200",
+        device_names=("B200",),
+        compute_capability=(10, 0),
+        multiprocessors=148,
+        boost_clock_MHz=1965,
+        memory_GB=180,
+        memory_bandwidth_GBps=7700,
+        bf16_tflops=2250.0,
+        shared_memory_KB=228,
+        source=f"NVIDIA HGX B200 data sheet (half of the sparse rate; multiprocessors and clock as "
+        f"its driver tells); {_CUDA_GUIDE}",
+    ),
+    GPU(
+        name="RTX 5090",
+        key="rtx5090",
+        device_names=("GeForce RTX 5090",),
+        compute_capability=(12, 0),
+        multiprocessors=170,
+        boost_clock_MHz=2407,
+        memory_GB=32,
+        memory_bandwidth_GBps=1792,
+        bf16_tflops=209.5,
+        shared_memory_KB=100,
+        source=_RTX_BLACKWELL,
+    ),
+    GPU(
+        name="L40S",
+        key="l40s",
+        device_names=("L40S",),
+        compute_capability=(8, 9),
+        multiprocessors=142,
+        boost_clock_MHz=2520,
+        memory_GB=48,
+        memory_bandwidth_GBps=864,
+        bf16_tflops=362.05,
+        shared_memory_KB=100,
+        source=f"NVIDIA L40S data sheet; {_CUDA_GUIDE}",
+    ),
+    GPU(
+        name="RTX 6000 Ada",
+        key="rtx6000ada",
+        device_names=("RTX 6000 Ada Generation",),
+        compute_capability=(8, 9),
+        multiprocessors=142,
+        boost_clock_MHz=2505,
+        memory_GB=48,
+        memory_bandwidth_GBps=960,
+        bf16_tflops=364.2,
+        shared_memory_KB=100,
+        source=f"NVIDIA RTX PRO Blackwell GPU Architecture white paper, table 4; {_CUDA_GUIDE}",
+    ),
+)
+
+
+def optimal_n_state(
+    memory_bandwidth_GBps: float, tensor_tflops: float, shared_mem_KB: float
+) -> int:
+    """The scaling document's formula, unchanged.
+
+    The room in shared memory that it counts never decides: 100 KB give 107, above both 48 and 64.
+
+    Raises:
+        ValueError: a number that is not above 0.
+    """
+    for name, value in (
+        ("memory_bandwidth_GBps", memory_bandwidth_GBps),
+        ("tensor_tflops", tensor_tflops),
+        ("shared_mem_KB", shared_mem_KB),
+    ):
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}.")
+    ops_per_byte = tensor_tflops * 1e12 / (memory_bandwidth_GBps * 1e9)
+    max_n_from_shared = int(math.sqrt(shared_mem_KB * 1024 / 4 / 2.2))
+    optimal = min(48 if ops_per_byte < 100 else 64, max_n_from_shared)
+    return (optimal // 8) * 8
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia"))
+
+
+def find(name: str) -> GPU:
+    """The GPU of a key, a name or a driver's name; case, spaces and dashes do not matter.
+
+    Raises:
+        ValueError: no such GPU; the message lists those there are.
+    """
+    for gpu in GPUS:
+        if _plain(name) in map(_plain, (gpu.key, gpu.name, *gpu.device_names)):
+            return gpu
+    raise ValueError(f"unknown GPU {name!r}: choose from {', '.join(gpu.key for gpu in GPUS)}.")
+
+
+def detect() -> GPU | None:
+    """The first GPU that nvidia-smi lists, or None if there is none or it is not in the table."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return find(answer.stdout.splitlines()[0])
+    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return None

@@ -1,0 +1,289 @@
+"""`python -m e88_jax.sizing`: from a budget and a GPU to configurations, in a table."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from e88_jax import hardware
+from e88_jax.config import E88Config, LMConfig
+from e88_jax.sizing.balance import balance, check, d_inner_of
+from e88_jax.sizing.memory import implementation_on, state_per_layer, training_memory
+from e88_jax.sizing.parameters import calc_e88_params, count_params
+from e88_jax.sizing.presets import (
+    PRESETS,
+    gated_deltanet_state_per_layer,
+    mamba2_state_per_layer,
+)
+from e88_jax.sizing.solve import parse_params, solve
+
+Row = dict[str, Any]
+
+
+def describe(config: LMConfig, gpu: hardware.GPU | None, batch: int, length: int) -> Row:
+    """The numbers of a configuration, plain data."""
+    layer = config.layer
+    implementation = implementation_on(gpu, layer)
+    memory = training_memory(config, batch, length, implementation=implementation)
+    return {
+        "dim": layer.dim,
+        "n_heads": layer.n_heads,
+        "n_state": layer.n_state,
+        "depth": config.depth,
+        "d_inner": d_inner_of(config),
+        "params": count_params(config),
+        "published_formula_params": calc_e88_params(
+            layer.dim, layer.n_heads, layer.n_state, config.depth, config.vocab_size
+        ),
+        "state_per_layer": state_per_layer(layer),
+        "dim_over_d_inner": round(layer.dim / d_inner_of(config), 3),
+        "balance": balance(layer.dim, d_inner_of(config)),
+        "training_bytes": memory.total,
+        "findings": [str(x) for x in check(config, gpu, batch=batch, length=length)],
+    }
+
+
+_COLUMNS = {
+    "dim": ("dim", "d"),
+    "heads": ("n_heads", "d"),
+    "n_state": ("n_state", "d"),
+    "depth": ("depth", "d"),
+    "d_inner": ("d_inner", "d"),
+    "parameters": ("params", ",d"),
+    "state/layer": ("state_per_layer", ",d"),
+    "dim/d_inner": ("dim_over_d_inner", ".2f"),
+    "balance": ("balance", ""),
+}
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first of which is the header, under each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _configurations(rows: Sequence[Row]) -> str:
+    """A table of what `describe` returned, and under it what is to be said of each row."""
+    header = ["#", *_COLUMNS, "training GB"]
+    cells = [
+        [
+            str(i),
+            *(format(row[key], spec) for key, spec in _COLUMNS.values()),
+            f"{row['training_bytes'] / 1e9:.1f}",
+        ]
+        for i, row in enumerate(rows, 1)
+    ]
+    said: dict[str, list[str]] = {}
+    for i, row in enumerate(rows, 1):
+        for finding in row["findings"]:
+            said.setdefault(finding, []).append(str(i))
+    lines = [f"  {', '.join(numbers)}: {finding}" for finding, numbers in said.items()]
+    return "\n".join([_table([header, *cells]), *lines])
+
+
+def _presets(options: argparse.Namespace) -> str:
+    rows = [preset_row(name) for name in PRESETS]
+    if options.json:
+        return json.dumps(rows, indent=2)
+    header = ["preset", "dim", "heads", "n_state", "depth", "published", "its formula", "exact"]
+    header += ["state/layer", "dim/d_inner", "corrected dim", "exact then", "balance"]
+    cells = [
+        [
+            row["name"],
+            *(str(row[key]) for key in ("dim", "n_heads", "n_state", "depth", "published")),
+            f"{row['published_formula_params'] / 1e6:,.1f}M",
+            f"{row['params'] / 1e6:,.1f}M",
+            f"{row['state_per_layer']:,}",
+            f"{row['dim_over_d_inner']:.2f}",
+            str(row["corrected_dim"] or ""),
+            f"{row['corrected_params'] / 1e6:,.1f}M" if row["corrected_dim"] else "",
+            row["balance"],
+        ]
+        for row in rows
+    ]
+    h72, h40 = (PRESETS[name].config.layer for name in ("h72n32-500m", "h40n64-500m"))
+    baselines = [
+        f"{name}: {state:,} numbers of state a layer, {state / state_per_layer(h72):.1f} times "
+        f"h72n32's and {state / state_per_layer(h40):.1f} times h40n64's"
+        for name, state in (
+            ("Mamba2 at 500M", mamba2_state_per_layer()),
+            ("Gated DeltaNet at 500M", gated_deltanet_state_per_layer()),
+        )
+    ]
+    return "\n".join(
+        [
+            _table([header, *cells]),
+            "Where there is a corrected dim, the guide's own formula does not give the count that "
+            "it printed.",
+            *baselines,
+        ]
+    )
+
+
+def preset_row(name: str) -> Row:
+    """The numbers of a preset, plain data."""
+    preset = PRESETS[name]
+    dim = preset.corrected_dim
+    return {
+        "name": name,
+        **describe(preset.config, None, 1, 2048),
+        "published": preset.published,
+        "published_state": preset.published_state,
+        "corrected_dim": dim,
+        "corrected_params": None if dim is None else count_params(preset.with_dim(dim)),
+    }
+
+
+def _parse_config(assignments: Sequence[str]) -> LMConfig:
+    """A configuration from words such as `dim=2176`."""
+    fields = {
+        "layer": {field.name: field.type for field in dataclasses.fields(E88Config)},
+        "model": {"depth": int, "vocab_size": int, "channel_mixer_dim": int | None},
+    }
+    values: dict[str, dict[str, Any]] = {"layer": {}, "model": {}}
+    for word in assignments:
+        name, equals, value = word.partition("=")
+        part = next((part for part, names in fields.items() if name in names), None)
+        if not equals or part is None:
+            names = ", ".join(name for names in fields.values() for name in names)
+            raise ValueError(f"--check takes name=value, got {word!r}; the names are {names}.")
+        values[part][name] = _parse_value(name, value, fields[part][name])
+    missing = [name for name in ("dim", "n_heads") if name not in values["layer"]]
+    missing += [] if "depth" in values["model"] else ["depth"]
+    if missing:
+        raise ValueError(f"--check needs {', '.join(missing)} too.")
+    return LMConfig(layer=E88Config(**values["layer"]), **values["model"])
+
+
+def _parse_value(name: str, text: str, kind: Any) -> Any:
+    if kind == int | None and text.lower() == "none":
+        return None
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name} must be true or false, got {text!r}.")
+        return text.lower() == "true"
+    if kind not in (int, int | None, float):
+        return text  # the configuration knows what it takes
+    try:
+        return float(text) if kind is float else int(text)
+    except ValueError:
+        what = "a number" if kind is float else "a whole number"
+        raise ValueError(f"{name} must be {what}, got {text!r}.") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m e88_jax.sizing",
+        description="Finds configurations for a budget of parameters and a GPU, checks one, or "
+        "prints the sizing guide's.",
+        epilog="docs/sizing.md explains the columns. Exits with 2, and one sentence, for what "
+        "cannot be done.",
+    )
+    parser.add_argument("params", nargs="?", help="budget, such as 500M, 1.3B or 25000000")
+    parser.add_argument(
+        "--gpu",
+        help=f"{', '.join(gpu.key for gpu in hardware.GPUS)}; by default the one in this machine, "
+        "if it is one of these",
+    )
+    parser.add_argument("--depth", type=int, help="layers; by default near the usual number")
+    parser.add_argument("--n-state", type=int, help="by default what suits the GPU")
+    parser.add_argument("--vocab-size", type=int, default=256, help="token ids (256: bytes)")
+    parser.add_argument(
+        "--gate", default="silu", choices=("silu", "sigmoid", "none"), help="output gate"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences of a step, for the memory (8)"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, default=2048, help="tokens of each, for the memory (2048)"
+    )
+    parser.add_argument("--rows", type=int, default=8, help="most configurations printed (8)")
+    parser.add_argument(
+        "--check",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="say what is wrong with one configuration, such as dim=8192 n_heads=20 n_state=32 "
+        "depth=20",
+    )
+    parser.add_argument("--presets", action="store_true", help="print the guide's configurations")
+    parser.add_argument("--json", action="store_true", help="print plain data for machines")
+    return parser
+
+
+def run(options: argparse.Namespace) -> str:
+    """What is to be printed.
+
+    Raises:
+        ValueError: what was asked for cannot be had.
+    """
+    if sum([options.params is not None, options.check is not None, options.presets]) != 1:
+        raise ValueError("give a budget such as 500M, or --check, or --presets.")
+    for name in ("batch_size", "seq_len", "rows"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least 1, got {getattr(options, name)}.")
+    if options.presets:
+        return _presets(options)
+    gpu = hardware.detect() if options.gpu is None else hardware.find(options.gpu)
+    if options.check is not None:
+        configs = [_parse_config(options.check)]
+    else:
+        found = solve(
+            parse_params(options.params),
+            gpu=gpu,
+            depth=options.depth,
+            n_state=options.n_state,
+            vocab_size=options.vocab_size,
+            gate=options.gate,
+        )
+        configs = [solution.config for solution in found[: options.rows]]
+    rows = [describe(config, gpu, options.batch_size, options.seq_len) for config in configs]
+    if options.json:
+        return json.dumps({"gpu": gpu and gpu.key, "configurations": rows}, indent=2)
+    text = _configurations(rows)
+    if options.check is not None and not rows[0]["findings"]:
+        text += "\nNothing to change."
+    return f"{_about(gpu, options)}\n{text}"
+
+
+def _about(gpu: hardware.GPU | None, options: argparse.Namespace) -> str:
+    memory = f"training GB: batch {options.batch_size}, length {options.seq_len}, bfloat16, AdamW"
+    if gpu is None:
+        return f"No GPU given. {memory}."
+    low, high = gpu.n_state_range
+    how = "measured" if gpu.measured_n_state else "published" if gpu.published else "by formula"
+    text = f"{gpu.name}: n_state {low} to {high} ({how})"
+    if gpu.measured_n_state and gpu.published:
+        low, high = gpu.published.optimal_n_state
+        text += f", {low} to {high} published"
+    return f"{text}, {gpu.memory_GB} GB. {memory[0].upper()}{memory[1:]}."
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Prints the answer, or one sentence to stderr and returns 2."""
+    words = sys.argv[1:] if args is None else args
+    # A word with a space is no flag: a negative budget is to be refused as a budget.
+    words = [f" {word}" if re.match(r"-\d", word) else word for word in words]
+    try:
+        print(run(_parser().parse_args(words)))
+    except ValueError as error:
+        print(f"e88_jax.sizing: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Whether a configuration is well proportioned, and what to change where it is not."""
+
+import dataclasses
+from fractions import Fraction
+from typing import Literal
+
+from e88_jax.config import LMConfig
+from e88_jax.hardware import GPU
+from e88_jax.sizing.memory import (
+    KERNEL_MULTIPLE,
+    MAX_KERNEL_SIZE,
+    implementation_on,
+    training_memory,
+)
+
+Band = Literal[
+    "severe bottleneck", "mild bottleneck", "balanced", "over-provisioned d_inner", "wasteful"
+]
+
+
+def balance(dim: int, d_inner: int) -> Band:
+    """The sizing guide's band of dim / d_inner.
+
+    Its bands share their borders; here 0.8 and 1.2 are balanced, 0.5 over-provisioned, and 2 a mild
+    bottleneck, as the guide has "> 2.0" and "< 0.5".
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    for name, size in (("dim", dim), ("d_inner", d_inner)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}.")
+    ratio = Fraction(dim, d_inner)
+    if ratio > 2:
+        return "severe bottleneck"
+    if ratio > Fraction(6, 5):
+        return "mild bottleneck"
+    if ratio >= Fraction(4, 5):
+        return "balanced"
+    if ratio >= Fraction(1, 2):
+        return "over-provisioned d_inner"
+    return "wasteful"
+
+
+def d_inner_of(config: LMConfig) -> int:
+    """n_heads * n_state."""
+    return config.layer.n_heads * config.layer.n_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something to change, or to know."""
+
+    problem: str
+    change: str
+    """What would mend it."""
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.change}."
+
+
+def check(
+    config: LMConfig, gpu: GPU | None = None, *, batch: int = 1, length: int = 2048
+) -> list[Finding]:
+    """What the sizing guide's anti-patterns, the kernels' limits and a GPU's memory say of it.
+
+    Args:
+        config: the model.
+        gpu: to train it on; None for what holds on any.
+        batch, length: sequences of a step and tokens of each, for the memory.
+    """
+    findings = _proportions(config)
+    return findings if gpu is None else findings + _limits(config, gpu, batch, length)
+
+
+def _proportions(config: LMConfig) -> list[Finding]:
+    layer, d_inner = config.layer, d_inner_of(config)
+    band = balance(layer.dim, d_inner)
+    if band == "balanced":
+        return []
+    heads = max(1, round(layer.dim / layer.n_state))
+    ratio = f"dim / d_inner is {layer.dim / d_inner:.3g} ({band})"
+    if band == "severe bottleneck":
+        problem = f"few heads for a large dim, {ratio}"
+    else:
+        problem = f"dim and d_inner are far apart, {ratio}"
+    return [Finding(problem, f"take {heads} heads, or a dim near {d_inner}")]
+
+
+def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding]:
+    layer, findings = config.layer, []
+    if not gpu.has_kernels:
+        needs = "for the kernels take one of compute capability 9.0, such as an H100"
+        findings.append(Finding(f"{gpu.name} runs the recurrence by lax.scan", needs))
+    else:
+        for name, size in (("n_state", layer.n_state), ("n_value", layer.n_value)):
+            if size > MAX_KERNEL_SIZE or size % KERNEL_MULTIPLE:
+                findings.append(
+                    Finding(
+                        f"{name} {size} is not for the kernels, so lax.scan runs it",
+                        f"take a multiple of {KERNEL_MULTIPLE} up to {MAX_KERNEL_SIZE}",
+                    )
+                )
+    if gpu.published is not None and layer.n_state > gpu.published.max_n_state:
+        findings.append(
+            Finding(
+                f"n_state {layer.n_state} is too large for the {gpu.name}, of which the published "
+                f"maximum is {gpu.published.max_n_state}",
+                f"take n_state {gpu.published.optimal_n_state[1]} and more heads",
+            )
+        )
+    implementation = implementation_on(gpu, layer)
+    memory = training_memory(config, batch, length, implementation=implementation)
+    if memory.total > gpu.memory_GB * 1e9:
+        findings.append(
+            Finding(
+                f"training takes about {memory.total / 1e9:.0f} GB at batch {batch} and length "
+                f"{length}, of {gpu.memory_GB} GB",
+                "take a smaller model, or shorter sequences",
+            )
+        )
+    return findings

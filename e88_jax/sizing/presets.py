@@ -1,0 +1,106 @@
+"""The configurations that the sizing guide recommends, and the baselines that it compares with.
+
+Source: E88 Matrix State Model Sizing Guide. Dimensions are as published, mistakes and all: the
+guide's own formula gives its counts at 500M, but not at 100M and 1B.
+"""
+
+import dataclasses
+
+from e88_jax.config import E88Config, LMConfig
+from e88_jax.sizing.parameters import calc_e88_params, count_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A row of the guide."""
+
+    name: str
+    dim: int
+    n_heads: int
+    n_state: int
+    depth: int
+    published: str
+    """Parameters, as printed."""
+    published_state: str
+    """State of a layer, as printed."""
+
+    @property
+    def config(self) -> LMConfig:
+        return self.with_dim(self.dim)
+
+    def with_dim(self, dim: int) -> LMConfig:
+        layer = E88Config(dim=dim, n_heads=self.n_heads, n_state=self.n_state)
+        return LMConfig(layer=layer, depth=self.depth)
+
+    @property
+    def published_params(self) -> int:
+        number, unit = float(self.published[:-1]), self.published[-1]
+        return round(number * {"M": 1e6, "B": 1e9}[unit])
+
+    @property
+    def formula_params(self) -> int:
+        """By the guide's own formula."""
+        return calc_e88_params(self.dim, self.n_heads, self.n_state, self.depth)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the guide's formula gives what it printed, to the digits printed."""
+        unit = 1e6 if self.published.endswith("M") else 1e7
+        return round(self.formula_params / unit) == round(self.published_params / unit)
+
+    @property
+    def corrected_dim(self) -> int | None:
+        """A dim that does give the published count, exactly counted, to 1 %; None where it agrees.
+
+        The multiple of 64 that comes nearest, or of 32 or less if none comes near enough.
+        """
+        if self.agrees:
+            return None
+        base, wanted = count_params(self.with_dim(64)), self.published_params
+        per_dim = (count_params(self.with_dim(128)) - base) / 64  # the count is affine in dim
+        exact = 64 + (wanted - base) / per_dim
+        for multiple in (64, 32, 16, 8):
+            dim = round(exact / multiple) * multiple
+            if abs(count_params(self.with_dim(dim)) - wanted) <= 0.01 * wanted:
+                return dim
+        raise AssertionError(self)
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("h32n32-100m", 1280, 32, 32, 20, "105M", "32K"),
+        Preset("h40n32-100m", 1152, 40, 32, 20, "107M", "40K"),
+        Preset("h24n48-100m", 1280, 24, 48, 20, "106M", "55K"),
+        Preset("h64n32-500m", 2432, 64, 32, 20, "499M", "65K"),
+        Preset("h68n32-500m", 2304, 68, 32, 20, "502M", "70K"),
+        Preset("h72n32-500m", 2176, 72, 32, 20, "502M", "74K"),
+        Preset("h76n32-500m", 2048, 76, 32, 20, "499M", "78K"),
+        Preset("h48n48-500m", 2176, 48, 48, 20, "502M", "110K"),
+        Preset("h40n64-500m", 1920, 40, 64, 20, "492M", "164K"),
+        Preset("h96n32-1b", 2816, 96, 32, 24, "1.01B", "98K"),
+        Preset("h80n48-1b", 2688, 80, 48, 24, "1.02B", "184K"),
+        Preset("h64n64-1b", 2560, 64, 64, 24, "1.03B", "262K"),
+    )
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def mamba2_state_per_layer(dim: int = 1600, expand: int = 2, d_state: int = 128) -> int:
+    """Numbers in a Mamba2 layer's state; by default at 500M, as the guide compares."""
+    return expand * dim * d_state
+
+
+def gated_deltanet_state_per_layer(n_heads: int = 24, head_dim: int = 128) -> int:
+    """Numbers in a Gated DeltaNet layer's state; by default at 500M, as the guide compares."""
+    return n_heads * head_dim * head_dim

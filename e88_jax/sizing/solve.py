@@ -1,0 +1,169 @@
+"""From a budget of parameters and a GPU to configurations: the guide's procedure, done exactly."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator
+
+from e88_jax.config import E88Config, LMConfig, OutputGate
+from e88_jax.hardware import GPU
+from e88_jax.sizing.balance import d_inner_of
+from e88_jax.sizing.memory import KERNEL_MULTIPLE, MAX_KERNEL_SIZE
+from e88_jax.sizing.parameters import count_params
+
+SMALLEST, LARGEST = 1_000_000, 10_000_000_000
+TOLERANCE = 0.01
+"""Of the budget."""
+DIM_MULTIPLE = 64
+ANY_GPU = (32, 64)
+"""n_state, from and to, where no GPU is given: the guide's for consumer and datacenter cards."""
+_WIDEST = 2.0  # dim / d_inner, and its inverse
+
+
+def parse_params(text: str) -> int:
+    """A budget such as 500M, 1.3B, 250k or 25000000.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmb]?)", text.strip().lower())
+    if match is None:
+        raise ValueError(f"a budget is a number such as 500M, 1.3B or 25000000, got {text!r}.")
+    return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]])
+
+
+def usual_depth(params: int) -> int:
+    """Layers of a model of this size: the guide's 20 at 100M and 500M and 24 at 1B.
+
+    Outside of that range it grows with the cube root of the size.
+    """
+    if params < 100e6:
+        return max(2, round(20 * (params / 100e6) ** (1 / 3)))
+    return 20 if params < 750e6 else max(24, round(24 * (params / 1e9) ** (1 / 3)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """A configuration near a budget."""
+
+    config: LMConfig
+    params: int
+    budget: int
+
+    @property
+    def error(self) -> float:
+        """Relative distance from the budget."""
+        return self.params / self.budget - 1
+
+    @property
+    def ratio(self) -> float:
+        """dim / d_inner."""
+        return self.config.layer.dim / d_inner_of(self.config)
+
+    @property
+    def distance(self) -> float:
+        """From the budget, in hundredths, and from balance, in widths of the guide's band."""
+        return abs(self.error) / TOLERANCE + abs(math.log(self.ratio)) / math.log(1.2)
+
+
+def solve(
+    params: int,
+    *,
+    gpu: GPU | None = None,
+    depth: int | None = None,
+    n_state: int | None = None,
+    vocab_size: int = 256,
+    gate: OutputGate = "silu",
+) -> list[Solution]:
+    """Configurations of `params` parameters to 1 %, nearest to it and to balance first.
+
+    For each n_state and depth the best one, with a dim that is a multiple of 64. n_state and depth
+    that are not given are those that suit the GPU and the size, and their neighbours.
+
+    Args:
+        params: exact count wanted, 1M to 10B.
+        gpu: to train on; None for any.
+        depth: layers.
+        n_state: a multiple of 4 up to 128.
+        vocab_size: token ids.
+        gate: the layers' output gate; with "none" they have a fifth fewer parameters.
+
+    Raises:
+        ValueError: an argument out of its range, or no such configuration; the message says what
+            would do.
+    """
+    if not SMALLEST <= params <= LARGEST:
+        raise ValueError(f"the budget must be 1M to 10B parameters, got {params:,}.")
+    if n_state is not None and (n_state % KERNEL_MULTIPLE or not 0 < n_state <= MAX_KERNEL_SIZE):
+        raise ValueError(
+            f"n_state must be a multiple of {KERNEL_MULTIPLE} up to {MAX_KERNEL_SIZE}, "
+            f"got {n_state}."
+        )
+    for name, value in (("depth", depth), ("vocab_size", vocab_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    usual, (low, high) = usual_depth(params), gpu.n_state_range if gpu else ANY_GPU
+    found: list[Solution] = []
+    usual_depths = range(math.ceil(0.75 * usual), math.floor(1.25 * usual) + 1)
+    # Small models have few multiples of 64 to choose from: for some, other sizes must do.
+    for depths, sizes in (
+        (usual_depths, range(low, high + 1, 16)),
+        (range(1, 2 * usual + 1), range(min(low, 16), high + 1, KERNEL_MULTIPLE)),
+    ):
+        pairs = itertools.product([n_state] if n_state else sizes, [depth] if depth else depths)
+        for n, layers in pairs:
+            candidates = _candidates(params, n, layers, vocab_size, gate)
+            if best := min(candidates, key=_is_far_and_distance, default=None):
+                found.append(best)
+        near = [s for s in found if abs(s.error) <= TOLERANCE]
+        if near:
+            return sorted(near, key=lambda s: s.distance)
+    raise ValueError(_why_not(params, n_state, depth, vocab_size, found))
+
+
+def _is_far_and_distance(solution: Solution) -> tuple[bool, float]:
+    return abs(solution.error) > TOLERANCE, solution.distance
+
+
+def _candidates(
+    params: int, n_state: int, depth: int, vocab_size: int, gate: OutputGate
+) -> Iterator[Solution]:
+    """For each dim near balance, the numbers of heads below and above the budget."""
+
+    def config(dim: int, heads: int) -> LMConfig:
+        layer = E88Config(dim=dim, n_heads=heads, n_state=n_state, output_gate=gate)
+        return LMConfig(layer=layer, depth=depth, vocab_size=vocab_size)
+
+    matrices = 4 if gate == "none" else 5
+    balanced = math.sqrt(params / (matrices * depth))
+    for dim in range(DIM_MULTIPLE, round(1.5 * balanced) + DIM_MULTIPLE + 1, DIM_MULTIPLE):
+        base = count_params(config(dim, 1))
+        per_head = count_params(config(dim, 2)) - base  # the count is affine in the heads
+        heads = 1 + (params - base) / per_head
+        for h in {math.floor(heads), math.ceil(heads)}:
+            if h >= 1 and 1 / _WIDEST <= dim / (h * n_state) <= _WIDEST:
+                yield Solution(config(dim, h), round(base + (h - 1) * per_head), params)
+
+
+def _why_not(
+    params: int, n_state: int | None, depth: int | None, vocab_size: int, found: list[Solution]
+) -> str:
+    asked = [f"{params:,} parameters"]
+    asked += [f"depth {depth}"] if depth else []
+    asked += [f"n_state {n_state}"] if n_state else []
+    message = f"no configuration with dim a multiple of {DIM_MULTIPLE} has {' and '.join(asked)}"
+    if not found:
+        smallest = vocab_size * DIM_MULTIPLE
+        return (
+            f"{message} and dim within a factor {_WIDEST:g} of d_inner: the embedding of "
+            f"{vocab_size:,} ids takes at least {smallest:,}; take "
+            f"{'another depth' if depth else 'a smaller vocabulary'} or a larger budget."
+        )
+    nearest = min(found, key=lambda s: abs(s.error))
+    layer = nearest.config.layer
+    return (
+        f"{message} to {TOLERANCE:.0%}: the nearest has {nearest.params:,} (dim {layer.dim}, "
+        f"{layer.n_heads} heads of {layer.n_state}, depth {nearest.config.depth}); take that "
+        "budget, or leave depth or n_state open."
+    )

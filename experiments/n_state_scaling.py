@@ -1,0 +1,144 @@
+"""Times the layer against n_state at constant d_inner, beside what was published."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from harness import cli, run_directory
+from harness.errors import RunStopped, UsageError
+
+if TYPE_CHECKING:
+    from harness.scaling import Measurement, Setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """Time the recurrence, and the training step of one layer, against n_state.
+
+    d_inner = n_heads * n_state, batch and sequence stay the same. Writes CSV, JSON and a plot
+    beside the numbers that the original project published.
+    """
+
+    n_state: tuple[int, ...] | None = None
+    """Sizes N = V of a head's state; None for 16 32 48 64 72 96 128 on a GPU, 16 32 64 elsewhere,
+    where most of the time goes into compiling."""
+    d_inner: int | None = None
+    """n_heads * n_state, as nearly as whole heads allow; None for 2304 on a GPU, 384 elsewhere."""
+    dim: int | None = None
+    """Width of the residual stream; None for d_inner."""
+    batch_size: int | None = None
+    """Rows; None for 8 on a GPU, 2 elsewhere."""
+    seq_len: int | None = None
+    """Steps of the recurrence; None for 2048 on a GPU, 64 elsewhere."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the recurrence's inputs and of the matrix products; None for bfloat16 on a GPU and float32
+    elsewhere."""
+    repetitions: int = 10
+    """Timings of which the median is taken."""
+    implementation: Literal["scan", "mosaic_gpu"] | None = None
+    """Who computes the recurrence; None for the fastest that can here."""
+    out: Path | None = None
+    """Directory for the results; by default a new one under runs/."""
+
+    def __post_init__(self) -> None:
+        if self.n_state == ():
+            raise ValueError("--n-state must name at least one size.")
+        counts = {
+            "n-state": min(self.n_state) if self.n_state else None,
+            "d-inner": self.d_inner,
+            "dim": self.dim,
+            "batch-size": self.batch_size,
+            "seq-len": self.seq_len,
+            "repetitions": self.repetitions,
+        }
+        for flag, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag} must be at least 1, got {value}.")
+
+
+def resolve(config: ScalingConfig) -> "Setting":
+    """What `config` leaves open, decided by the device at hand.
+
+    Raises:
+        UsageError: sizes or an implementation that cannot be.
+    """
+    import jax
+    from harness.scaling import Setting, refusal
+
+    on_gpu = jax.default_backend() == "gpu"
+    n_states = config.n_state or ((16, 32, 48, 64, 72, 96, 128) if on_gpu else (16, 32, 64))
+    dtype = config.dtype or ("bfloat16" if on_gpu else "float32")
+    implementation = config.implementation
+    if implementation is None:
+        implementation = "scan" if refusal("mosaic_gpu", dtype) else "mosaic_gpu"
+    elif why := refusal(implementation, dtype):
+        raise UsageError(why)
+    if implementation == "mosaic_gpu":
+        for n_state in n_states:
+            if n_state % 4:
+                raise UsageError(
+                    f"--n-state must be multiples of 4 for mosaic_gpu, got {n_state}; "
+                    "--implementation scan takes any."
+                )
+    d_inner = config.d_inner or (2304 if on_gpu else 384)
+    if d_inner < max(n_states):
+        raise UsageError(
+            f"--d-inner must be at least as large as every --n-state, as a head has n_state of it; "
+            f"got {d_inner} and {max(n_states)}."
+        )
+    return Setting(
+        n_states=tuple(sorted(set(n_states))),
+        d_inner=d_inner,
+        dim=config.dim or d_inner,
+        batch_size=config.batch_size or (8 if on_gpu else 2),
+        seq_len=config.seq_len or (2048 if on_gpu else 64),
+        dtype=dtype,
+        implementation=implementation,
+        repetitions=config.repetitions,
+    )
+
+
+def run(setting: "Setting", out: Path) -> "list[Measurement]":
+    """Times one n_state after the other; what is measured so far is always in `out`."""
+    from harness import scaling_report
+    from harness.progress import Report
+    from harness.scaling import measure
+    from harness.timing import ClockSampler
+
+    measured: list[Measurement] = []
+    with ClockSampler() as clock, Report(steps=len(setting.n_states)) as report:
+        about = scaling_report.describe(setting, clock)
+        report.say(f"{about['device']}: " + ", ".join(f"{k} {v}" for k, v in vars(setting).items()))
+
+        def doing(what: str) -> None:
+            report.show(len(measured), what)
+
+        for n_state in setting.n_states:
+            measured.append(measure(setting, n_state, clock, doing))
+            scaling_report.write(out, about, measured)
+            report.say(scaling_report.sentence(measured[-1].row()))
+        report.show(len(measured), "")
+    return measured
+
+
+def main(args: Sequence[str]) -> None:
+    """Parses, times, prints."""
+    config = cli.parse(ScalingConfig, args)
+    setting = resolve(config)
+    default_out = run_directory.RUNS / time.strftime("n-state-scaling-%Y%m%d-%H%M%S")
+    out = run_directory.claim(config.out or default_out)
+    from harness import scaling_report
+
+    measured = run(setting, out)
+    rows = [measurement.row() for measurement in measured]
+    print(scaling_report.table(rows))
+    print(*scaling_report.conclusions(rows), sep="\n")
+    print(f"results are in {out}: {', '.join(scaling_report.FILES)}")
+    if all(len(measurement.missing) == 2 for measurement in measured):
+        raise RunStopped("nothing could be timed.", exit_code=1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,71 @@
+import pytest
+
+from e88_jax.config import E88Config, LMConfig
+from e88_jax.hardware import find
+from e88_jax.sizing import PRESETS, balance, check
+
+
+def lm(dim: int, n_heads: int, n_state: int, depth: int = 20) -> LMConfig:
+    return LMConfig(layer=E88Config(dim=dim, n_heads=n_heads, n_state=n_state), depth=depth)
+
+
+@pytest.mark.parametrize(
+    ("dim", "d_inner", "band"),
+    [
+        (2001, 1000, "severe bottleneck"),
+        (2000, 1000, "mild bottleneck"),
+        (1201, 1000, "mild bottleneck"),
+        (1200, 1000, "balanced"),
+        (1000, 1000, "balanced"),
+        (800, 1000, "balanced"),
+        (799, 1000, "over-provisioned d_inner"),
+        (500, 1000, "over-provisioned d_inner"),
+        (499, 1000, "wasteful"),
+        # 0.8 and 1.2 are no floating-point numbers.
+        (4 * 33, 5 * 33, "balanced"),
+        (6 * 77, 5 * 77, "balanced"),
+    ],
+)
+def test_bands_and_their_borders(dim: int, d_inner: int, band: str) -> None:
+    assert balance(dim, d_inner) == band
+
+
+@pytest.mark.parametrize(("dim", "d_inner"), [(0, 5), (5, -1)])
+def test_sizes_below_1(dim: int, d_inner: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        balance(dim, d_inner)
+
+
+def test_few_heads_with_a_large_dim() -> None:
+    (finding,) = check(lm(8192, 20, 32))
+    assert "few heads" in finding.problem
+    assert "12.8" in finding.problem
+    assert "256 heads" in finding.change
+
+
+def test_dim_and_d_inner_far_apart() -> None:
+    (finding,) = check(lm(512, 64, 32))
+    assert "far apart" in finding.problem
+    assert "16 heads" in finding.change
+    assert check(lm(2176, 72, 32)) == []
+
+
+def test_n_state_too_large_for_the_gpu() -> None:
+    problems = [f.problem for f in check(lm(1024, 11, 96, depth=2), find("rtx4090"))]
+    assert any("n_state 96 is too large" in p and "64" in p for p in problems)
+    assert any("lax.scan" in p for p in problems)
+    assert check(lm(1024, 11, 96, depth=2), find("h100")) == []
+
+
+def test_what_the_kernels_do_not_take() -> None:
+    keys, values = check(lm(256, 2, 130, depth=1), find("h200"))
+    assert "n_state 130" in keys.problem
+    assert "n_value 130" in values.problem
+    assert "128" in keys.change
+
+
+def test_memory() -> None:
+    config = PRESETS["h72n32-500m"].config
+    assert check(config, find("h100"), batch=1, length=2048) == []
+    (finding,) = check(config, find("h100"), batch=64, length=2048)
+    assert "of 80 GB" in finding.problem

@@ -1,0 +1,111 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from e88_jax.config import E88Config
+from e88_jax.sizing import PRESETS, count_params
+from e88_jax.sizing import __main__ as command
+
+BUDGET = ["500M", "--gpu", "h100"]
+
+
+def answer(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert command.main(args) == 0
+    return capsys.readouterr().out
+
+
+def test_it_answers_in_under_a_second_without_jax() -> None:
+    program = (
+        "import runpy, sys; sys.argv = ['sizing', *sys.argv[1:]]\n"
+        "try: runpy.run_module('e88_jax.sizing', run_name='__main__')\n"
+        "finally: assert 'jax' not in sys.modules"
+    )
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program, *BUDGET], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - began < 1
+    assert "balanced" in done.stdout
+
+
+def test_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    about, header, *rows = answer(capsys, *BUDGET, "--rows", "3").splitlines()
+    assert about.startswith("H100: n_state 32 to 48 (measured), 64 to 96 published, 80 GB.")
+    assert "training GB" in header
+    assert len(rows) == 3
+    for row in rows:
+        count = next(int(w.replace(",", "")) for w in row.split() if w.count(",") == 2)
+        assert abs(count / 500e6 - 1) <= 0.01
+
+
+def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(answer(capsys, *BUDGET, "--json", "--depth", "20", "--n-state", "32"))
+    assert found["gpu"] == "h100"
+    (row,) = found["configurations"]
+    assert (row["depth"], row["n_state"]) == (20, 32)
+    assert abs(row["params"] / 500e6 - 1) <= 0.01
+    assert row["balance"] == "balanced"
+
+
+def test_a_check(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = ["dim=8192", "n_heads=20", "n_state=32", "depth=20"]
+    out = answer(capsys, "--check", *bad, "--gpu", "rtx4090")
+    assert "few heads for a large dim, dim / d_inner is 12.8" in out
+    assert "take 256 heads" in out
+    good = ["dim=64", "n_heads=2", "depth=1", "output_gate=none"]
+    out = answer(capsys, "--check", *good, "--gpu", "h100")
+    assert "Nothing to change." in out
+
+
+def test_options_of_a_check(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "dim=64 n_heads=2 depth=3 conv_size=none write_gate=true expansion=2 vocab_size=99"
+    row = json.loads(answer(capsys, "--check", *words.split(), "--json"))["configurations"][0]
+    layer = E88Config(dim=64, n_heads=2, write_gate=True, expansion=2.0)
+    assert row["params"] == count_params(command.LMConfig(layer=layer, depth=3, vocab_size=99))
+
+
+def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    out = answer(capsys, "--presets")
+    for name, preset in PRESETS.items():
+        (row,) = (line for line in out.splitlines() if line.split()[0] == name)
+        assert preset.published in row
+        assert f"{preset.formula_params / 1e6:,.1f}M" in row
+        assert f"{count_params(preset.config) / 1e6:,.1f}M" in row
+        assert (str(preset.corrected_dim) in row) == (not preset.agrees)
+    assert "409,600" in out
+    assert "393,216" in out
+    rows = json.loads(answer(capsys, "--presets", "--json"))
+    assert [row["name"] for row in rows] == [*PRESETS]
+
+
+@pytest.mark.parametrize(
+    ("args", "fragments"),
+    [
+        ([], ["500M", "--check", "--presets"]),
+        (["500M", "--presets"], ["--check"]),
+        (["-5M"], ["1M to 10B", "-5,000,000"]),
+        (["many"], ["500M", "'many'"]),
+        (["5M", "--gpu", "gtx"], ["'gtx'", "h100"]),
+        (["5M", "--n-state", "30"], ["multiple of 4", "30"]),
+        (["5M", "--depth", "x"], ["--depth", "'x'"]),
+        (["5M", "--rows", "0"], ["--rows", "0"]),
+        (["5M", "--colour"], ["--colour"]),
+        (["--check", "dim=64"], ["n_heads, depth"]),
+        (["--check", "dims=64"], ["'dims=64'", "n_heads"]),
+        (["--check", "dim=x", "n_heads=1", "depth=1"], ["dim", "whole number", "'x'"]),
+        (["--check", "dim=8", "n_heads=1", "depth=1", "write_gate=3"], ["true or false", "'3'"]),
+        (["--check", "dim=0", "n_heads=1", "depth=1"], ["dim", "at least 1", "0"]),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    args: list[str], fragments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(args) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    for fragment in fragments:
+        assert fragment in printed.err

@@ -1,0 +1,96 @@
+"""The numbers of the sizing guide."""
+
+import pytest
+
+from e88_jax.sizing import (
+    PRESETS,
+    balance,
+    count_params,
+    d_inner_of,
+    find_preset,
+    gated_deltanet_state_per_layer,
+    mamba2_state_per_layer,
+    state_per_layer,
+)
+
+# d_inner and dim / d_inner, as printed; the guide has no ratio at 100M.
+PRINTED = {
+    "h32n32-100m": (1024, None),
+    "h40n32-100m": (1280, None),
+    "h24n48-100m": (1152, None),
+    "h64n32-500m": (2048, 1.19),
+    "h68n32-500m": (2176, 1.06),
+    "h72n32-500m": (2304, 0.94),
+    "h76n32-500m": (2432, 0.84),
+    "h48n48-500m": (2304, 0.94),
+    "h40n64-500m": (2560, 0.75),
+    "h96n32-1b": (3072, 0.92),
+    "h80n48-1b": (3840, 0.70),
+    "h64n64-1b": (4096, 0.63),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_dimensions_and_state_are_as_printed(name: str) -> None:
+    preset = PRESETS[name]
+    d_inner, ratio = PRINTED[name]
+    assert d_inner_of(preset.config) == d_inner
+    if ratio is not None:
+        assert abs(preset.dim / d_inner - ratio) < 0.0051  # 0.625 is printed as 0.63
+    printed = int(preset.published_state.removesuffix("K"))
+    assert abs(state_per_layer(preset.config.layer) / 1000 - printed) < 1
+
+
+def test_the_formula_gives_the_printed_counts_at_500m_only() -> None:
+    agrees = {name: preset.agrees for name, preset in PRESETS.items()}
+    assert agrees == {name: name.endswith("500m") for name in PRESETS}
+    counts = {name: round(p.formula_params / 1e6, 1) for name, p in PRESETS.items()}
+    assert counts["h64n32-500m"] == 498.8
+    assert counts["h72n32-500m"] == 502.0
+    assert counts["h40n64-500m"] == 492.1
+    assert counts["h32n32-100m"] == 131.5
+    assert counts["h80n48-1b"] == pytest.approx(1239.5, abs=0.1)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_corrected_dim_gives_the_printed_count(name: str) -> None:
+    preset = PRESETS[name]
+    if preset.agrees:
+        assert preset.corrected_dim is None
+        return
+    assert preset.corrected_dim is not None
+    assert preset.corrected_dim % 8 == 0
+    exact = count_params(preset.with_dim(preset.corrected_dim))
+    assert abs(exact / preset.published_params - 1) <= 0.01
+    assert abs(count_params(preset.config) / preset.published_params - 1) > 0.02
+
+
+def test_rows_outside_of_the_balanced_band() -> None:
+    bands = {name: balance(p.dim, d_inner_of(p.config)) for name, p in PRESETS.items()}
+    assert {name: band for name, band in bands.items() if band != "balanced"} == {
+        "h32n32-100m": "mild bottleneck",
+        "h40n64-500m": "over-provisioned d_inner",
+        "h80n48-1b": "over-provisioned d_inner",
+        "h64n64-1b": "over-provisioned d_inner",
+    }
+
+
+def test_baselines() -> None:
+    assert mamba2_state_per_layer() == 3200 * 128 == 409_600
+    assert gated_deltanet_state_per_layer() == 24 * 128 * 128 == 393_216
+    h72, h40 = (state_per_layer(PRESETS[x].config.layer) for x in ("h72n32-500m", "h40n64-500m"))
+    assert 5 < 393_216 / h72 < 409_600 / h72 < 6  # "5-6x smaller"
+    assert round(409_600 / h40, 1) == 2.5  # "2.5x smaller"
+    assert round(393_216 / h40, 1) == 2.4
+
+
+def test_the_guides_example() -> None:
+    """n_state 32 and d_inner 2048 to 2432 give 64 to 76 heads."""
+    assert (2048 // 32, 2432 // 32) == (64, 76)
+    for name, heads in (("h64n32-500m", 64), ("h76n32-500m", 76)):
+        assert PRESETS[name].n_heads == heads
+
+
+def test_an_unknown_preset_lists_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"unknown preset 'h1'.*h72n32-500m"):
+        find_preset("h1")

@@ -1,0 +1,84 @@
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from e88_jax.hardware import GPU, GPUS, find
+from e88_jax.sizing import count_params, d_inner_of, parse_params, solve
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    st.floats(6, 10).map(lambda x: round(10**x)),
+    st.sampled_from([None, *GPUS]),
+    st.sampled_from(["silu", "none"]),
+)
+def test_any_budget_is_met(budget: int, gpu: GPU | None, gate: str) -> None:
+    solutions = solve(budget, gpu=gpu, gate=gate)
+    for solution in solutions:
+        config = solution.config
+        assert count_params(config) == solution.params
+        assert abs(solution.params / budget - 1) <= 0.01
+        assert config.layer.dim % 64 == 0
+        assert config.layer.n_state % 4 == 0
+        assert config.layer.output_gate == gate
+    distances = [solution.distance for solution in solutions]
+    assert distances == sorted(distances)
+    assert len({solution.config for solution in solutions}) == len(solutions)
+
+
+@pytest.mark.parametrize("budget", [25 * 10**6, 10**8, 5 * 10**8, 10**9, 10**10])
+def test_from_25m_on_the_first_is_balanced(budget: int) -> None:
+    for gpu in (None, *GPUS):
+        first = solve(budget, gpu=gpu)[0].config
+        assert 0.8 <= first.layer.dim / d_inner_of(first) <= 1.2
+
+
+def test_what_is_given_is_kept() -> None:
+    for depth, n_state, vocab_size in itertools.product((12, 24), (16, 64), (256, 32_000)):
+        for solution in solve(200_000_000, depth=depth, n_state=n_state, vocab_size=vocab_size):
+            config = solution.config
+            assert (config.depth, config.layer.n_state) == (depth, n_state)
+            assert config.vocab_size == vocab_size
+
+
+def test_n_state_suits_the_gpu() -> None:
+    assert {s.config.layer.n_state for s in solve(500_000_000, gpu=find("a100-80gb"))} == {64}
+    assert {s.config.layer.n_state for s in solve(500_000_000, gpu=find("rtx4090"))} == {32, 48}
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "fragments"),
+    [
+        (-5, {}, ["1M to 10B", "-5"]),
+        (10**11, {}, ["1M to 10B", "100,000,000,000"]),
+        (10**8, {"n_state": 30}, ["multiple of 4", "30"]),
+        (10**8, {"n_state": 132}, ["128", "132"]),
+        (10**8, {"depth": 0}, ["depth", "at least 1", "0"]),
+        (10**8, {"vocab_size": -1}, ["vocab_size", "-1"]),
+        (10**6, {"depth": 20, "n_state": 32}, ["depth 20", "n_state 32", "nearest has 859,856"]),
+        (10**6, {"vocab_size": 50_000}, ["50,000 ids", "3,200,000"]),
+    ],
+)
+def test_what_cannot_be_had_says_why(
+    params: int, options: dict[str, int], fragments: list[str]
+) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (fragments below)
+        solve(params, **options)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "params"),
+    [("500M", 500_000_000), ("1.3b", 1_300_000_000), ("250k", 250_000), ("12345", 12_345)],
+)
+def test_budgets_as_people_write_them(text: str, params: int) -> None:
+    assert parse_params(text) == params
+
+
+@pytest.mark.parametrize("text", ["", "many", "5T", "1e9", "5 0"])
+def test_what_is_no_budget(text: str) -> None:
+    with pytest.raises(ValueError, match="a budget is a number such as 500M"):
+        parse_params(text)
