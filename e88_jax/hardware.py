@@ -5,8 +5,9 @@ import math
 import re
 import subprocess
 
-KERNELS_NEED = (9, 0)
-"""Compute capability: Hopper, the first with bulk tensor copies."""
+KERNELS_RUN_FROM, KERNELS_RUN_BELOW = (9, 0), (12, 0)
+"""Compute capabilities: Hopper is the first with bulk tensor copies; from 12.0 (GeForce) on, a
+multiprocessor has 100 KB of shared memory, and the kernels are cut for the 227 KB of the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class GPU:
     @property
     def has_kernels(self) -> bool:
         """Whether the recurrence runs by `pallas_kernels` there, not by `lax.scan`."""
-        return self.compute_capability >= KERNELS_NEED
+        return KERNELS_RUN_FROM <= self.compute_capability < KERNELS_RUN_BELOW
 
 
 _CUDA_GUIDE = "CUDA Programming Guide, compute capabilities (shared memory)"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from e88_jax.hardware import KERNELS_NEED
+from e88_jax.hardware import KERNELS_RUN_BELOW, KERNELS_RUN_FROM
 from e88_jax.reference import scan_recurrence
 
 Implementation = Literal["scan", "mosaic_gpu"]
@@ -24,14 +24,16 @@ _log = logging.getLogger(__name__)
 def _unsupported_device() -> str | None:
     """Why the kernels do not run on the default device, or None if they do."""
     device = jax.devices()[0]
-    needs = f"needs an NVIDIA GPU of compute capability {'.'.join(map(str, KERNELS_NEED))}"
+    first, end = (".".join(map(str, x)) for x in (KERNELS_RUN_FROM, KERNELS_RUN_BELOW))
+    needs = f"needs an NVIDIA GPU of compute capability {first} or later and below {end}"
     if device.platform != "gpu":
-        return f"{needs} or later, got platform {device.platform!r}"
+        return f"{needs}, got platform {device.platform!r}"
     capability = device.compute_capability.split(".")
     # AMD's are such as gfx90a.
-    if not capability[0].isdecimal() or tuple(map(int, capability)) < KERNELS_NEED:
-        return f"{needs} or later, got {device.device_kind} of {device.compute_capability}"
-    return None
+    is_number = capability[0].isdecimal()
+    if is_number and KERNELS_RUN_FROM <= tuple(map(int, capability)) < KERNELS_RUN_BELOW:
+        return None
+    return f"{needs}, got {device.device_kind} of {device.compute_capability}"
 
 
 def _require(refusal: str | None) -> None:
@@ -135,8 +137,8 @@ def e88_recurrence(
             every 8 steps instead, and `v - S^T k` in float32 in place of v, which makes the
             backward pass faster.
         implementation: `"scan"` (pure JAX, every platform, the numerical definition),
-            `"mosaic_gpu"` (GPU kernel: Hopper GPUs and later; N and V multiples of 4 up to 128;
-            float32 and bfloat16), or None for the fastest that takes the call.
+            `"mosaic_gpu"` (GPU kernel: Hopper and datacenter Blackwell GPUs; N and V multiples of 4
+            up to 128; float32 and bfloat16), or None for the fastest that takes the call.
 
     Returns:
         `(out, final_state)`: out `[B, T, H, V]` in v's dtype, and the state after step T,

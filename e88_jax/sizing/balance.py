@@ -90,7 +90,7 @@ def _proportions(config: LMConfig) -> list[Finding]:
 def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding]:
     layer, findings = config.layer, []
     if not gpu.has_kernels:
-        needs = "for the kernels take one of compute capability 9.0, such as an H100"
+        needs = "for the kernels take one such as an H100"
         findings.append(Finding(f"{gpu.name} runs the recurrence by lax.scan", needs))
     else:
         for name, size in (("n_state", layer.n_state), ("n_value", layer.n_value)):

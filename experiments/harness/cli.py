@@ -47,11 +47,15 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
 
 
 def _first_sentence(box: str) -> str:
-    """What tyro drew a box around, up to the first ruled line, on one line."""
+    """What tyro drew a box around, up to the ruled line after it, on one line.
+
+    Where the encoding has no lines to draw with, a title and a line of dashes come first.
+    """
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    rows = [row.strip() for row in re.findall(r"^│(.*)│$", text, re.MULTILINE)]
-    rule = next((i for i, row in enumerate(rows) if set(row) == {"─"}), len(rows))
-    sentence = " ".join(" ".join(rows[:rule]).split()) or text.strip()
+    rows = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    rules = [i for i, row in enumerate(rows) if row and set(row) <= {"─", "-"}]
+    begin, end = (rules[0] + 1, rules[1]) if len(rules) > 1 else (0, [*rules, len(rows)][0])
+    sentence = " ".join(" ".join(rows[begin:end]).split()) or text.strip()
     return re.sub(r"^Error parsing (?!--)\S+: ", "", sentence)
 
 

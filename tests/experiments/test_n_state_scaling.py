@@ -1,7 +1,6 @@
 """The program that times the layer against n_state, on sizes that compile fast."""
 
 import csv
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -153,8 +152,6 @@ def test_mistakes_are_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # tyro draws its boxes, from which the sentence is taken, for this encoding only.
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
     assert exit_code(monkeypatch, *TINY, *args.split()) == 2
     message = capsys.readouterr().err
     assert sentence in message

@@ -36,16 +36,20 @@ class Gpu:
         self.compute_capability = compute_capability
 
 
-@pytest.mark.parametrize("capability", ["7.5", "8.9", "gfx90a"])
-def test_older_and_other_gpus_are_refused(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capability", ["7.5", "8.9", "12.0", "12.1", "gfx90a"])
+def test_gpus_that_lack_copies_or_memory_are_refused(
+    capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [Gpu(capability)])
     x = jnp.zeros((1, 2, 1, 4))
     with pytest.raises(NotImplementedError, match=rf"9\.0 or later.*{capability}.*'scan'"):
         e88_recurrence(x, x, x, jnp.zeros((1, 2, 1)), implementation="mosaic_gpu")
 
 
-@pytest.mark.parametrize("capability", ["9.0", "10.0", "12.1"])
-def test_newer_gpus_are_taken(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capability", ["9.0", "10.0", "10.3"])
+def test_hopper_and_datacenter_blackwell_are_taken(
+    capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [Gpu(capability)])
     assert recurrence._unsupported_device() is None
     x = jnp.zeros((1, 2, 1, 6))

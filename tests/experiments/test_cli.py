@@ -1,0 +1,34 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[2] / "experiments" / "train_byte_lm.py"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0."),
+        (
+            ["--optimizer", "sgd"],
+            "invalid choice 'sgd' for argument '--optimizer'. Expected one of ('adamw', "
+            "'schedule_free', 'muon').",
+        ),
+    ],
+)
+def test_one_sentence_whatever_the_terminal_can_draw(
+    flags: list[str], sentence: str, encoding: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"train_byte_lm.py: {sentence}\n"
