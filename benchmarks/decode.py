@@ -1,76 +1,138 @@
-"""Times a step of decoding on the GPU at hand: plain JAX, which the op takes at T = 1, or a kernel.
+"""Times a language model that reads a prompt and writes on: prefill and decoding."""
 
-Many steps run in one program, each from the state that the one before left, so that the time to
-launch a program does not count.
-"""
-
-import argparse
-import functools
+import dataclasses
+import json
+import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import Array, lax
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
-from harness.recurrence_timing import Shape, make_inputs
-from harness.timing import ClockSampler, time_calls
+from harness import cli
+from harness.config import DEFAULT_MODEL
+from harness.model_size import parse_with_preset
+from harness.run_directory import versions
 
-import pallas_kernels
-
-WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {
-    "plain JAX": pallas_kernels.single_step,
-    "kernel": functools.partial(pallas_kernels.recurrence, segment_ids=None, checkpoint_every=32),
-}
+from e88_jax.config import LMConfig
 
 
-def make_program(step: Callable[..., tuple[Array, Array]]) -> Callable[..., Any]:
-    """All steps of `[B, T, ...]`, one at a time; returns out and the last state."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Time prefill and decoding of an untrained model; print and record the numbers."""
 
-    @jax.jit
-    def decode(d_out: Array, **arrays: Array) -> Any:
-        del d_out
-        batch, _, heads, n = arrays["q"].shape
-        state = jnp.zeros((batch, heads, n, n), jnp.float32)
+    preset: str | None = None
+    """Take a model of the sizing guide, such as h72n32-500m. Flags of the model change it."""
+    batch_sizes: tuple[int, ...] = (1, 32, 256)
+    """Sequences at once."""
+    prompt: int = 2048
+    """Tokens read in one program, the prefill."""
+    contexts: tuple[int, ...] = (2048, 100_000)
+    """Tokens that were read, at least, before decoding is timed; past the prompt for one sequence
+    only."""
+    repeats: int = 7
+    """Programs timed, after one that is not."""
+    json: Path | None = None
+    """File to write the numbers to, as JSON."""
+    model: LMConfig = DEFAULT_MODEL
 
-        def one(state: Array, x: dict[str, Array]) -> tuple[Array, Array]:
-            x = {name: value[:, None] for name, value in x.items()}
-            out, state = step(**x, write_gate=None, initial_state=state, linear_state=False)
-            return state, out
-
-        by_time = {name: jnp.moveaxis(x, 1, 0) for name, x in arrays.items()}
-        return lax.scan(one, state, by_time)
-
-    return decode
+    def __post_init__(self) -> None:
+        counts = {"prompt": self.prompt, "repeats": self.repeats}
+        counts |= {f"batch-sizes ({n})": n for n in self.batch_sizes}
+        counts |= {f"contexts ({n})": n for n in self.contexts}
+        for flag, value in counts.items():
+            if value < 1:
+                raise ValueError(f"--{flag} must be at least 1, got {value}.")
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 256], metavar="B")
-    parser.add_argument("--heads", type=int, default=72, metavar="H")
-    parser.add_argument("--n-state", type=int, default=32, metavar="N", help="and V")
-    parser.add_argument("--steps", type=int, default=64, help="in one program")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--repetitions", type=int, default=5)
-    options = parser.parse_args(args)
-    if jax.default_backend() != "gpu":
-        parser.error(f"needs a GPU, got {jax.default_backend()}.")
-    print("microseconds a step:", *(f"{way:>10}" for way in WAYS))
-    with ClockSampler() as clock:
-        for batch in options.batch:
-            shape = Shape(f"B={batch}", batch, options.steps, options.heads, options.n_state)
-            inputs = [make_inputs(shape, options.dtype, jax.random.key(0))]
-            ms = [
-                time_calls(make_program(step), inputs, options.repetitions, clock)["ms"]
-                for step in WAYS.values()
-            ]
-            print(f"{shape.name:>19}:", *(f"{1e3 * x / options.steps:10.2f}" for x in ms))
-    return 0
+def seconds_of(run: Callable[[], Any], repeats: int) -> float:
+    """Median of so many runs, after one that is not timed."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def main(args: Sequence[str]) -> None:
+    """Parses, compiles, times, prints."""
+    config = parse_with_preset(DecodeConfig, args)
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+    from harness import devices
+
+    from e88_jax.generate import BLOCK, decode, inference_params, prefill
+    from e88_jax.model import E88LM, count_params
+
+    devices.keep_compiled_programs()
+    model = E88LM(config.model, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.graphdef(model), inference_params(model)
+    numbers: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+        "config": dataclasses.asdict(dataclasses.replace(config, json=None)),
+        "parameters": count_params(model),
+        "rows": [],
+    }
+    print(f"{numbers['parameters']:,} parameters on {numbers['device']}")
+    initial_state = model.init_state
+    del model  # its float32 weights are not read
+    options: dict[str, Any] = {
+        "temperature": jnp.float32(0.8),
+        "top_p": jnp.float32(1),
+        "top_k": 40,
+        "greedy": False,
+    }
+    for batch in config.batch_sizes:
+        prompt = np.random.default_rng(0).integers(
+            0, config.model.vocab_size, (batch, config.prompt), dtype=np.int32
+        )
+        tokens, key = jnp.asarray(prompt), jax.random.key(0)
+        state = initial_state(batch)
+        drawn, length = tokens[:, 0], 0
+
+        def read() -> None:
+            nonlocal state, drawn, key, length
+            state, drawn, key = prefill(graphdef, params, state, tokens, key, **options)  # noqa: B023
+            np.asarray(drawn)
+            length += config.prompt
+
+        def write() -> None:
+            nonlocal state, drawn, key, length
+            state, block, key = decode(graphdef, params, state, drawn, key, **options, length=BLOCK)
+            drawn = block[:, -1]
+            np.asarray(block)
+            length += BLOCK
+
+        prefill_seconds = seconds_of(read, config.repeats)
+        for context in config.contexts if batch == 1 else config.contexts[:1]:
+            while length < context:
+                read()
+            row = {
+                "batch": batch,
+                "context": length,
+                "prefill_tokens_per_second": batch * config.prompt / prefill_seconds,
+                "decode_tokens_per_second": batch * BLOCK / seconds_of(write, config.repeats),
+                "bytes_in_use": (jax.devices()[0].memory_stats() or {}).get("bytes_in_use"),
+            }
+            numbers["rows"].append(row)
+            memory = "" if row["bytes_in_use"] is None else f", {row['bytes_in_use'] / 1e9:.2f} GB"
+            print(
+                f"batch {batch}, {row['context']:,} tokens read: prefill "
+                f"{row['prefill_tokens_per_second']:,.0f} tokens/s, decoding "
+                f"{row['decode_tokens_per_second']:,.0f} tokens/s{memory}",
+                flush=True,
+            )
+    if config.json is not None:
+        config.json.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    cli.run(main)

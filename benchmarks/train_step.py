@@ -1,93 +1,227 @@
-"""Times the training step that `experiments/train_byte_lm.py` compiles, on random bytes."""
+"""Times the training step that `experiments/train_byte_lm.py` compiles, on random bytes.
+
+One configuration by default; with --grid, those of this folder's README, on a GPU.
+"""
 
 import dataclasses
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 from harness import cli
 from harness.config import DEFAULT_MODEL, DataConfig, OptimizerConfig
+from harness.errors import UsageError
+from harness.model_size import parse_with_preset
 from harness.run_directory import versions
 
+from e88_jax import hardware
 from e88_jax.config import LMConfig
+from e88_jax.sizing import training_flops
+
+PROFILED_STEPS = 3
+LISTED_KERNELS = 40
+
+
+class Point(NamedTuple):
+    """A preset at one length, and the batch sizes to try."""
+
+    preset: str
+    seq_len: int
+    batch_sizes: tuple[int, ...]
+
+
+GRID = (
+    Point("h72n32-500m", 2048, (8, 16)),
+    Point("h96n32-1b", 2048, (4, 8)),
+    Point("h40n64-500m", 2048, (8, 16)),
+    Point("h40n32-100m", 2048, (16, 32)),
+    # As many tokens as 16 sequences of 2048.
+    Point("h72n32-500m", 512, (64,)),
+    Point("h72n32-500m", 8192, (4,)),
+    Point("h72n32-500m", 32768, (1,)),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """Time the training step of train_byte_lm.py on random bytes; print and record the numbers."""
 
+    preset: str | None = None
+    """Take a model of the sizing guide, such as h72n32-500m. Flags of the model change it."""
+    grid: bool = False
+    """Time presets at several lengths and batch sizes on a GPU, each in a process of its own; with
+    --preset only that one, with --seq-len only that length."""
     repeats: int = 10
     """Steps timed, after two that are not."""
+    profile: bool = False
+    """Also say which part of the step takes how long, on a GPU, from a profile of 3 more steps."""
     json: Path | None = None
     """File to write the numbers to, as JSON."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     model: LMConfig = DEFAULT_MODEL
 
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, got {self.repeats}.")
+
 
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, times, prints."""
-    config = cli.parse(BenchmarkConfig, args)
+    config = parse_with_preset(BenchmarkConfig, args)
+    if not config.grid:
+        numbers = measure(config)
+        print(summary(numbers))
+        record(config.json, numbers)
+        return
+    rows: list[dict[str, Any]] = []
+    for point_args in grid_of(config, args):
+        print(" ".join(point_args), flush=True)
+        rows.append(measure_apart(point_args))
+        print(rows[-1].get("error") or summary(rows[-1]), flush=True)
+        record(config.json, {"points": rows})
 
+
+def record(path: Path | None, numbers: Any) -> None:
+    """Writes what there is so far."""
+    if path is not None:
+        path.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def grid_of(config: BenchmarkConfig, args: Sequence[str]) -> Iterator[list[str]]:
+    """The command line of each point of the grid that `config` leaves in."""
+    lengths = {config.data.seq_len} if any(x.startswith("--seq-len") for x in args) else None
+    for preset, seq_len, batch_sizes in GRID:
+        if config.preset in (None, preset) and (lengths is None or seq_len in lengths):
+            for batch in batch_sizes:
+                point = f"--preset {preset} --seq-len {seq_len} --batch-size {batch} --profile"
+                yield [*point.split(), "--remat", config.model.remat]
+
+
+def measure_apart(args: Sequence[str]) -> dict[str, Any]:
+    """What `measure` finds in a process of its own, which leaves the GPU's memory to the next."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "numbers.json"
+        command = [sys.executable, __file__, *args, "--json", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return json.loads(path.read_text())
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    return {"command": " ".join(args), "error": lines[-1][:500]}
+
+
+def measure(config: BenchmarkConfig) -> dict[str, Any]:
+    """The numbers of one configuration."""
     import jax
     import numpy as np
     from flax import nnx
     from harness import devices
+    from harness.gpu_profile import breakdown, longest, profile
     from harness.optimizer import make_optimizer
     from harness.step import compile_train_step, init_state, place
 
     from e88_jax.model import E88LM, count_params
 
     devices.use_every_core()
+    devices.keep_compiled_programs()
+    on_gpu = jax.default_backend() == "gpu"
+    if config.profile and not on_gpu:
+        raise UsageError(f"--profile needs a GPU, got {jax.default_backend()}.")
     model = E88LM(config.model, rngs=nnx.Rngs(0))
-    n_params = count_params(model)
+    graphdef, n_params = nnx.graphdef(model), count_params(model)
     shape = (config.data.accumulate, config.data.batch_size)
     optimizer = make_optimizer(config.optimizer, steps=1000)
     where = devices.placement(config.data.batch_size)
     state = init_state(model, optimizer, shape if config.data.stateful else None)
     state = place(state, where)
+    del model  # its weights are the state's
     windows = np.random.default_rng(0).integers(
         0, 256, (*shape, config.data.seq_len + 1), dtype=np.uint8
     )
     windows = where.put_rows(windows)
     began = time.perf_counter()
-    step = compile_train_step(
-        nnx.graphdef(model), optimizer, config.optimizer.clip_norm, state, windows
-    )
+    step = compile_train_step(graphdef, optimizer, config.optimizer.clip_norm, state, windows)
     compile_seconds = time.perf_counter() - began
 
-    seconds = []
-    for _ in range(config.repeats + 2):
-        began = time.perf_counter()
-        state, metrics = step(state, windows, np.bool_(False))
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - began)
-    median = statistics.median(seconds[2:])
+    def run(n: int) -> list[float]:
+        """Seconds of each of n steps."""
+        nonlocal state
+        seconds = []
+        for _ in range(n):
+            began = time.perf_counter()
+            state, metrics = step(state, windows, np.bool_(False))
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    run(2)
+    seconds = run(config.repeats)
+    median = statistics.median(seconds)
     tokens = windows[..., 1:].size
-    memory = step.memory_analysis()
-    print(
-        f"{n_params:,} parameters, {tokens:,} tokens a step on {where}: "
-        f"{tokens / median:,.0f} tokens/s (median of {config.repeats} steps, "
-        f"{min(seconds[2:]):.3f} to {max(seconds[2:]):.3f} s), compiled in {compile_seconds:.1f} s"
-    )
-    if config.json is not None:
-        numbers = {
-            "devices": str(where),
-            "versions": versions(),
-            "config": dataclasses.asdict(dataclasses.replace(config, json=None)),
-            "parameters": n_params,
-            "tokens_per_step": tokens,
-            "tokens_per_second": round(tokens / median, 1),
-            "step_seconds": [round(second, 4) for second in seconds[2:]],
-            "compile_seconds": round(compile_seconds, 1),
-            "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
-        }
-        config.json.write_text(json.dumps(numbers, indent=2) + "\n")
+    memory, used = step.memory_analysis(), jax.local_devices()[0].memory_stats()
+    flops = training_flops(config.model)
+    gpu = hardware.detect() if on_gpu else None
+    numbers: dict[str, Any] = {
+        "devices": str(where),
+        "versions": versions(),
+        "config": dataclasses.asdict(dataclasses.replace(config, json=None)),
+        "parameters": n_params,
+        "tokens_per_step": tokens,
+        "tokens_per_second": round(tokens / median, 1),
+        "step_seconds": [round(second, 4) for second in seconds],
+        "compile_seconds": round(compile_seconds, 1),
+        "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
+        "argument_bytes": None if memory is None else memory.argument_size_in_bytes,
+        "peak_bytes_in_use": used["peak_bytes_in_use"] if used else None,
+        "product_tflops": flops.products * tokens / median / 1e12,
+        "recurrence_tflops": flops.recurrence * tokens / median / 1e12,
+    }
+    if gpu is not None:
+        peak = gpu.bf16_tflops * where.everywhere.num_devices
+        numbers["mfu"] = numbers["product_tflops"] / peak
+    if config.profile:
+        kernels = profile(lambda: run(PROFILED_STEPS))
+        numbers["part_ms"] = breakdown(kernels, PROFILED_STEPS)
+        numbers["kernels"] = longest(kernels, PROFILED_STEPS, LISTED_KERNELS)
+    return numbers
+
+
+def summary(numbers: dict[str, Any]) -> str:
+    """The numbers for a reader."""
+    config, seconds = numbers["config"], numbers["step_seconds"]
+    lines = [
+        f"{numbers['parameters']:,} parameters, batch {config['data']['batch_size']} of "
+        f"{config['data']['seq_len']}, {numbers['tokens_per_step']:,} tokens a step on "
+        f"{numbers['devices']}: {numbers['tokens_per_second']:,.0f} tokens/s (median of "
+        f"{len(seconds)} steps, {min(seconds):.3f} to {max(seconds):.3f} s), compiled in "
+        f"{numbers['compile_seconds']:.1f} s"
+    ]
+    if "mfu" in numbers:
+        lines.append(
+            f"  matrix products {numbers['product_tflops']:.0f} TFLOP/s, {numbers['mfu']:.1%} of "
+            f"the GPU's; the recurrence {numbers['recurrence_tflops']:.0f} TFLOP/s besides"
+        )
+    if numbers["peak_bytes_in_use"] is not None:
+        planned = numbers["argument_bytes"] + numbers["temporary_bytes"]
+        lines.append(
+            f"  memory {numbers['peak_bytes_in_use'] / 1e9:.1f} GB at most, "
+            f"{planned / 1e9:.1f} GB by the compiled program"
+        )
+    if "part_ms" in numbers:
+        whole = 1e3 * statistics.median(seconds)
+        parts = (
+            f"{name} {ms:.1f} ms ({ms / whole:.0%})" for name, ms in numbers["part_ms"].items()
+        )
+        lines.append("  " + ", ".join(parts))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ OutputGate = Literal["silu", "sigmoid", "none"]
 DecayMode = Literal["mamba", "simple", "constant", "none"]
 HeadMix = Literal["concat", "weighted_sum", "per_head", "input_weighted", "sum"]
 Dtype = Literal["float32", "bfloat16", "float64"]
+Remat = Literal["none", "recurrence", "layer"]
 
 
 def _require_positive(config: Any, *names: str) -> None:
@@ -102,7 +103,7 @@ class LMConfig:
     """A language model (`E88LM`): `depth` identical layers between an embedding and its transpose.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or an unknown remat.
     """
 
     layer: E88Config
@@ -112,9 +113,13 @@ class LMConfig:
     """Token ids run from 0 to vocab_size - 1; 256 for bytes."""
     channel_mixer_dim: int | None = None
     """Hidden width of a SwiGLU channel mixer after each layer's E88 mixer; None for none."""
+    remat: Remat = "none"
+    """What the backward pass makes again instead of keeping it: nothing, all that is not a matrix
+    product (the recurrence with its states and what surrounds it), or whole layers."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "depth", "vocab_size")
+        _require_choice(self, "remat", ("none", "recurrence", "layer"))
         if self.channel_mixer_dim is not None:
             _require_positive(self, "channel_mixer_dim")
 

@@ -1,5 +1,6 @@
 """The E88 layer: projections, recurrence, output gate, projection."""
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,19 @@ from e88_jax.short_conv import ShortConv
 
 NORM_EPSILON = 1e-5
 """Of every RMS norm in the layer and the model, as in the original implementation."""
+
+
+_READ_THE_INPUT = (
+    "qkv_proj",
+    "q_proj",
+    "k_proj",
+    "g_proj",
+    "a_proj",
+    "beta_proj",
+    "write_gate_proj",
+    "head_attn",
+)
+"""Projections of the layer's input, of which each layer has some."""
 
 
 class MixerState(NamedTuple):
@@ -38,6 +52,20 @@ def l2_normalize(x: Array) -> Array:
     is_zero = square == 0  # the square root has no finite gradient there
     norm = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
     return (x_wide / (norm + 1e-6)).astype(x.dtype)
+
+
+def activate(x: Array, silu: bool, unit_length: bool) -> Array:
+    """SiLU, then unit length over the last axis, where asked for, in x's dtype.
+
+    In between it is float32 (float64 for float64): with nothing rounded there, XLA reads x twice
+    rather than write what is between.
+    """
+    y = wide(x)
+    if silu:
+        y = jax.nn.silu(y)
+    if unit_length:
+        y = l2_normalize(y)
+    return y.astype(x.dtype)
 
 
 def _init_a_log(key: Array, n_heads: int) -> Array:
@@ -156,29 +184,39 @@ class E88Mixer(nnx.Module):
             state = self.init_state(x.shape[0])
         else:
             self._check_state(state, x.shape[0])
-        x = x.astype(self.dtype)
-        q, k, v, conv_state = self._qkv(x, state.conv, segment_ids)
+        read = self._read(x.astype(self.dtype))
+        q, k, v, conv_state = self._qkv(read, state.conv, segment_ids)
         out, recurrent = e88_recurrence(
             q,
             k,
             v,
-            self._decay(x),
-            write_gate=jax.nn.sigmoid(wide(self.write_gate_proj(x))) if config.write_gate else None,
+            self._decay(read, x.shape[:2]),
+            write_gate=jax.nn.sigmoid(wide(read["write_gate_proj"])) if config.write_gate else None,
             initial_state=state.recurrent,
             segment_ids=segment_ids,
             linear_state=config.linear_state,
             checkpoint_every=config.checkpoint_every,
             implementation=config.implementation,
         )
-        out = wide(out)
-        if config.value_residual:
-            out += self.value_residual[None, None].astype(out.dtype) * wide(v)
-        if config.output_norm:
-            out = self.o_norm(out)
-        if config.output_gate != "none":
-            gate = wide(self.g_proj(x)).reshape(out.shape)
-            out *= jax.nn.silu(gate) if config.output_gate == "silu" else jax.nn.sigmoid(gate)
-        return self._mix_heads(out, x), MixerState(recurrent, conv_state)
+        mixed = self._mix_heads(out, v, read)
+        y = self.head_projs(mixed) if config.head_mix == "per_head" else self.o_proj(mixed)
+        return y, MixerState(recurrent, conv_state)
+
+    def _read(self, x: Array) -> dict[str, Array]:
+        """What the layer reads from x `[B, T, dim]`, by the name of the projection.
+
+        One product of all kernels side by side: alone, that of the decay, of one column a head,
+        takes as long to read x as a wide one. To put them there copies them, which is too much for
+        few tokens.
+        """
+        parts = {name: getattr(self, name) for name in _READ_THE_INPUT if hasattr(self, name)}
+        if x.shape[0] * x.shape[1] < self.config.dim:
+            return {name: projection(x) for name, projection in parts.items()}
+        kernels = [projection.kernel[...].astype(self.dtype) for projection in parts.values()]
+        y = x.reshape(-1, self.config.dim) @ jnp.concatenate(kernels, axis=1)
+        ends = itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1])
+        streams = jnp.split(y.reshape(*x.shape[:2], -1), list(ends), axis=-1)
+        return dict(zip(parts, streams, strict=True))
 
     def _check_state(self, state: MixerState, batch: int) -> None:
         fresh = jax.eval_shape(lambda: self.init_state(batch))
@@ -189,14 +227,17 @@ class E88Mixer(nnx.Module):
             )
 
     def _qkv(
-        self, x: Array, conv_state: dict[str, Array], segment_ids: Array | None
+        self,
+        read: dict[str, Array],
+        conv_state: dict[str, Array],
+        segment_ids: Array | None,
     ) -> tuple[Array, Array, Array, dict[str, Array]]:
         config = self.config
         keys = config.n_heads * config.n_state
         if config.tie_kv:
-            streams = {"q": self.q_proj(x), "k": self.k_proj(x)}
+            streams = {"q": read["q_proj"], "k": read["k_proj"]}
         else:
-            q, k, v = jnp.split(self.qkv_proj(x), [keys, 2 * keys], axis=-1)
+            q, k, v = jnp.split(read["qkv_proj"], [keys, 2 * keys], axis=-1)
             streams = {"q": q, "k": k, "v": v}
         new_conv_state = {}
         if config.conv_size is not None:
@@ -206,45 +247,52 @@ class E88Mixer(nnx.Module):
             for name, stream in streams.items():
                 conv: ShortConv = getattr(self, f"{name}_conv")
                 streams[name], new_conv_state[name] = conv(stream, conv_state[name], document)
-        if config.use_silu:
-            streams = {name: jax.nn.silu(stream) for name, stream in streams.items()}
-        per_head = (*x.shape[:2], config.n_heads, -1)
-        q, k = streams["q"].reshape(per_head), streams["k"].reshape(per_head)
-        v = k if config.tie_kv else streams["v"].reshape(per_head)
-        if config.use_l2_norm:
-            q, k = l2_normalize(q), l2_normalize(k)
+        streams = {
+            name: stream.reshape(*stream.shape[:2], config.n_heads, -1)
+            for name, stream in streams.items()
+        }
+        silu, unit = config.use_silu, config.use_l2_norm
+        q, k = (activate(streams[name], silu, unit) for name in ("q", "k"))
+        v = activate(streams["k" if config.tie_kv else "v"], silu, False)
         return q, k, v, new_conv_state
 
-    def _decay(self, x: Array) -> Array:
+    def _decay(self, read: dict[str, Array], shape: tuple[int, ...]) -> Array:
         """`[B, T, H]`, in (0, 1]."""
-        shape = (*x.shape[:2], self.config.n_heads)
         dtype = wide_dtype(self.dtype)
+        shape = (*shape, self.config.n_heads)
         match self.config.decay_mode:
             case "mamba":
                 bias = self.dt_bias[None, None].astype(dtype)
                 rate = jnp.exp(self.A_log[None, None].astype(dtype))
-                return jnp.exp(-rate * jax.nn.softplus(wide(self.a_proj(x)) + bias))
+                return jnp.exp(-rate * jax.nn.softplus(wide(read["a_proj"]) + bias))
             case "simple":
-                return jax.nn.sigmoid(wide(self.beta_proj(x)))
+                return jax.nn.sigmoid(wide(read["beta_proj"]))
             case "constant":
                 decay = jax.nn.sigmoid(self.decay_logit[None, None].astype(dtype))
                 return jnp.broadcast_to(decay, shape)
             case "none":
                 return jnp.ones(shape, dtype)
 
-    def _mix_heads(self, out: Array, x: Array) -> Array:
-        """From the heads' outputs `[B, T, H, V]` to `[B, T, dim]`."""
-        match self.config.head_mix:
+    def _mix_heads(self, out: Array, v: Array, read: dict[str, Array]) -> Array:
+        """From the recurrence's outputs `[B, T, H, V]` to what the last projection reads."""
+        config = self.config
+        out = wide(out)
+        if config.value_residual:
+            out += self.value_residual[None, None].astype(out.dtype) * wide(v)
+        if config.output_norm:
+            out = self.o_norm(out)
+        if config.output_gate != "none":
+            gate = wide(read["g_proj"]).reshape(out.shape)
+            out *= jax.nn.silu(gate) if config.output_gate == "silu" else jax.nn.sigmoid(gate)
+        match config.head_mix:
             case "concat":
-                return self.o_proj(out.reshape(*out.shape[:2], -1))
-            case "per_head":
-                return self.head_projs(out)
+                out = out.reshape(*out.shape[:2], -1)
             case "weighted_sum":
                 weights = jax.nn.softmax(self.head_weights[...].astype(out.dtype))
                 out = jnp.einsum("bthv,h->btv", out, weights)
             case "input_weighted":
-                weights = jax.nn.softmax(wide(self.head_attn(x)))
+                weights = jax.nn.softmax(wide(read["head_attn"]))
                 out = jnp.einsum("bthv,bth->btv", out, weights)
             case "sum":
                 out = jnp.sum(out, axis=2)
-        return self.o_proj(out)
+        return out.astype(self.dtype)

@@ -57,6 +57,12 @@ class Block(nnx.Module):
         return x, state
 
 
+_REMAT_POLICIES = {
+    "recurrence": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 class E88LM(nnx.Module):
     """An E88 language model; `logits, state = model(tokens, state, segment_ids)`.
 
@@ -112,8 +118,11 @@ class E88LM(nnx.Module):
         x = self.embed(tokens)
         layer_states = [None] * len(self.blocks) if state is None else state
         new_state = []
+        run = Block.__call__
+        if self.config.remat != "none":
+            run = nnx.remat(run, policy=_REMAT_POLICIES[self.config.remat])
         for block, layer_state in zip(self.blocks, layer_states, strict=True):
-            x, layer_state = block(x, layer_state, segment_ids)
+            x, layer_state = run(block, x, layer_state, segment_ids)
             new_state.append(layer_state)
         dtype = self.dtype
         logits = jnp.einsum(

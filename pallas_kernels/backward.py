@@ -114,6 +114,7 @@ def backward(
         _WayBack(ref, block, chunks, steps, warpgroup, interpret).go()
 
     results = run_blocks(
+        "e88_backward",
         body,
         batch * geometry.blocks(sizes),
         inputs,

@@ -183,6 +183,7 @@ def shared_bytes(scratch: dict[str, Any], warpgroups: int) -> int:
 
 
 def run_blocks(
+    name: str,
     body: Any,
     n_blocks: int,
     inputs: dict[str, Any],
@@ -200,6 +201,7 @@ def run_blocks(
     blocks a multiprocessor holds.
 
     Args:
+        name: of the kernel, for profiles.
         body: a function of the number of the block, that of its warpgroup in a thread block, and
             the refs of inputs, outputs and scratch by name.
         scratch: what each block has for itself; of barriers, `SLOTS`.
@@ -223,6 +225,7 @@ def run_blocks(
         def _() -> None:
             body(index, warpgroup, ref)
 
+    one_thread.__name__ = one_thread.__qualname__ = name
     threads = {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
     results = plgpu.kernel(
         one_thread,

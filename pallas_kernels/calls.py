@@ -22,7 +22,15 @@ from pallas_kernels import tuning
 from pallas_kernels.backward import backward
 from pallas_kernels.forward import Kept, forward
 from pallas_kernels.geometry import GROUP, Geometry
-from pallas_kernels.operands import Inputs, cut, prepare, prepare_states, prepare_values, resized
+from pallas_kernels.operands import (
+    Inputs,
+    cut,
+    prepare,
+    prepare_states,
+    prepare_values,
+    resized,
+    row_major,
+)
 
 # The names of the axes of what the calls take and give.
 INPUTS: Any = Inputs._make(["b t h n", "b t h n", "b t h v", "b t h", "b t h", "b t"])
@@ -133,8 +141,10 @@ def backward_call(
             return jnp.sum(parts, axis=0, dtype=jnp.float32)
 
         d_q, d_k = (cut(total(parts), time, heads, n_state) for parts in (d.d_q, d.d_k))
-        d_scalars = jnp.moveaxis(cut(total(d.d_scalars)[:, :heads], time), 3, 1)  # [B, T, H, S]
-        d_decay = d_scalars[..., 0]
+        d_scalars = cut(total(d.d_scalars)[:, :heads], time)  # [B, H, S, T]
+        d_decay, *d_write_gate = (
+            row_major(jnp.swapaxes(d_scalars[:, :, i], 1, 2)) for i in range(d_scalars.shape[2])
+        )
         if x.starts is not None:
             starts = jnp.broadcast_to(x.starts[:, :, None], d_decay.shape)
             d_decay = jnp.where(starts, jnp.zeros_like(d_decay), d_decay)
@@ -143,7 +153,7 @@ def backward_call(
             k=d_k.astype(x.k.dtype),
             v=cut(d.d_v, time, heads, n_value),
             decay=d_decay,
-            write_gate=None if x.write_gate is None else d_scalars[..., 1],
+            write_gate=d_write_gate[0] if d_write_gate else None,
             starts=None,
         )
         return d_inputs, jnp.swapaxes(cut(d.d_initial_state, heads, n_value, n_state), 2, 3)

@@ -189,6 +189,7 @@ def forward(
         wait_for_stores()
 
     results = run_blocks(
+        "e88_forward",
         body,
         batch * geometry.blocks(sizes),
         inputs,

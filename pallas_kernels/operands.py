@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.blocks import scalars_at_once
 from pallas_kernels.cell import Step
@@ -63,7 +64,7 @@ def prepare(x: Inputs, geometry: Geometry, interpret: Any) -> Operands:
         starts = jnp.broadcast_to(x.starts[:, :, None], decay.shape)
         decay = jnp.where(starts, jnp.zeros_like(decay), decay)
         keep = 1 - starts.astype(jnp.float32)
-    rows = [row for row in (decay, x.write_gate, keep) if row is not None]
+    rows = [row_major(row) for row in (decay, x.write_gate, keep) if row is not None]
     scalars = _padded(jnp.transpose(jnp.stack(rows), (1, 3, 0, 2)), 1, geometry.heads, 1, 1)
     # The last chunk's copy begins inside the array and must end there.
     ends = round_up(time, geometry.chunk) + scalars_at_once(geometry.chunk)
@@ -88,6 +89,16 @@ def prepare_states(states: Array, geometry: Geometry) -> Array:
     """States `[B, H, ..., V, N]` for the kernels, which read them without the copy engine."""
     between = (1,) * (states.ndim - 4)
     return _padded(states, 1, geometry.heads, *between, geometry.values, KEYS_MULTIPLE)
+
+
+def row_major(x: Array) -> Array:
+    """x, laid out with its last axis contiguous.
+
+    The kernels read and write scalars with time last. Left to itself, XLA takes that layout for
+    what these are computed from too: for a product that gives q, k and v with them, so that these
+    are copied.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def cut(x: Array, *sizes: int) -> Array:

@@ -22,9 +22,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_decoding_step_by_step_is_the_recurrence(load: Any) -> None:
-    decode = load("decode")
-    inputs = decode.make_inputs(decode.Shape("", 2, 5, 3, 8), "float32", jax.random.key(0))
-    state, out = decode.make_program(decode.WAYS["plain JAX"])(**inputs)
+    step = load("recurrence_step")
+    inputs = step.make_inputs(step.Shape("", 2, 5, 3, 8), "float32", jax.random.key(0))
+    state, out = step.make_program(step.WAYS["plain JAX"])(**inputs)
     del inputs["d_out"]
     expected, expected_state = e88_recurrence(**inputs, implementation="scan")
     np.testing.assert_allclose(jnp.moveaxis(out[:, :, 0], 0, 1), expected, atol=1e-6)

@@ -9,7 +9,13 @@ from flax import nnx
 
 from e88_jax import generate as generate_module
 from e88_jax.config import E88Config, LMConfig
-from e88_jax.generate import filter_logits, generate, generate_stream
+from e88_jax.generate import (
+    BLOCK,
+    filter_logits,
+    generate,
+    generate_stream,
+    inference_params,
+)
 from e88_jax.model import E88LM
 
 VOCAB = 19
@@ -90,17 +96,37 @@ class TestGenerate:
     def test_memory_and_programs_are_constant(
         self, model: E88LM, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        advance, shapes = generate_module._advance, []
+        shapes: dict[str, list[Any]] = {}
 
-        def watched(graphdef: Any, params: Any, state: Any, tokens: Any, *a: Any, **kw: Any) -> Any:
-            shapes.append((tokens.shape, *(x.shape for x in jax.tree.leaves(state))))
-            return advance(graphdef, params, state, tokens, *a, **kw)
+        def watch(name: str) -> None:
+            program = getattr(generate_module, name)
 
-        monkeypatch.setattr(generate_module, "_advance", watched)
-        draw(model, length=9)
-        assert shapes[0][0] == (2, 5)  # the whole prompt
-        assert {s[0] for s in shapes[1:]} == {(2, 1)}
-        assert len({s[1:] for s in shapes}) == 1
+            def watched(graphdef: Any, params: Any, state: Any, tokens: Any, *a: Any, **k: Any):
+                now = (tokens.shape, *(x.shape for x in jax.tree.leaves(state)))
+                shapes.setdefault(name, []).append(now)
+                return program(graphdef, params, state, tokens, *a, **k)
+
+            monkeypatch.setattr(generate_module, name, watched)
+
+        watch("prefill")
+        watch("decode")
+        draw(model, length=1 + 2 * BLOCK)
+        ((prompt, *states),) = shapes["prefill"]
+        assert prompt == (2, 5)
+        assert shapes["decode"] == [((2,), *states)] * 2
+
+    def test_weights_of_products_are_read_narrow(self) -> None:
+        layer = E88Config(dim=12, n_heads=3, n_state=4, conv_size=3, dtype="bfloat16")
+        model = E88LM(LMConfig(layer=layer, depth=1, vocab_size=VOCAB), rngs=nnx.Rngs(0))
+        params = inference_params(model)
+        dtypes = {"/".join(map(str, p)): str(x.dtype) for p, x in nnx.to_flat_state(params)}
+        narrow = {path for path, dtype in dtypes.items() if dtype == "bfloat16"}
+        projections = ("qkv_proj", "g_proj", "a_proj", "o_proj")
+        assert narrow == {f"blocks/0/mixer/{name}/kernel" for name in projections}
+        assert set(dtypes.values()) == {"bfloat16", "float32"}
+        logits, _ = run(model, jnp.asarray(PROMPT))
+        same, _ = run(nnx.merge(nnx.graphdef(model), params), jnp.asarray(PROMPT))
+        np.testing.assert_array_equal(logits, same)
 
     def test_no_tokens(self, model: E88LM) -> None:
         assert draw(model, length=0).shape == (2, 0)

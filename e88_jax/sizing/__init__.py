@@ -1,9 +1,10 @@
-"""Sizes of models: parameters, state, memory and balance; from a budget to a configuration.
+"""Parameters, state, memory, operations and balance of models; from a budget to a configuration.
 
 `python -m e88_jax.sizing --help` does the same on the command line. Nothing here imports JAX.
 """
 
 from e88_jax.sizing.balance import Finding, balance, check, d_inner_of
+from e88_jax.sizing.flops import Flops, training_flops
 from e88_jax.sizing.memory import TrainingMemory, state_bytes, state_per_layer, training_memory
 from e88_jax.sizing.parameters import calc_e88_params, count_params
 from e88_jax.sizing.presets import (
@@ -18,6 +19,7 @@ from e88_jax.sizing.solve import Solution, parse_params, solve
 __all__ = [
     "PRESETS",
     "Finding",
+    "Flops",
     "Preset",
     "Solution",
     "TrainingMemory",
@@ -33,5 +35,6 @@ __all__ = [
     "solve",
     "state_bytes",
     "state_per_layer",
+    "training_flops",
     "training_memory",
 ]

@@ -47,15 +47,16 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
 
 
 def _first_sentence(box: str) -> str:
-    """What tyro drew a box around, up to the ruled line after it, on one line.
+    """The message in what tyro printed, on one line: it ends at a ruled line.
 
-    Where the encoding has no lines to draw with, a title and a line of dashes come first.
+    Tyro draws a box around it; where the encoding has no lines to draw with, it prints a title
+    and a line of dashes before it instead.
     """
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     rows = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    rules = [i for i, row in enumerate(rows) if row and set(row) <= {"─", "-"}]
-    begin, end = (rules[0] + 1, rules[1]) if len(rules) > 1 else (0, [*rules, len(rows)][0])
-    sentence = " ".join(" ".join(rows[begin:end]).split()) or text.strip()
+    message = rows if "╭" in text else rows[2:]
+    rules = (i for i, row in enumerate(message) if row and set(row) <= {"─", "-"})
+    sentence = " ".join(" ".join(message[: next(rules, None)]).split()) or text.strip()
     return re.sub(r"^Error parsing (?!--)\S+: ", "", sentence)
 
 

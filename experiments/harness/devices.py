@@ -1,6 +1,7 @@
-"""Data parallelism over the devices of one machine: weights everywhere, rows of a batch divided."""
+"""The devices of one machine: which are used, for what, and where compiled programs are kept."""
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,19 @@ def use_every_core() -> None:
         jax.config.update("jax_num_cpu_devices", cores)
     except RuntimeError:
         return
+
+
+def keep_compiled_programs() -> None:
+    """Lets a GPU's compiled programs outlive the process, in `$XDG_CACHE_HOME/e88_jax` (of
+    `~/.cache`), unless JAX was told another directory. To be called before anything compiles.
+
+    A processor's are not kept: they take seconds, and run on no older processor that shares the
+    directory.
+    """
+    if jax.default_backend() != "gpu" or jax.config.read("jax_compilation_cache_dir"):
+        return
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "e88_jax"))
 
 
 class Placement(NamedTuple):

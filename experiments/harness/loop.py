@@ -38,6 +38,7 @@ def train(config: TrainConfig) -> Path:
         RunStopped: the run ended early, with its checkpoint written.
     """
     devices.use_every_core()
+    devices.keep_compiled_programs()
     flags = config.data
     corpus = data.Corpus.of(flags.data)
     training, validation = data.split(corpus, flags.val_fraction, flags.seq_len)

@@ -1,11 +1,35 @@
 """The model of a run that names a preset or a budget."""
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 from e88_jax import hardware
 from e88_jax.config import LMConfig
 from e88_jax.sizing import count_params, d_inner_of, find_preset, parse_params, solve
 
+from . import cli
 from .config import TrainConfig
 from .errors import UsageError
+
+Config = TypeVar("Config")
+
+
+def parse_with_preset(config_type: type[Config], args: Sequence[str]) -> Config:
+    """A `config_type` from command-line `args`: its `preset`, if any, is what flags of the `model`
+    change.
+
+    Raises:
+        UsageError: as `cli.parse`, or there is no such preset.
+    """
+    config: Any = cli.parse(config_type, args)
+    if config.preset is None:
+        return config
+    try:
+        model = find_preset(config.preset).config
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return cli.parse(config_type, args, default=dataclasses.replace(config, model=model))
 
 
 def chosen_model(config: TrainConfig) -> LMConfig | None:

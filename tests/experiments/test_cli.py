@@ -12,7 +12,7 @@ PROGRAM = Path(__file__).parents[2] / "experiments" / "train_byte_lm.py"
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--steps", "0"], "--steps must be at least 1, got 0."),
+        (["--dim", "many"], "Error parsing --dim: invalid literal for int() with base 10: 'many'"),
         (
             ["--optimizer", "sgd"],
             "invalid choice 'sgd' for argument '--optimizer'. Expected one of ('adamw', "

@@ -1,0 +1,79 @@
+"""Where a GPU's time goes, from a profile of JAX's own profiler."""
+
+import collections
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+PARTS = {
+    "recurrence forward": re.compile("e88_forward"),
+    "recurrence backward": re.compile("e88_backward"),
+    # cuBLAS, CUTLASS, and products that XLA compiles.
+    "matrix products": re.compile("nvjet|gemm|gemv|cutlass|cublas|xmma|splitK", re.IGNORECASE),
+}
+"""Kernels of each part by name, first match first. The rest is `ELSE`."""
+ELSE = "everything else"
+
+
+class Kernel(NamedTuple):
+    """One run of a kernel."""
+
+    name: str
+    start_ns: float
+    duration_ns: float
+
+
+def profile(run: Callable[[], Any]) -> list[Kernel]:
+    """What the first GPU ran while `run()` did, which must wait for its results."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            run()
+        (path,) = Path(directory).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        return [
+            Kernel(event.name, event.start_ns, event.duration_ns)
+            for plane in planes
+            if plane.name == "/device:GPU:0"
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+
+
+def part_of(name: str) -> str:
+    """The part of the step that a kernel of this name belongs to."""
+    return next((part for part, pattern in PARTS.items() if pattern.search(name)), ELSE)
+
+
+def breakdown(kernels: Iterable[Kernel], steps: int) -> dict[str, float]:
+    """Milliseconds of a step by part, and of those in which no kernel ran, `idle`, between the
+    first and the last."""
+    kernels = sorted(kernels, key=lambda kernel: kernel.start_ns)
+    ms = dict.fromkeys([*PARTS, ELSE], 0.0)
+    idle, busy_until = 0.0, kernels[0].start_ns if kernels else 0.0
+    for kernel in kernels:
+        ms[part_of(kernel.name)] += kernel.duration_ns
+        idle += max(0.0, kernel.start_ns - busy_until)
+        busy_until = max(busy_until, kernel.start_ns + kernel.duration_ns)
+    return {part: ns / steps / 1e6 for part, ns in {**ms, "idle": idle}.items()}
+
+
+def longest(kernels: Iterable[Kernel], steps: int, n: int) -> list[dict[str, Any]]:
+    """The n names that took the most time: milliseconds and calls a step, and the part."""
+    durations: dict[str, list[float]] = collections.defaultdict(list)
+    for kernel in kernels:
+        durations[kernel.name].append(kernel.duration_ns)
+    rows = [
+        {
+            "name": name,
+            "ms": sum(ns) / steps / 1e6,
+            "calls": len(ns) / steps,
+            "part": part_of(name),
+        }
+        for name, ns in durations.items()
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])[:n]
