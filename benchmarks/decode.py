@@ -71,7 +71,7 @@ def main(args: Sequence[str]) -> None:
     from e88_jax.generate import BLOCK, decode, inference_params, prefill
     from e88_jax.model import E88LM, count_params
 
-    devices.keep_compiled_programs()
+    devices.set_up()
     model = E88LM(config.model, rngs=nnx.Rngs(0))
     graphdef, params = nnx.graphdef(model), inference_params(model)
     numbers: dict[str, Any] = {

@@ -130,8 +130,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
 
     from e88_jax.model import E88LM, count_params
 
-    devices.use_every_core()
-    devices.keep_compiled_programs()
+    devices.set_up()
     on_gpu = jax.default_backend() == "gpu"
     if config.profile and not on_gpu:
         raise UsageError(f"--profile needs a GPU, got {jax.default_backend()}.")

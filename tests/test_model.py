@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import chex
@@ -206,6 +207,39 @@ class TestFlax:
         assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(
             nnx.state(model, nnx.Param)
         )
+
+
+class TestRemat:
+    def test_the_same_gradients(self) -> None:
+        @nnx.jit
+        def gradient(model: E88LM) -> Any:
+            return nnx.value_and_grad(loss_of)(model, TOKENS)
+
+        def of(remat: Any) -> Any:
+            config = dataclasses.replace(CONFIG, remat=remat)
+            return gradient(disturbed(E88LM(config, rngs=nnx.Rngs(0))))
+
+        expected = of("none")
+        for remat in ("recurrence", "layer"):
+            chex.assert_trees_all_close(of(remat), expected, rtol=1e-3, atol=1e-6)
+
+    def test_less_is_kept(self) -> None:
+        layer = E88Config(dim=64, n_heads=4, n_state=16, dtype="float32")
+        tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+
+        def kept_bytes(remat: Any) -> int:
+            """Of what the forward pass leaves to the backward pass."""
+            config = LMConfig(layer=layer, depth=6, remat=remat)
+            graphdef, params = nnx.split(nnx.eval_shape(lambda: E88LM(config, rngs=nnx.Rngs(0))))
+
+            def backward_pass(params: Any, tokens: Any) -> Any:
+                return jax.vjp(lambda x: loss_of(nnx.merge(graphdef, x), tokens), params)[1]
+
+            kept = jax.eval_shape(backward_pass, params, tokens)
+            return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+
+        none, recurrence, whole = map(kept_bytes, ("none", "recurrence", "layer"))
+        assert whole < recurrence / 2 < none / 4
 
 
 class TestParameters:

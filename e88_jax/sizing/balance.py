@@ -4,7 +4,7 @@ import dataclasses
 from fractions import Fraction
 from typing import Literal
 
-from e88_jax.config import LMConfig
+from e88_jax.config import LMConfig, Remat
 from e88_jax.hardware import GPU
 from e88_jax.sizing.memory import (
     KERNEL_MULTIPLE,
@@ -109,14 +109,24 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
                 f"take n_state {gpu.published.optimal_n_state[1]} and more heads",
             )
         )
-    implementation = implementation_on(gpu, layer)
-    memory = training_memory(config, batch, length, implementation=implementation)
-    if memory.total > gpu.memory_GB * 1e9:
+
+    def needed_gb(remat: Remat) -> float:
+        made_again = dataclasses.replace(config, remat=remat)
+        implementation = implementation_on(gpu, layer)
+        return training_memory(made_again, batch, length, implementation=implementation).total / 1e9
+
+    if needed_gb(config.remat) > gpu.memory_GB:
+        remedy = "take fewer sequences, shorter ones or a smaller model"
+        choices: tuple[Remat, ...] = ("recurrence", "layer")
+        for remat in choices:
+            if needed_gb(remat) <= gpu.memory_GB:
+                remedy += f", or remat {remat!r}, which takes {needed_gb(remat):.0f} GB"
+                break
         findings.append(
             Finding(
-                f"training takes about {memory.total / 1e9:.0f} GB at batch {batch} and length "
-                f"{length}, of {gpu.memory_GB} GB",
-                "take a smaller model, or shorter sequences",
+                f"training takes about {needed_gb(config.remat):.0f} GB at batch {batch} and "
+                f"length {length}, of {gpu.memory_GB} GB",
+                remedy,
             )
         )
     return findings

@@ -49,19 +49,28 @@ def implementation_on(gpu: GPU | None, layer: E88Config) -> Literal["scan", "mos
 
 @dataclasses.dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that one training step needs on one device."""
+    """Bytes that one training step needs on one GPU, when it needs most.
+
+    That is where the backward pass begins, with all activations, or where it ends, with all
+    gradients.
+    """
 
     parameters: int
-    gradients: int
     optimizer: int
+    gradients: int
+    """Of the weights of matrix products in the dtype of these."""
     activations: int
-    """What the backward pass reads, all but the states."""
+    """What the backward pass reads, all but the states; copies of weights in the dtype of the
+    matrix products."""
     checkpoints: int
     """The recurrence's states."""
+    working: int
+    """For the moment: logits, gradients of activations, and what is made again."""
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        kept = max(self.gradients, self.activations + self.checkpoints)
+        return self.parameters + self.optimizer + kept + self.working
 
 
 def training_memory(
@@ -73,12 +82,11 @@ def training_memory(
     implementation: Literal["scan", "mosaic_gpu"] = "mosaic_gpu",
     moments: int = 2,
 ) -> TrainingMemory:
-    """An estimate of the memory of one training step.
+    """An estimate of the memory of one training step on a GPU.
 
-    It counts the arrays that JAX hands from the forward to the backward pass, as
-    `e88_jax.mixer` and `e88_jax.model` are written, none of them recomputed. In float32 by the
-    scan, compiled for a processor, XLA's own figure is within 15 % of the total
-    (`tests/sizing/test_memory.py`); bfloat16 and the kernels on a GPU were not compared.
+    It counts the arrays that XLA leaves from the forward to the backward pass of `e88_jax.mixer`
+    and `e88_jax.model`: it makes what is elementwise again where it reads it. Within 15 % of XLA's
+    own figure for an H100 (`tests/sizing/test_memory.py`).
 
     Args:
         config: the model. Its own dtype and implementation, which may be None, are not read.
@@ -94,55 +102,57 @@ def training_memory(
     for name, value in (("batch", batch), ("length", length)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    parameters = _FLOAT * count_params(config)
+    n_params = count_params(config)
     tokens, layer = batch * length, config.layer
     narrow = _bytes_of(dtype)
-    of_layer = _bytes_per_token(layer, narrow, implementation)
-    if config.channel_mixer_dim is not None:
-        of_layer += _norm(layer.dim) + narrow * layer.dim
-        of_layer += 6 * narrow * config.channel_mixer_dim
-    of_model = _norm(layer.dim) + narrow * layer.dim + 2 * _FLOAT * config.vocab_size
+    states = _checkpoint_bytes(layer, batch, length, narrow, implementation)
+    kept, whole = _kept_per_token(config, narrow, implementation)
+    # Of the weights, a copy in bfloat16, or side by side in float32.
+    copies = narrow * n_params if config.remat == "none" else 0
+    working = tokens * (3 * narrow + _FLOAT) * layer.dim + 2 * _FLOAT * tokens * config.vocab_size
+    if config.remat != "none":
+        working += tokens * (whole - kept) + states
     return TrainingMemory(
-        parameters=parameters,
-        gradients=parameters,
-        optimizer=moments * parameters,
-        activations=tokens * (config.depth * of_layer + of_model),
-        checkpoints=config.depth * _checkpoint_bytes(layer, batch, length, narrow, implementation),
+        parameters=_FLOAT * n_params,
+        optimizer=_FLOAT * moments * n_params,
+        gradients=narrow * n_params,
+        activations=copies + config.depth * tokens * kept,
+        checkpoints=config.depth * states if config.remat == "none" else 0,
+        working=working,
     )
 
 
-def _norm(dim: int) -> int:
-    """Of an RMS norm: its input, that in float32, and what is scaled; two numbers of a row."""
-    return _FLOAT * (3 * dim + 2)
-
-
-def _bytes_per_token(layer: E88Config, narrow: int, implementation: str) -> int:
-    """Of what one layer keeps for the backward pass, but for the states."""
-    dim, heads = layer.dim, layer.n_heads
-    keys, values = heads * layer.n_state, heads * layer.n_value
+def _kept_per_token(config: LMConfig, narrow: int, implementation: str) -> tuple[int, int]:
+    """Bytes that a layer keeps of each token for its backward pass, but for the recurrence's
+    states, and what it would keep if nothing were made again."""
+    layer, hidden = config.layer, config.channel_mixer_dim
+    residual = _FLOAT * layer.dim
+    keys, values = layer.n_heads * layer.n_state, layer.n_heads * layer.n_value
     streams = 2 * keys + (0 if layer.tie_kv else values)
-    total = _norm(dim) + narrow * dim  # all projections read the same
-    total += narrow * 2 * keys  # q and k, as the recurrence reads them
-    total += (_FLOAT if implementation == "mosaic_gpu" else narrow) * values  # v or its errors
-    if layer.use_silu:
-        total += narrow * 3 * streams
+    per_head = layer.decay_mode in ("mamba", "simple")
+    per_head += layer.write_gate + (layer.head_mix == "input_weighted")
+    read = streams + (values if layer.output_gate != "none" else 0) + per_head * layer.n_heads
+    products = narrow * read
+    whole = residual + products + narrow * layer.dim  # the norm's input and output
+    whole += narrow * (2 * keys + values)  # q, k and out of the recurrence
+    groups = implementation == "mosaic_gpu" and layer.checkpoint_every <= _LONGEST
+    # v, or the kernel's errors; XLA copies what a loop reads.
+    whole += _FLOAT * values if groups else narrow * (2 * keys + 2 * values)
     if layer.use_l2_norm:
-        total += _FLOAT * (2 * keys + 10 * heads) + 2 * heads
+        whole += _FLOAT * 2 * layer.n_heads
     if layer.conv_size is not None:
-        total += _FLOAT * layer.conv_size * streams
-    total += _FLOAT * heads * {"mamba": 5, "simple": 2}.get(layer.decay_mode, 1)
-    if layer.write_gate:
-        total += _FLOAT * 2 * heads
-    if layer.value_residual:
-        total += _FLOAT * values
-    if layer.output_norm:
-        total += _FLOAT * (3 * values + 2 * heads)
-    if layer.output_gate != "none":
-        total += _FLOAT * 5 * values
-    mixed = values if layer.head_mix in ("concat", "per_head") else layer.n_value
-    if mixed != values:
-        total += _FLOAT * values
-    return total + narrow * mixed
+        whole += narrow * streams
+    if layer.output_gate != "none" or layer.head_mix not in ("concat", "per_head"):
+        mixed = values if layer.head_mix in ("concat", "per_head") else layer.n_value
+        whole += narrow * mixed  # what the last projection reads
+    if hidden is not None:
+        products += narrow * 2 * hidden
+        whole += residual + narrow * (layer.dim + 3 * hidden)
+    if config.remat == "layer":
+        return residual, whole
+    if config.remat == "recurrence":
+        return residual + products, whole
+    return whole, whole
 
 
 def _checkpoint_bytes(

@@ -182,6 +182,7 @@ _MAY_CHANGE_ON_RESUME = {
     "prompt",
     "optimizer.max_skipped_steps",
     "model.layer.implementation",
+    "model.remat",
 }
 
 

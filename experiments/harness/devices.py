@@ -1,5 +1,6 @@
 """The devices of one machine: which are used, for what, and where compiled programs are kept."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -8,32 +9,29 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+GPU_MEMORY_FRACTION = "0.93"
+"""Of a GPU's memory, what JAX takes at once; its own 0.75 would leave out what a large batch needs.
+Some hundred MB must be left to CUDA and its libraries."""
 
-def use_every_core() -> None:
-    """Makes each processor core a JAX device, unless JAX has already started.
 
-    XLA's threads gain nothing on operations as small as a step of the recurrence; rows of the
-    batch on cores of their own do.
+def set_up() -> None:
+    """Settings of JAX that every program here wants, unless the user or JAX has others already.
+
+    - Each processor core is a JAX device: XLA's threads gain nothing on operations as small as a
+      step of the recurrence; rows of the batch on cores of their own do.
+    - JAX may use nearly all of a GPU's memory.
+    - A GPU's compiled programs outlive the process, in `$XDG_CACHE_HOME/e88_jax` (of `~/.cache`). A
+      processor's take seconds, and might not run on another that shares the directory.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
     available = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(available(0)) if available else os.cpu_count() or 1
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", cores)
-    except RuntimeError:
-        return
-
-
-def keep_compiled_programs() -> None:
-    """Lets a GPU's compiled programs outlive the process, in `$XDG_CACHE_HOME/e88_jax` (of
-    `~/.cache`), unless JAX was told another directory. To be called before anything compiles.
-
-    A processor's are not kept: they take seconds, and run on no older processor that shares the
-    directory.
-    """
-    if jax.default_backend() != "gpu" or jax.config.read("jax_compilation_cache_dir"):
-        return
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "e88_jax"))
+    chosen: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if jax.default_backend() == "gpu" and chosen is None:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "e88_jax"))
 
 
 class Placement(NamedTuple):

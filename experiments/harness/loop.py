@@ -37,8 +37,7 @@ def train(config: TrainConfig) -> Path:
         UsageError: before anything is written, if the data or the directory will not do.
         RunStopped: the run ended early, with its checkpoint written.
     """
-    devices.use_every_core()
-    devices.keep_compiled_programs()
+    devices.set_up()
     flags = config.data
     corpus = data.Corpus.of(flags.data)
     training, validation = data.split(corpus, flags.val_fraction, flags.seq_len)

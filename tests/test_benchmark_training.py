@@ -1,0 +1,88 @@
+"""The programs that time whole models, on a model that a processor does at once."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from harness.errors import UsageError
+
+from e88_jax.sizing import PRESETS
+
+TINY = ["--dim", "16", "--n-heads", "2", "--n-state", "4", "--depth", "1"]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        yield importlib.import_module
+
+
+def test_a_training_step(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "numbers.json"
+    flags = ["--batch-size", "2", "--seq-len", "8", "--repeats", "2", "--preset", "h32n32-100m"]
+    load("train_step").main([*flags, *TINY, "--json", str(path)])
+    numbers = json.loads(path.read_text())
+    assert numbers["tokens_per_step"] == 16
+    assert numbers["config"]["model"]["layer"]["dim"] == 16
+    assert numbers["config"]["model"]["vocab_size"] == 256
+    per_second = numbers["product_tflops"] * 1e12 / numbers["tokens_per_second"]
+    assert per_second == pytest.approx(6 * numbers["parameters"], rel=1e-3)
+    assert len(numbers["step_seconds"]) == 2
+    assert f"{numbers['parameters']:,} parameters, batch 2 of 8" in capsys.readouterr().out
+
+
+def test_the_grid(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    train_step, path, timed = load("train_step"), tmp_path / "grid.json", []
+
+    def measure_apart(args: list[str]) -> dict[str, Any]:
+        timed.append(" ".join(args))
+        return {"error": "out of memory"}
+
+    monkeypatch.setattr(train_step, "measure_apart", measure_apart)
+    train_step.main(["--grid", "--json", str(path)])
+    assert {point.preset for point in train_step.GRID} <= set(PRESETS)
+    assert len(timed) == sum(len(point.batch_sizes) for point in train_step.GRID)
+    assert json.loads(path.read_text()) == {"points": [{"error": "out of memory"}] * len(timed)}
+    timed.clear()
+    flags = ["--grid", "--preset", "h72n32-500m", "--seq-len", "8192", "--remat", "layer"]
+    train_step.main(flags)
+    assert timed == ["--preset h72n32-500m --seq-len 8192 --batch-size 4 --profile --remat layer"]
+
+
+def test_a_point_of_the_grid_runs_apart(load: Any) -> None:
+    row = load("train_step").measure_apart(["--preset", "none"])
+    assert row["command"] == "--preset none"
+    assert "unknown preset 'none'" in row["error"]
+
+
+def test_decoding(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "numbers.json"
+    flags = ["--batch-sizes", "1", "2", "--prompt", "4", "--contexts", "4", "100", "--repeats", "1"]
+    load("decode").main([*flags, *TINY, "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["batch"] for row in rows] == [1, 1, 2]
+    assert 4 <= rows[0]["context"] < 100 <= rows[1]["context"]
+    for row in rows:
+        assert row["prefill_tokens_per_second"] > 0
+        assert row["decode_tokens_per_second"] > 0
+    assert capsys.readouterr().out.count("tokens read: prefill") == 3
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "sentence"),
+    [
+        ("train_step", "--repeats 0", "--repeats must be at least 1, got 0"),
+        ("train_step", "--preset x", "unknown preset 'x'"),
+        ("decode", "--prompt 0", "--prompt must be at least 1, got 0"),
+        ("decode", "--batch-sizes 3 -1", "must be at least 1, got -1"),
+        ("decode", "--preset x", "unknown preset 'x'"),
+    ],
+)
+def test_mistakes(load: Any, program: str, flags: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        load(program).main(flags.split())
