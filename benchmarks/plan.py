@@ -1,0 +1,275 @@
+"""What XLA plans for the training step on an H100: kernels, bytes that they move, memory.
+
+It compiles and runs nothing, so it needs no GPU, only JAX's CUDA plugin, as in `jax[cuda13]`.
+Matrix products are left to cuBLAS, as nothing can be timed to choose between it and others.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+from harness import cli
+from harness.config import DEFAULT_MODEL, DataConfig, OptimizerConfig
+from harness.errors import UsageError
+from harness.gpu_profile import ELSE
+from harness.model_size import parse_with_preset
+
+from e88_jax import hardware
+from e88_jax.config import LMConfig
+from e88_jax.sizing import PRESETS, training_memory
+
+FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+# XLA's GpuTargetConfigProto; the numbers are of the CUDA Programming Guide's table of compute
+# capabilities and of NVIDIA's H100 architecture white paper (SXM).
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  fpus_per_core: 128 clock_rate_ghz: 1.98 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  device_memory_size: 84942979072 device_address_bits: 64 cuda_compute_capability { major: 9 }
+  device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """List what XLA compiles the training step of train_byte_lm.py to, for an H100."""
+
+    preset: str | None = None
+    """Take a model of the sizing guide, such as h72n32-500m. Flags of the model change it."""
+    kernels: int = 30
+    """Kernels listed, those that move the most bytes."""
+    memory: Path | None = None
+    """Instead, compile each configuration of this JSON file (`tests/sizing/`) again and write its
+    bytes."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    model: LMConfig = DEFAULT_MODEL
+
+
+class Kernel(NamedTuple):
+    """One instruction of the compiled program."""
+
+    name: str
+    part: str
+    n_bytes: int
+    """Read and written, as if nothing came from a cache."""
+    result: str
+
+
+def compile_step(config: PlanConfig) -> Any:
+    """The compiled training step.
+
+    Raises:
+        UsageError: JAX has no CUDA plugin.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # libraries to run with
+
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+    from harness.optimizer import make_optimizer
+    from harness.step import init_state, make_train_step
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    from e88_jax import recurrence
+    from e88_jax.model import E88LM
+
+    try:
+        topology = topologies.get_topology_desc(
+            "h100", platform="cuda", topology="1x1x1", target_config=H100
+        )
+    except NotImplementedError as error:
+        raise UsageError(f"JAX has no CUDA plugin ({error}): pip install 'jax[cuda13]'.") from None
+    device = SingleDeviceSharding(topology.devices[0])
+    recurrence._unsupported_device = lambda: None  # it asks for the device that runs
+    layer = dataclasses.replace(
+        config.model.layer,
+        dtype=config.model.layer.dtype or "bfloat16",
+        implementation=config.model.layer.implementation or "mosaic_gpu",
+    )
+    model_config = dataclasses.replace(config.model, layer=layer)
+    optimizer = make_optimizer(config.optimizer, steps=1000)
+    built: dict[str, Any] = {}
+
+    def build() -> Any:
+        model = E88LM(model_config, rngs=nnx.Rngs(0))
+        built["graphdef"] = nnx.graphdef(model)
+        return init_state(model, optimizer, None)
+
+    def on_device(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+
+    shape = config.data.accumulate, config.data.batch_size, config.data.seq_len + 1
+    state = jax.tree.map(on_device, jax.eval_shape(build))
+    windows = on_device(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    restart = on_device(jax.ShapeDtypeStruct((), bool))
+    step = make_train_step(built["graphdef"], optimizer, config.optimizer.clip_norm)
+    traced = jax.jit(step, donate_argnums=0).trace(state, windows, restart)
+    return traced.lower(lowering_platforms=("cuda",)).compile()
+
+
+def planned_bytes(compiled: Any) -> int:
+    """Memory of arguments and of what is worked on."""
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8}
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+_FREE = ("parameter", "constant", "bitcast", "get-tuple-element", "tuple")
+_AS_IT_IS = ("convert", "bitcast", "reshape", "copy")
+
+
+class _Instruction(NamedTuple):
+    shape: str
+    op: str
+    operands: list[str]
+    line: str
+
+
+def _elements(shape: str) -> Iterator[tuple[str, int]]:
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape):
+        if dtype in _SIZES:
+            n = 1
+            for dim in filter(None, dims.split(",")):
+                n *= int(dim)
+            yield dtype, n
+
+
+def _bytes(shape: str) -> int:
+    return sum(_SIZES[dtype] * n for dtype, n in _elements(shape))
+
+
+def _computations(text: str) -> dict[str, dict[str, _Instruction]]:
+    """The instructions of each computation by name; the program is `ENTRY`."""
+    found = {}
+    for block in re.split(r"\n(?=%|ENTRY)", text):
+        header = re.match(r"(ENTRY|%[\w.\-]+) ", block)
+        if header is None:
+            continue
+        found[header[1].removeprefix("%")] = {
+            match[1]: _Instruction(
+                match[2], match[3], re.findall(r"%([\w.\-]+)", match[4].split("), ")[0]), line
+            )
+            for line in block.splitlines()
+            if (match := _INSTRUCTION.match(line))
+        }
+    return found
+
+
+def _read(computation: dict[str, _Instruction], parameter: str) -> int:
+    """Bytes of a fusion's parameter that it reads: of slices, if it takes only these."""
+    users = collections.defaultdict(list)
+    for name, instruction in computation.items():
+        for operand in instruction.operands:
+            users[operand].append(name)
+    whole = _bytes(computation[parameter].shape)
+    ((dtype, _),) = list(_elements(computation[parameter].shape)) or [("pred", 0)]
+    total, reached = 0, [parameter]
+    while reached:
+        for name in users[reached.pop()]:
+            instruction = computation[name]
+            if instruction.op in ("slice", "dynamic-slice", "gather"):
+                total += _SIZES[dtype] * sum(n for _, n in _elements(instruction.shape))
+            elif instruction.op in _AS_IT_IS:
+                reached.append(name)
+            else:
+                return whole
+    return min(total, whole)
+
+
+def kernels_of(text: str) -> list[Kernel]:
+    """The kernels of a compiled program from its text, in their order."""
+    computations = _computations(text)
+    program, kernels = computations["ENTRY"], []
+    for name, (shape, op, operands, line) in program.items():
+        if op in _FREE:
+            continue
+        called = re.search(r"calls=%([\w.\-]+)", line)
+        fused = computations.get(called[1]) if op == "fusion" and called else None
+        if fused is not None:
+            parameters = [x for x, instruction in fused.items() if instruction.op == "parameter"]
+            moved = _bytes(shape) + sum(_read(fused, parameter) for parameter in parameters)
+        else:
+            shapes = (program[x].shape for x in dict.fromkeys(operands) if x in program)
+            moved = _bytes(shape) + sum(map(_bytes, shapes))
+        part = ELSE
+        if "__cublas" in line or "gemm" in name:
+            part = "matrix products"
+        elif "mosaic_gpu" in line:
+            backward = "e88_backward" in line
+            part = f"recurrence {'backward' if backward else 'forward'}"
+        kernels.append(Kernel(name, part, moved, re.sub(r"\{[^}]*\}", "", shape)))
+    return kernels
+
+
+def fill_in(path: Path) -> None:
+    """Compiles each configuration in the file and writes its bytes."""
+    from rich.progress import track
+
+    plans = json.loads(path.read_text())
+    for plan in track(plans, "compiling"):
+        preset = PRESETS[plan["preset"]].config
+        model = dataclasses.replace(
+            preset,
+            layer=dataclasses.replace(preset.layer, **plan["layer"]),
+            depth=plan["depth"],
+            remat=plan["remat"],
+            **plan["model"],
+        )
+        data = DataConfig(batch_size=plan["batch"], seq_len=plan["length"])
+        plan["bytes"] = planned_bytes(compile_step(PlanConfig(model=model, data=data)))
+    rows = ",\n".join(f"  {json.dumps(plan)}" for plan in plans)
+    path.write_text(f"[\n{rows}\n]\n")
+
+
+def main(args: Sequence[str]) -> None:
+    """Parses, compiles, prints."""
+    config = parse_with_preset(PlanConfig, args)
+    if config.memory is not None:
+        fill_in(config.memory)
+        return
+    compiled = compile_step(config)
+    kernels = kernels_of(compiled.as_text())
+    bandwidth = hardware.find("h100").memory_bandwidth_GBps
+    for kernel in sorted(kernels, key=lambda kernel: -kernel.n_bytes)[: config.kernels]:
+        print(
+            f"{kernel.n_bytes / 1e6:9,.0f} MB  {kernel.part:20} {kernel.name:40.40} {kernel.result}"
+        )
+    print()
+    for part in dict.fromkeys(kernel.part for kernel in kernels):
+        own = [kernel.n_bytes for kernel in kernels if kernel.part == part]
+        ms = sum(own) / bandwidth / 1e6
+        print(
+            f"{part:20} {len(own):5} kernels {sum(own) / 1e9:9.2f} GB, {ms:7.2f} ms at "
+            f"{bandwidth:,} GB/s"
+        )
+    estimate = training_memory(config.model, config.data.batch_size, config.data.seq_len)
+    print(
+        f"memory: {planned_bytes(compiled) / 1e9:.2f} GB; e88_jax.sizing says "
+        f"{estimate.total / 1e9:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,54 @@
+"""What is read from the text of a compiled program."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%fused_add (p0: bf16[16,100], p1: f32[16,30], p2: f32[16]) -> f32[16,30] {
+  %p0 = bf16[16,100]{1,0} parameter(0)
+  %wide = f32[16,100]{1,0} convert(%p0)
+  %slice.1 = f32[16,30]{1,0} slice(%wide), slice={[0:16], [0:30]}
+  %slice.2 = f32[16,20]{1,0} slice(%wide), slice={[0:16], [30:50]}
+  %p1 = f32[16,30]{1,0} parameter(1)
+  %p2 = f32[16]{0} parameter(2)
+  %b = f32[16,30]{1,0} broadcast(%p2), dimensions={0}
+  %c = f32[16,30]{1,0} multiply(%slice.1, %b)
+  ROOT %add = f32[16,30]{1,0} add(%c, %p1)
+}
+
+ENTRY %main (x: bf16[16,8], w: bf16[8,100]) -> f32[16,30] {
+  %x = bf16[16,8]{1,0} parameter(0), metadata={op_name="x"}
+  %w = bf16[8,100]{1,0} parameter(1), metadata={op_name="w"}
+  %call = (bf16[16,100]{1,0}, s8[64]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm"
+  %y = bf16[16,100]{1,0} get-tuple-element(%call), index=0
+  %mpmd.1 = (f32[16,30]{1,0}, f32[16]{0}) custom-call(%y), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/e88_backward/mpmd"}
+  %o = f32[16,30]{1,0} get-tuple-element(%mpmd.1), index=0
+  %s = f32[16]{0} get-tuple-element(%mpmd.1), index=1
+  ROOT %fusion.7 = f32[16,30]{1,0} fusion(%y, %o, %s), kind=kLoop, calls=%fused_add
+}
+"""  # noqa: E501
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module("plan")
+
+
+def test_kernels_and_the_bytes_they_move(plan: Any) -> None:
+    product, recurrence, fusion = plan.kernels_of(PROGRAM)
+    y, workspace = 16 * 100 * 2, 64
+    assert product == (
+        "call",
+        "matrix products",
+        16 * 8 * 2 + 8 * 100 * 2 + y + workspace,
+        product[3],
+    )
+    assert product.result == "(bf16[16,100], s8[64])"
+    assert recurrence[:3] == ("mpmd.1", "recurrence backward", y + (16 * 30 + 16) * 4)
+    # Of y it reads two slices, in its own width.
+    assert fusion[:3] == ("fusion.7", "everything else", 16 * 50 * 2 + (2 * 16 * 30 + 16) * 4)
