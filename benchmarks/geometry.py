@@ -9,9 +9,9 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,29 @@ import pallas_kernels
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.tuning import backward_geometry, forward_geometry, neighbours
 
+
+class Pass(NamedTuple):
+    """A kernel whose geometry is searched."""
+
+    choose: Callable[..., Geometry]
+    argument: str
+    """Of `pallas_kernels.recurrence`, that takes the geometry."""
+    with_gradient: bool
+    """Whether it is timed in a forward and backward pass, the others' geometries as chosen."""
+
+
 PASSES = {
-    "forward": forward_geometry,
+    "forward": Pass(forward_geometry, "forward_geometry", False),
+    # It keeps what the backward pass reads.
+    "forward-keeping": Pass(
+        functools.partial(forward_geometry, keeps_groups=True), "forward_geometry", True
+    ),
     # Of calls as they are timed here.
-    "backward": functools.partial(backward_geometry, n_scalars=1, has_write_gate=False),
+    "backward": Pass(
+        functools.partial(backward_geometry, n_scalars=1, has_write_gate=False),
+        "backward_geometry",
+        True,
+    ),
 }
 
 
@@ -40,10 +59,7 @@ def milliseconds(
     options: argparse.Namespace,
     clock: ClockSampler,
 ) -> float | None:
-    """Of one pass in a geometry, or None where it does not compile or fit.
-
-    The backward pass is timed with the forward pass that goes before it, always the same.
-    """
+    """Of one pass in a geometry, or None where it does not compile or fit."""
     run = functools.partial(
         pallas_kernels.recurrence,
         write_gate=None,
@@ -51,7 +67,7 @@ def milliseconds(
         segment_ids=None,
         linear_state=False,
         checkpoint_every=options.checkpoint_every,
-        **{f"{name}_geometry": geometry},
+        **{PASSES[name].argument: geometry},
     )
 
     def forward(d_out: jax.Array, **arrays: jax.Array) -> Any:
@@ -62,7 +78,7 @@ def milliseconds(
         _, pullback = jax.vjp(lambda arrays: run(**arrays)[0], arrays)
         return pullback(d_out)
 
-    program = jax.jit(forward if name == "forward" else forward_backward)
+    program = jax.jit(forward_backward if PASSES[name].with_gradient else forward)
     input_sets = [make_inputs(shape, options.dtype, jax.random.key(0))]
     try:
         return time_calls(program, input_sets, options.repetitions, clock)["ms"]
@@ -77,7 +93,7 @@ def search(
     """Milliseconds of every geometry tried; the heuristic's is the first."""
     n_sms = jax.devices()[0].core_count
     sizes = shape.B, shape.H, shape.N, shape.N, n_sms, jnp.dtype(options.dtype)
-    geometry = PASSES[name](*sizes)
+    geometry = PASSES[name].choose(*sizes)
     times: dict[Geometry, float] = {}
     tried: set[Geometry] = set()
     candidates = [geometry]
@@ -116,12 +132,12 @@ def main(args: Sequence[str] | None = None) -> int:
             for name in options.passes:
                 times = search(shape, name, options, clock)
                 if not times:
-                    rows.append(f"{shape.name:5} {name:8}  nothing compiled")
+                    rows.append(f"{shape.name:5} {name:15}  nothing compiled")
                     continue
                 first, best = next(iter(times)), min(times, key=times.__getitem__)
                 ratio = times[first] / times[best]
                 rows.append(
-                    f"{shape.name:5} {name:8} {times[first]:8.3f} ms, {ratio:.2f} x the best: "
+                    f"{shape.name:5} {name:15} {times[first]:8.3f} ms, {ratio:.2f} x the best: "
                     f"{times[best]:.3f} ms with {dataclasses.astuple(best)}"
                 )
     fields = ", ".join(field.name for field in dataclasses.fields(Geometry))

@@ -33,16 +33,18 @@ def test_decoding_step_by_step_is_the_recurrence(load: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["A", "D"])
+@pytest.mark.parametrize("pass_name", ["forward", "forward-keeping", "backward"])
 def test_the_search_starts_from_what_a_call_uses(
-    load: Any, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    load: Any, pass_name: str, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[Geometry] = []
+    kernel = pass_name.partition("-")[0]
 
-    def backward(*arguments: Any, **_: Any) -> Any:
+    def seen(*arguments: Any, **_: Any) -> Any:
         used.extend(x for x in arguments if isinstance(x, Geometry))
         raise NotImplementedError("seen")
 
-    monkeypatch.setattr(calls, "backward", backward)
+    monkeypatch.setattr(calls, kernel, seen)
     geometry = load("geometry")
     shape = geometry.NAMED[name]
     inputs = jax.eval_shape(lambda: geometry.make_inputs(shape, dtype, jax.random.key(0)))
@@ -55,8 +57,10 @@ def test_the_search_starts_from_what_a_call_uses(
     def gradient(arrays: Any, d_out: Any) -> Any:
         return jax.vjp(out, arrays)[1](d_out)
 
+    searched = geometry.PASSES[pass_name]
+    run = gradient if searched.with_gradient else lambda arrays, _: out(arrays)
     with pytest.raises(NotImplementedError, match="seen"):
-        jax.eval_shape(gradient, inputs, d_out)
+        jax.eval_shape(run, inputs, d_out)
     n_sms = getattr(jax.devices()[0], "core_count", 132)
     sizes = shape.B, shape.H, shape.N, shape.N, n_sms, jnp.dtype(dtype)
-    assert used == [geometry.PASSES["backward"](*sizes)]
+    assert used == [searched.choose(*sizes)]
