@@ -60,7 +60,7 @@ def scratch(
         "d_out_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
         "scalars_slots": plgpu.SMEM((SLOTS, heads, n_scalars, scalars_at_once(chunk)), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=5),
-        "states": plgpu.SMEM((GROUP, heads, values, keys), dtype),
+        "states": plgpu.SMEM(((1 + geometry.ahead) * GROUP, heads, values, keys), dtype),
         "d_keys_rows": plgpu.SMEM((2, chunk, heads, keys), dtype),  # of q and of k
         "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
         "partial_scalars": plgpu.SMEM((1 + has_write_gate, chunk, WARPS, 4), jnp.float32),
@@ -169,13 +169,16 @@ class _WayBack:
         carry, first = (before, d_state), 0
         if chunks.whole < chunks.count:
             carry, first = self._chunk(0, last, chunks.last_rows, carry), 1
-        rows = range(chunks.size)
-        _, d_state = lax.fori_loop(
-            first,
-            chunks.count,
-            lambda n, carry: self._chunk(n, last - n, rows, carry),
-            carry,
-        )
+        if self.steps.geometry.ahead and chunks.whole:
+            d_state = self._whole_chunks_ahead(first, *carry)
+        else:
+            rows = range(chunks.size)
+            _, d_state = lax.fori_loop(
+                first,
+                chunks.count,
+                lambda n, carry: self._chunk(n, last - n, rows, carry),
+                carry,
+            )
         target = ref["d_initial_state"].at[block.b, block.heads, block.values]
         self.steps.store(target, d_state)
         wait_for_stores()
@@ -185,7 +188,7 @@ class _WayBack:
 
         Carries the state before the group at hand and the gradient of the state after it.
         """
-        ref, block, i = self.ref, self.block, jnp.int32(i)
+        i = jnp.int32(i)
         slot = lax.rem(jnp.int32(n), SLOTS)
         self._stream.start(i - 1, 1 - slot)
         self._stream.wait(slot)
@@ -199,6 +202,12 @@ class _WayBack:
             lambda j, carry: self._group(slot, i, rows, whole - 1 - j, GROUP, carry),
             carry,
         )
+        self._store_results(i, rows)
+        return carry
+
+    def _store_results(self, i: Any, rows: range) -> None:
+        """What came of these rows of chunk i."""
+        ref, block = self.ref, self.block
         t = pl.ds(self.chunks.start(i) + rows.start, len(rows))
         results = pl.ds(0, len(rows))
         d_q, d_k = (ref[name].at[block.value_block] for name in ("d_q", "d_k"))
@@ -214,7 +223,87 @@ class _WayBack:
             partial_scalars=ref["partial_scalars"].at[:, results],
             d_scalars=ref["d_scalars"].at[(*of_chunk, slice(None), results)],
         )
+
+    def _whole_chunks_ahead(self, first: int, before: Array, d_state: Array) -> Array:
+        """The whole chunks, after `first` others; returns the gradient of the state before them.
+
+        Each group is replayed while the one after it is walked back: the states of odd groups are
+        after those of even ones.
+        """
+        last, size = self.chunks.whole - 1, self.chunks.size
+        slot = first % SLOTS
+        self._stream.wait(slot)
+        after = self.steps.replay(
+            GROUP, before.astype(jnp.float32), **self._replayed(slot, size - GROUP, 1, 0, GROUP)
+        )
+        before = self._state_before(jnp.maximum(self._group_of(last, size) - 2, 0))
+        _, _, d_state = lax.fori_loop(
+            first,
+            self.chunks.count,
+            lambda n, carry: self._chunk_ahead(n, self.chunks.count - 1 - n, carry),
+            (before, after, d_state),
+        )
+        return d_state
+
+    def _group_of(self, i: Any, row: Any) -> Any:
+        """The group of all that begins in a row of whole chunk i."""
+        return i * (self.chunks.size // GROUP) + lax.div(jnp.int32(row), jnp.int32(GROUP))
+
+    def _replayed(self, slot: Any, row: Any, parity: int, first: int, n: int) -> dict[str, Any]:
+        """What `replay` takes for n steps from step `first` on of the group in a row."""
+        row = row + first
+        states = self.ref["states"].at[pl.ds(parity * GROUP + first, n)]
+        return {**self._inputs(slot, row, row, n), "states": states}
+
+    def _chunk_ahead(self, n: Any, i: Any, carry: Any) -> Any:
+        """Chunk i, after n others.
+
+        Carries the state before the group before the group at hand, the state after the group at
+        hand, whose states are known, and its gradient.
+        """
+        i, size = jnp.int32(i), self.chunks.size
+        slot = lax.rem(jnp.int32(n), SLOTS)
+        self._stream.start(i - 1, 1 - slot)
+        wait_for_stores()
+
+        def pair(j: Any, carry: Any) -> Any:
+            row = size - 2 * GROUP * (j + 1)
+            carry = self._group_ahead(slot, i, row + GROUP, 1, slot, row, carry)
+            is_first = row == 0
+
+            @pl.when(is_first & (i > 0))
+            def _() -> None:
+                self._stream.wait(1 - slot)
+
+            # Before the first chunk there is nothing: what is replayed then is not used.
+            slot_ahead = jnp.where(is_first, 1 - slot, slot)
+            row_ahead = jnp.where(is_first, size, row) - GROUP
+            return self._group_ahead(slot, i, row, 0, slot_ahead, row_ahead, carry)
+
+        carry = lax.fori_loop(0, size // (2 * GROUP), pair, carry)
+        self._store_results(i, range(size))
         return carry
+
+    def _group_ahead(
+        self, slot: Any, i: Any, row: Any, parity: int, slot_ahead: Any, row_ahead: Any, carry: Any
+    ) -> Any:
+        """Walks back the group in a row of chunk i, and replays the one before it."""
+        before, after, d = carry
+        state = before.astype(jnp.float32)
+        # Loaded a group ahead, as it comes from device memory.
+        before = self._state_before(jnp.maximum(self._group_of(i, row) - 2, 0))
+        for j in range(0, GROUP, STEPS):
+            first = GROUP - STEPS - j
+            d, after, state = self.steps.walk_back_and_replay(
+                STEPS,
+                d,
+                after,
+                state,
+                ahead=self._replayed(slot_ahead, row_ahead, 1 - parity, j, STEPS),
+                first=j == 0,
+                **self._walked(slot, row + first, row + first, parity * GROUP + first, STEPS),
+            )
+        return before, state, d
 
     def _inputs(self, slot: Any, t: Any, row: Any, n: int) -> dict[str, Any]:
         """What is replayed: n steps from t on of a chunk, whose scalars are from `row` on."""
@@ -253,19 +342,24 @@ class _WayBack:
 
     def _walk_back(self, slot: Any, rows: range, row: Any, first: Any, n: int, carry: Any) -> Any:
         """n steps from step `first` on of the group in this row."""
-        ref, row = self.ref, row + first
-        t = rows.start + row
+        row = row + first
         return self.steps.walk_back(
-            n,
-            *carry,
-            **self._inputs(slot, t, row, n),
-            q=ref["q_slots"].at[slot, pl.ds(t, n)],
-            states=ref["states"].at[pl.ds(first, STEPS)],
-            d_out=ref["d_out_slots"].at[slot, pl.ds(t, n)],
-            d_v=ref["d_v_rows"].at[pl.ds(row, n)],
-            d_keys=ref["d_keys_rows"].at[:, pl.ds(row, n)],
-            partial_scalars=ref["partial_scalars"].at[:, pl.ds(row, n)],
+            n, *carry, **self._walked(slot, rows.start + row, row, first, n)
         )
+
+    def _walked(self, slot: Any, t: Any, row: Any, states: Any, n: int) -> dict[str, Any]:
+        """What `walk_back` takes for n steps from t on of a chunk, whose scalars and results are
+        from `row` on, and whose states from there on."""
+        ref = self.ref
+        return {
+            **self._inputs(slot, t, row, n),
+            "q": ref["q_slots"].at[slot, pl.ds(t, n)],
+            "states": ref["states"].at[pl.ds(states, STEPS)],
+            "d_out": ref["d_out_slots"].at[slot, pl.ds(t, n)],
+            "d_v": ref["d_v_rows"].at[pl.ds(row, n)],
+            "d_keys": ref["d_keys_rows"].at[:, pl.ds(row, n)],
+            "partial_scalars": ref["partial_scalars"].at[:, pl.ds(row, n)],
+        }
 
 
 def _in_time(d_scalars: Array, chunks: Chunks) -> Array:

@@ -40,6 +40,9 @@ class Geometry:
         warpgroups: warpgroups of a thread block. They are independent, but a thread block of w of
             them may use 65,536 / (128 w) registers per thread: w caps the registers, and so says
             how many warpgroups a multiprocessor holds.
+        ahead: whether the backward kernel replays each group of steps while it walks back the group
+            after it, so that each fills the waits of the other; the states of two groups are in
+            shared memory then. A chunk has whole pairs of groups.
     """
 
     heads: int
@@ -47,6 +50,7 @@ class Geometry:
     chunk: int
     unroll: int = 4
     warpgroups: int = 1
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if self.heads not in (1, 2, 4):
@@ -59,6 +63,10 @@ class Geometry:
             )
         if self.chunk < 1 or self.chunk % GROUP:
             raise ValueError(f"a chunk has a multiple of {GROUP} steps, got {self.chunk}.")
+        if self.ahead and self.chunk % (2 * GROUP):
+            raise ValueError(
+                f"to replay ahead a chunk has a multiple of {2 * GROUP} steps, got {self.chunk}."
+            )
         if self.unroll < 1:
             raise ValueError(f"unroll must be at least 1 step, got {self.unroll}.")
         if not 1 <= self.warpgroups <= MAX_WARPGROUPS:

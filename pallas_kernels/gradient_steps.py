@@ -7,7 +7,7 @@ compute, and of what.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pallas_kernels.fragments import STEPS, Fragments
@@ -59,6 +59,29 @@ def _activated(f: Fragments, kind: StepKind, state: Any) -> Any:
     return [[[f.w.tanh(x, not f.exact) for x in m] for m in unit] for unit in state]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Replay:
+    """Steps gone through again, from loads that are made a step ahead."""
+
+    f: Fragments
+    kind: StepKind
+    at: Mapping[str, Any]
+    n: int
+
+    def load(self, t: Any) -> Any:
+        return self.f.load_keys(self.at["k"], t), self.f.load_columns(self.at["errors"], t)
+
+    def step(self, t: Any, state: Any, loaded: Any) -> Any:
+        f, w = self.f, self.f.w
+        keys, error = loaded
+        scalars = _Scalars(f, self.kind, self.at["scalars"], t)
+        loaded = self.load(w.minimum(w.add(t, 1), self.n - 1))
+        f.store_words(self.at["states"], f.narrow(state), t)
+        error = scalars.gated(error)
+        state = f.add_outer(scalars.decayed(state), f.wide_keys(keys), error)
+        return _activated(f, self.kind, state), loaded
+
+
 def replay(
     f: Fragments, kind: StepKind, at: Mapping[str, Any], state: Any, n: int, unroll: int
 ) -> Any:
@@ -66,22 +89,9 @@ def replay(
 
     Returns the state after them, and writes those before to `states`.
     """
-    w = f.w
-
-    def load(t: Any) -> Any:
-        return f.load_keys(at["k"], t), f.load_columns(at["errors"], t)
-
-    def step(t: Any, state: Any, loaded: Any) -> Any:
-        keys, error = loaded
-        scalars = _Scalars(f, kind, at["scalars"], t)
-        loaded = load(w.minimum(w.add(t, 1), n - 1))
-        f.store_words(at["states"], f.narrow(state), t)
-        error = scalars.gated(error)
-        state = f.add_outer(scalars.decayed(state), f.wide_keys(keys), error)
-        return _activated(f, kind, state), loaded
-
-    w.synchronize()  # all have read the sums that `walk_back` left there
-    state, _ = _steps(w, n, unroll, step, state, load(0))
+    again = _Replay(f, kind, at, n)
+    f.w.synchronize()  # all have read the sums that `walk_back` left there
+    state, _ = _steps(f.w, n, unroll, again.step, state, again.load(0))
     return state
 
 
@@ -97,12 +107,47 @@ def _steps(w: Any, n: int, unroll: int, step: Any, *carry: Any) -> Any:
     return several(0, carry) if n == unroll else w.loop(n // unroll, carry, several)
 
 
+def walk_back_and_replay(
+    f: Fragments,
+    kind: StepKind,
+    at: Mapping[str, Any],
+    ahead: Mapping[str, Any],
+    d_state: Any,
+    after: Any,
+    state: Any,
+    n: int,
+    first: bool,
+) -> tuple[Any, Any, Any]:
+    """`walk_back`, and in its waits as many steps of `replay`, from `state`, of what is `ahead`.
+
+    Returns what both return. `first`: these are the first of the steps that are replayed.
+    """
+    again = _Replay(f, kind, ahead, n)
+    if first:
+        f.w.synchronize()  # all have read the sums that `walk_back` left there
+    replayed = state, again.load(0)
+
+    def between(i: int) -> None:
+        nonlocal replayed
+        replayed = again.step(i, *replayed)
+
+    d_state, before = walk_back(f, kind, at, d_state, after, n, between)
+    return d_state, before, replayed[0]
+
+
 def walk_back(
-    f: Fragments, kind: StepKind, at: Mapping[str, Any], d_state: Any, after: Any, n: int
+    f: Fragments,
+    kind: StepKind,
+    at: Mapping[str, Any],
+    d_state: Any,
+    after: Any,
+    n: int,
+    between: Callable[[int], None] | None = None,
 ) -> tuple[Any, Any]:
     """n steps back, at most 4; returns the gradient of the state before them, and that state.
 
-    `states` has room for 4 steps, and is overwritten.
+    `states` has room for 4 steps, and is overwritten. `between(i)` emits what the i-th step that is
+    walked back can wait with for its sums over keys.
     """
     w = f.w
     sums = f.no_sums()
@@ -121,6 +166,8 @@ def walk_back(
         if not kind.linear_state:
             d_sum = _times_derivative(f, d_after, after)
         d_correction = f.sums_over_keys(d_sum, k)
+        if between is not None:
+            between(n - 1 - t)
         d_v = scalars.gated(d_correction)
         d_read = [[w.negative(x) for x in unit] for unit in scalars.within_document(d_v)]
         d_after = scalars.decayed(d_sum)

@@ -88,6 +88,40 @@ class Steps:
 
         return self._run(program, refs, d_state, after)
 
+    def walk_back_and_replay(
+        self,
+        n: int,
+        d_state: Array,
+        after: Array,
+        state: Array,
+        *,
+        ahead: Mapping[str, Any],
+        first: bool,
+        **refs: Any,
+    ) -> tuple[Array, Array, Array]:
+        """`walk_back` of n steps, and meanwhile `replay` of n others.
+
+        Args:
+            d_state, after, refs: of `walk_back`.
+            state, ahead: of `replay`: the state before its steps, and its references.
+            first: whether those are the first of the steps whose states are kept together.
+
+        Returns:
+            The results of both.
+        """
+        if self.interpret:
+            replayed = _replay_in_jax(self.kind, state, **ahead)
+            return *_walk_back_in_jax(self.kind, n, d_state, after, **refs), replayed
+
+        def program(f: Fragments, at: Any, d_state: Any, after: Any, state: Any) -> Any:
+            at_ahead = {name: at.pop(f"{name} ahead") for name in ahead}
+            return gradient_steps.walk_back_and_replay(
+                f, self.kind, at, at_ahead, d_state, after, state, n, first
+            )
+
+        refs = {**refs, **{f"{name} ahead": ref for name, ref in ahead.items()}}
+        return self._run(program, refs, d_state, after, state)
+
     def add_scalars(self, *, partial_scalars: Any, d_scalars: Any) -> None:
         """Writes `[1 or 2, n, heads]`, the gradients of decay and the write gate, after all warps
         have come back from `walk_back`."""
@@ -117,7 +151,7 @@ class Steps:
             *refs.values(),
             *states,
             arg_types=(plgpu.RefType(),) * len(refs) + (layout,) * len(states),
-            return_type=(None, array, (array, array))[len(states)],
+            return_type=(None, array, (array, array), (array, array, array))[len(states)],
         )
 
 

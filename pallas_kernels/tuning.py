@@ -172,12 +172,13 @@ def _first_that_fits(candidates: Any, needed: Callable[[Geometry], int]) -> Geom
 
 def neighbours(geometry: Geometry) -> list[Geometry]:
     """Valid geometries that differ from this one in one number: what a search tries next."""
-    changes: list[dict[str, int]] = [
+    changes: list[dict[str, Any]] = [
         *({"heads": h} for h in (1, 2, 4)),
         *({"values": v} for v in (geometry.values // 2, geometry.values * 2)),
         *({"chunk": c} for c in (geometry.chunk // 2, geometry.chunk * 2)),
         *({"unroll": u} for u in (1, 2, 4, 8)),
         *({"warpgroups": w} for w in (geometry.warpgroups - 1, geometry.warpgroups + 1)),
+        {"ahead": not geometry.ahead},
     ]
     found = []
     for change in changes:

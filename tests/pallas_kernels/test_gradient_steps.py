@@ -17,7 +17,13 @@ from pallas_kernels import backward, steps
 from pallas_kernels.blocks import round_up
 from pallas_kernels.fragments import STEPS, Fragments, fragment_layout
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.gradient_steps import StepKind, add_scalars, replay, walk_back
+from pallas_kernels.gradient_steps import (
+    StepKind,
+    add_scalars,
+    replay,
+    walk_back,
+    walk_back_and_replay,
+)
 from pallas_kernels.warp import Warp, _Address
 
 Arrays = dict[str, np.ndarray]
@@ -125,8 +131,11 @@ def places_of(f: Fragments, shape: tuple[int, int, int]) -> np.ndarray:
         return np.array(steps._unpacked(f, state))
 
 
-def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int) -> Arrays:
-    """What the programs compute, called as the kernel does."""
+def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int, ahead: bool) -> Arrays:
+    """What the programs compute, called as the kernel does.
+
+    Where the same steps are replayed `ahead` of themselves, into other memory, too.
+    """
     n, heads, keys = inputs["k"].shape
     shape = heads, inputs["errors"].shape[2], keys
     n_scalars = 1 + kind.has_write_gate
@@ -167,6 +176,8 @@ def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int) -> Arrays:
     actual = {"state": from_lanes(after)}
 
     d, stop = to_lanes(inputs["d_state"]), n
+    replayed, n_replayed = state, 0
+    states_ahead = empty(round_up(n, STEPS) + 1, *shape, dtype=dtype)
     while stop:
         first = (stop - 1) // STEPS * STEPS
         rows = slice(first, stop)
@@ -178,12 +189,28 @@ def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int) -> Arrays:
             "d_keys": d_keys[:, rows],
             "partial_scalars": partial_scalars[:, rows],
         }
-        d, after = walk_back(f, kind, memory, d, after, stop - first)
+        if ahead:
+            others = slice(n_replayed, n_replayed + stop - first)
+            of_others = {
+                **{name: given[name][others] for name in ("k", "errors")},
+                "scalars": given["scalars"][:, :, others],
+                "states": states_ahead[others],
+            }
+            d, after, replayed = walk_back_and_replay(
+                f, kind, memory, of_others, d, after, replayed, stop - first, n_replayed == 0
+            )
+            n_replayed = others.stop
+        else:
+            d, after = walk_back(f, kind, memory, d, after, stop - first)
         actual[f"before step {first}"] = from_lanes(after)
         stop = first
     actual["d_state"] = from_lanes(d)
+    if ahead:
+        actual["state"] = from_lanes(replayed)
     # The next steps are kept where the sums of these were.
     replay(f, kind, of_replay, state, n, unroll)
+    if ahead:
+        np.testing.assert_array_equal(states_ahead.array[:n], states.array[:n])
     w.synchronize()
     add_scalars(f, partial_scalars[:, :n], d_scalars[:, :n])
     assert w.tanhs == (set() if kind.linear_state else {dtype != jnp.float32})
@@ -191,7 +218,11 @@ def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int) -> Arrays:
     written = {"d_v": d_v.array}
     written["d_q"], written["d_k"] = d_keys.array
     written |= zip(("d_decay", "d_write_gate"), d_scalars.array, strict=False)
-    others = {"states": states.array, "partial_scalars": partial_scalars.array[0]}
+    others = {
+        "states": states.array,
+        "states ahead": states_ahead.array,
+        "partial_scalars": partial_scalars.array[0],
+    }
     for name, x in (written | others).items():
         assert np.all(np.isnan(x[-1].astype(np.float32))), f"{name}: written past the steps"
     return actual | {name: x[:n] for name, x in written.items()}
@@ -203,9 +234,10 @@ def check(
     kind: StepKind,
     dtype: Any,
     unroll: int = 1,
+    ahead: bool = False,
 ) -> None:
     inputs = make_inputs(n, *shape, kind, dtype)
-    actual = run(inputs, kind, dtype, unroll)
+    actual = run(inputs, kind, dtype, unroll, ahead)
     wanted = expected(inputs, kind)
     ratios = {name: rms_ratio(x, wanted[name]) for name, x in actual.items()}
 
@@ -225,6 +257,13 @@ def check(
 @pytest.mark.parametrize(("heads", "values"), [(1, 32), (1, 64), (2, 16), (2, 32), (4, 8), (4, 16)])
 def test_sizes(heads: int, values: int, keys: int, dtype: Any) -> None:
     check(6, (heads, values, keys), EVERY_OPTION, dtype)
+
+
+@over_dtypes
+@pytest.mark.parametrize("n", [4, 8, 15])
+@pytest.mark.parametrize("shape", [(1, 32, 32), (2, 16, 48)])
+def test_replayed_ahead(shape: tuple[int, int, int], n: int, dtype: Any) -> None:
+    check(n, shape, EVERY_OPTION, dtype, ahead=True)
 
 
 @over_dtypes

@@ -76,6 +76,17 @@ class TestInterpreted(RecurrenceContract):
         )
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(("time", "chunk"), [(13, 16), (32, 16), (75, 32)])
+    def test_groups_replayed_ahead(self, time: int, chunk: int, dtype: str) -> None:
+        """No whole chunk, whole chunks only, and a short one after two."""
+        inputs = make_inputs(time, 8, 32, EVERY_OPTION, batch=1, heads=1)
+        self.check_against_numpy(
+            _rounded(inputs, dtype),
+            dtype,
+            backward_geometry=Geometry(heads=1, values=32, chunk=chunk, ahead=True),
+        )
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_checkpoints_far_apart(self, dtype: str) -> None:
         inputs = make_inputs(165, 4, 8, EVERY_OPTION, batch=1, heads=1)
         self.check_against_numpy(_rounded(inputs, dtype), dtype, checkpoint_every=80)

@@ -114,6 +114,7 @@ def test_options(options: tuple[str, ...], dtype: str) -> None:
         Geometry(heads=2, values=16, chunk=16, warpgroups=2),
         Geometry(heads=4, values=16, chunk=8),
         Geometry(heads=1, values=32, chunk=32),
+        Geometry(heads=2, values=32, chunk=16, ahead=True),
     ],
     ids=str,
 )

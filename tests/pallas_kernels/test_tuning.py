@@ -91,9 +91,10 @@ def test_larger_warpgroups_hold_no_more_than_their_registers_do() -> None:
         ({"chunk": 12}, ["8", "12"]),
         ({"unroll": 0}, ["1", "0"]),
         ({"warpgroups": 9}, ["8", "9"]),
+        ({"ahead": True, "chunk": 24}, ["16", "24"]),
     ],
 )
-def test_bad_geometry(changes: dict[str, int], fragments: list[str]) -> None:
+def test_bad_geometry(changes: dict[str, Any], fragments: list[str]) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011  (fragments below)
         dataclasses.replace(Geometry(heads=1, values=32, chunk=16), **changes)
     for fragment in fragments:
