@@ -1,5 +1,6 @@
 """The language model: embedding, E88 layers with residual connections, tied logits."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.nn import initializers
 
-from e88_jax.config import LMConfig
+from e88_jax.config import LMConfig, Remat
 from e88_jax.mixer import NORM_EPSILON, E88Mixer, MixerState
 from e88_jax.precision import compute_dtype, wide_dtype
 from e88_jax.projection import Projection
@@ -61,6 +62,22 @@ _REMAT_POLICIES = {
     "recurrence": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def _run(block: Block, remat: Remat, *inputs: Any) -> tuple[Array, MixerState]:
+    """`block(*inputs)`, of which the backward pass makes again what `remat` says.
+
+    `nnx.remat` would not do: it fails in a loop around which the model was made.
+    """
+    if remat == "none":
+        return block(*inputs)
+    graphdef, params = nnx.split(block)
+
+    @functools.partial(jax.checkpoint, policy=_REMAT_POLICIES[remat])
+    def run(params: nnx.State, *inputs: Any) -> tuple[Array, MixerState]:
+        return nnx.merge(graphdef, params)(*inputs)
+
+    return run(params, *inputs)
 
 
 class E88LM(nnx.Module):
@@ -118,11 +135,8 @@ class E88LM(nnx.Module):
         x = self.embed(tokens)
         layer_states = [None] * len(self.blocks) if state is None else state
         new_state = []
-        run = Block.__call__
-        if self.config.remat != "none":
-            run = nnx.remat(run, policy=_REMAT_POLICIES[self.config.remat])
         for block, layer_state in zip(self.blocks, layer_states, strict=True):
-            x, layer_state = run(block, x, layer_state, segment_ids)
+            x, layer_state = _run(block, self.config.remat, x, layer_state, segment_ids)
             new_state.append(layer_state)
         dtype = self.dtype
         logits = jnp.einsum(

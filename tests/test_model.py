@@ -223,6 +223,24 @@ class TestRemat:
         for remat in ("recurrence", "layer"):
             chex.assert_trees_all_close(of(remat), expected, rtol=1e-3, atol=1e-6)
 
+    @pytest.mark.parametrize("remat", ["recurrence", "layer"])
+    def test_a_model_from_outside_of_a_loop(self, remat: Any) -> None:
+        model = E88LM(dataclasses.replace(CONFIG, remat=remat), rngs=nnx.Rngs(0))
+        segment_ids = jnp.asarray([[0] * 3 + [1] * 5] * 2, jnp.int32)
+
+        @nnx.jit
+        def twice(model: E88LM) -> Any:
+            def one(state: Any, _: None) -> Any:
+                logits, state = model(TOKENS, state, segment_ids)
+                return state, logits
+
+            return jax.lax.scan(one, model.init_state(2), length=2)[1]
+
+        (_, logits), state = twice(model), model.init_state(2)
+        for _ in range(2):
+            expected, state = run(model, TOKENS, state, segment_ids)
+        np.testing.assert_allclose(logits, expected, atol=1e-6)
+
     def test_less_is_kept(self) -> None:
         layer = E88Config(dim=64, n_heads=4, n_state=16, dtype="float32")
         tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
