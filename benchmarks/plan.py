@@ -73,6 +73,16 @@ class Kernel(NamedTuple):
     result: str
 
 
+def on_a_gpu(model: LMConfig) -> LMConfig:
+    """The model with what a GPU that has the kernels would choose."""
+    layer = dataclasses.replace(
+        model.layer,
+        dtype=model.layer.dtype or "bfloat16",
+        implementation=model.layer.implementation or "mosaic_gpu",
+    )
+    return dataclasses.replace(model, layer=layer)
+
+
 def compile_step(config: PlanConfig) -> Any:
     """The compiled training step.
 
@@ -102,17 +112,11 @@ def compile_step(config: PlanConfig) -> Any:
         raise UsageError(f"JAX has no CUDA plugin ({error}): pip install 'jax[cuda13]'.") from None
     device = SingleDeviceSharding(topology.devices[0])
     recurrence._unsupported_device = lambda: None  # it asks for the device that runs
-    layer = dataclasses.replace(
-        config.model.layer,
-        dtype=config.model.layer.dtype or "bfloat16",
-        implementation=config.model.layer.implementation or "mosaic_gpu",
-    )
-    model_config = dataclasses.replace(config.model, layer=layer)
     optimizer = make_optimizer(config.optimizer, steps=1000)
     built: dict[str, Any] = {}
 
     def build() -> Any:
-        model = E88LM(model_config, rngs=nnx.Rngs(0))
+        model = E88LM(config.model, rngs=nnx.Rngs(0))
         built["graphdef"] = nnx.graphdef(model)
         return init_state(model, optimizer, None)
 
@@ -238,7 +242,7 @@ def fill_in(path: Path) -> None:
             **plan["model"],
         )
         data = DataConfig(batch_size=plan["batch"], seq_len=plan["length"])
-        plan["bytes"] = planned_bytes(compile_step(PlanConfig(model=model, data=data)))
+        plan["bytes"] = planned_bytes(compile_step(PlanConfig(model=on_a_gpu(model), data=data)))
     rows = ",\n".join(f"  {json.dumps(plan)}" for plan in plans)
     path.write_text(f"[\n{rows}\n]\n")
 
@@ -249,6 +253,7 @@ def main(args: Sequence[str]) -> None:
     if config.memory is not None:
         fill_in(config.memory)
         return
+    config = dataclasses.replace(config, model=on_a_gpu(config.model))
     compiled = compile_step(config)
     kernels = kernels_of(compiled.as_text())
     bandwidth = hardware.find("h100").memory_bandwidth_GBps
@@ -264,7 +269,14 @@ def main(args: Sequence[str]) -> None:
             f"{part:20} {len(own):5} kernels {sum(own) / 1e9:9.2f} GB, {ms:7.2f} ms at "
             f"{bandwidth:,} GB/s"
         )
-    estimate = training_memory(config.model, config.data.batch_size, config.data.seq_len)
+    layer: Any = config.model.layer
+    estimate = training_memory(
+        config.model,
+        config.data.batch_size,
+        config.data.seq_len,
+        dtype=layer.dtype,
+        implementation=layer.implementation,
+    )
     print(
         f"memory: {planned_bytes(compiled) / 1e9:.2f} GB; e88_jax.sizing says "
         f"{estimate.total / 1e9:.2f}"

@@ -15,8 +15,8 @@ from pallas_kernels import geometry, support, vjp
 
 PLANS = json.loads((Path(__file__).parent / "training_memory_h100.json").read_text())
 """Bytes of arguments and working memory that XLA of JAX 0.11.2 plans for the training step of
-`harness.step` on an H100, compiled for one without having one. `tests/gpu/test_training_memory.py`
-compiles some of them again."""
+`harness.step` on an H100, by `benchmarks/plan.py --memory`, which needs none.
+`tests/gpu/test_training_memory.py` compiles some of them on a GPU."""
 
 
 def name_of(plan: dict[str, Any]) -> str:
