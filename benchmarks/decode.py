@@ -29,9 +29,8 @@ class DecodeConfig:
     """Sequences at once."""
     prompt: int = 2048
     """Tokens read in one program, the prefill."""
-    contexts: tuple[int, ...] = (2048, 100_000)
-    """Tokens that were read, at least, before decoding is timed; past the prompt for one sequence
-    only."""
+    context: int = 100_000
+    """Tokens that one sequence has read, at least, when decoding is timed again."""
     repeats: int = 7
     """Programs timed, after one that is not."""
     json: Path | None = None
@@ -39,9 +38,8 @@ class DecodeConfig:
     model: LMConfig = DEFAULT_MODEL
 
     def __post_init__(self) -> None:
-        counts = {"prompt": self.prompt, "repeats": self.repeats}
-        counts |= {f"batch-sizes ({n})": n for n in self.batch_sizes}
-        counts |= {f"contexts ({n})": n for n in self.contexts}
+        counts = {"prompt": self.prompt, "context": self.context, "repeats": self.repeats}
+        counts |= {"batch-sizes": min(self.batch_sizes, default=0)}
         for flag, value in counts.items():
             if value < 1:
                 raise ValueError(f"--{flag} must be at least 1, got {value}.")
@@ -58,32 +56,45 @@ def seconds_of(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds)
 
 
+def build(config: DecodeConfig) -> tuple[int, Any, Any, dict[int, Any]]:
+    """Number of parameters, graph, parameters as they are read, and the shapes of the state by
+    batch size. The model with its float32 weights is not kept."""
+    import jax
+    from flax import nnx
+
+    from e88_jax.generate import inference_params
+    from e88_jax.model import E88LM, count_params
+
+    model = E88LM(config.model, rngs=nnx.Rngs(0))
+    states = {
+        batch: jax.eval_shape(lambda batch=batch: model.init_state(batch))
+        for batch in config.batch_sizes
+    }
+    return count_params(model), nnx.graphdef(model), inference_params(model), states
+
+
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, times, prints."""
     config = parse_with_preset(DecodeConfig, args)
+    cli.require_folder_of(config.json)
 
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from flax import nnx
     from harness import devices
 
-    from e88_jax.generate import BLOCK, decode, inference_params, prefill
-    from e88_jax.model import E88LM, count_params
+    from e88_jax.generate import BLOCK, decode, prefill
 
     devices.set_up()
-    model = E88LM(config.model, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.graphdef(model), inference_params(model)
+    n_params, graphdef, params, states = build(config)
     numbers: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
         "config": dataclasses.asdict(dataclasses.replace(config, json=None)),
-        "parameters": count_params(model),
+        "parameters": n_params,
         "rows": [],
     }
-    print(f"{numbers['parameters']:,} parameters on {numbers['device']}")
-    initial_state = model.init_state
-    del model  # its float32 weights are not read
+    print(f"{n_params:,} parameters on {numbers['device']}")
     options: dict[str, Any] = {
         "temperature": jnp.float32(0.8),
         "top_p": jnp.float32(1),
@@ -94,30 +105,34 @@ def main(args: Sequence[str]) -> None:
         prompt = np.random.default_rng(0).integers(
             0, config.model.vocab_size, (batch, config.prompt), dtype=np.int32
         )
-        tokens, key = jnp.asarray(prompt), jax.random.key(0)
-        state = initial_state(batch)
-        drawn, length = tokens[:, 0], 0
+        tokens = jnp.asarray(prompt)
+
+        def start() -> tuple[Any, ...]:
+            state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), states[batch])  # noqa: B023
+            return state, tokens[:, 0], jax.random.key(0)  # noqa: B023
 
         def read() -> None:
-            nonlocal state, drawn, key, length
-            state, drawn, key = prefill(graphdef, params, state, tokens, key, **options)  # noqa: B023
-            np.asarray(drawn)
-            length += config.prompt
+            nonlocal carry
+            state, _, key = carry
+            carry = prefill(graphdef, params, state, tokens, key, **options)  # noqa: B023
+            np.asarray(carry[1])
 
         def write() -> None:
-            nonlocal state, drawn, key, length
-            state, block, key = decode(graphdef, params, state, drawn, key, **options, length=BLOCK)
-            drawn = block[:, -1]
+            nonlocal carry
+            state, block, key = decode(graphdef, params, *carry, **options, length=BLOCK)
+            carry = state, block[:, -1], key
             np.asarray(block)
-            length += BLOCK
 
+        carry = start()
         prefill_seconds = seconds_of(read, config.repeats)
-        for context in config.contexts if batch == 1 else config.contexts[:1]:
-            while length < context:
+        carry, n_read = start(), 0
+        for context in (config.prompt, config.context) if batch == 1 else (config.prompt,):
+            while n_read < context:
                 read()
+                n_read += config.prompt
             row = {
                 "batch": batch,
-                "context": length,
+                "context": n_read,
                 "prefill_tokens_per_second": batch * config.prompt / prefill_seconds,
                 "decode_tokens_per_second": batch * BLOCK / seconds_of(write, config.repeats),
                 "bytes_in_use": (jax.devices()[0].memory_stats() or {}).get("bytes_in_use"),
@@ -125,13 +140,13 @@ def main(args: Sequence[str]) -> None:
             numbers["rows"].append(row)
             memory = "" if row["bytes_in_use"] is None else f", {row['bytes_in_use'] / 1e9:.2f} GB"
             print(
-                f"batch {batch}, {row['context']:,} tokens read: prefill "
+                f"batch {batch}, {n_read:,} tokens read: prefill "
                 f"{row['prefill_tokens_per_second']:,.0f} tokens/s, decoding "
                 f"{row['decode_tokens_per_second']:,.0f} tokens/s{memory}",
                 flush=True,
             )
-    if config.json is not None:
-        config.json.write_text(json.dumps(numbers, indent=2) + "\n")
+            if config.json is not None:
+                config.json.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 from harness import cli
-from harness.config import DEFAULT_MODEL, DataConfig, OptimizerConfig
+from harness.config import DEFAULT_MODEL, OptimizerConfig
 from harness.errors import UsageError
-from harness.gpu_profile import ELSE
+from harness.gpu_profile import part_of
 from harness.model_size import parse_with_preset
 
 from e88_jax import hardware
@@ -58,9 +58,16 @@ class PlanConfig:
     memory: Path | None = None
     """Instead, compile each configuration of this JSON file (`tests/sizing/`) again and write its
     bytes."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    batch_size: int = 8
+    """Sequences of a step."""
+    seq_len: int = 2048
+    """Tokens of each."""
     model: LMConfig = DEFAULT_MODEL
+
+    def __post_init__(self) -> None:
+        for flag, value in (("batch-size", self.batch_size), ("seq-len", self.seq_len)):
+            if value < 1:
+                raise ValueError(f"--{flag} must be at least 1, got {value}.")
 
 
 class Kernel(NamedTuple):
@@ -83,53 +90,70 @@ def on_a_gpu(model: LMConfig) -> LMConfig:
     return dataclasses.replace(model, layer=layer)
 
 
-def compile_step(config: PlanConfig) -> Any:
-    """The compiled training step.
+def model_of(plan: dict[str, Any]) -> LMConfig:
+    """The model of an entry of the file of `--memory`."""
+    preset = PRESETS[plan["preset"]].config
+    layer = dataclasses.replace(preset.layer, **plan["layer"])
+    return dataclasses.replace(
+        preset, layer=layer, depth=plan["depth"], remat=plan["remat"], **plan["model"]
+    )
 
-    Raises:
-        UsageError: JAX has no CUDA plugin.
-    """
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # libraries to run with
 
+def lower_step(model: LMConfig, batch: int, length: int, sharding: Any = None) -> Any:
+    """The training step for CUDA, to be compiled; `sharding` says for which device."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
     from harness.optimizer import make_optimizer
     from harness.step import init_state, make_train_step
+
+    from e88_jax.model import E88LM
+
+    config = OptimizerConfig()
+    optimizer = make_optimizer(config, steps=1000)
+    built: dict[str, Any] = {}
+
+    def build() -> Any:
+        model_ = E88LM(model, rngs=nnx.Rngs(0))
+        built["graphdef"] = nnx.graphdef(model_)
+        return init_state(model_, optimizer, None)
+
+    def placed(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.tree.map(placed, jax.eval_shape(build))
+    windows = placed(jax.ShapeDtypeStruct((1, batch, length + 1), jnp.uint8))
+    restart = placed(jax.ShapeDtypeStruct((), bool))
+    step = make_train_step(built["graphdef"], optimizer, config.clip_norm)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        traced = jax.jit(step, donate_argnums=0).trace(state, windows, restart)
+    return traced.lower(lowering_platforms=("cuda",))
+
+
+def compile_for_h100(model: LMConfig, batch: int, length: int) -> Any:
+    """The compiled training step; no GPU is used, nor looked for.
+
+    Raises:
+        UsageError: JAX has no CUDA plugin.
+    """
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of libraries to run with
+
+    import jax
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
     from e88_jax import recurrence
-    from e88_jax.model import E88LM
 
+    jax.config.update("jax_platforms", "cpu")
     try:
         topology = topologies.get_topology_desc(
             "h100", platform="cuda", topology="1x1x1", target_config=H100
         )
     except NotImplementedError as error:
         raise UsageError(f"JAX has no CUDA plugin ({error}): pip install 'jax[cuda13]'.") from None
-    device = SingleDeviceSharding(topology.devices[0])
     recurrence._unsupported_device = lambda: None  # it asks for the device that runs
-    optimizer = make_optimizer(config.optimizer, steps=1000)
-    built: dict[str, Any] = {}
-
-    def build() -> Any:
-        model = E88LM(config.model, rngs=nnx.Rngs(0))
-        built["graphdef"] = nnx.graphdef(model)
-        return init_state(model, optimizer, None)
-
-    def on_device(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-
-    shape = config.data.accumulate, config.data.batch_size, config.data.seq_len + 1
-    state = jax.tree.map(on_device, jax.eval_shape(build))
-    windows = on_device(jax.ShapeDtypeStruct(shape, jnp.uint8))
-    restart = on_device(jax.ShapeDtypeStruct((), bool))
-    step = make_train_step(built["graphdef"], optimizer, config.optimizer.clip_norm)
-    traced = jax.jit(step, donate_argnums=0).trace(state, windows, restart)
-    return traced.lower(lowering_platforms=("cuda",)).compile()
+    return lower_step(model, batch, length, SingleDeviceSharding(topology.devices[0])).compile()
 
 
 def planned_bytes(compiled: Any) -> int:
@@ -217,12 +241,7 @@ def kernels_of(text: str) -> list[Kernel]:
         else:
             shapes = (program[x].shape for x in dict.fromkeys(operands) if x in program)
             moved = _bytes(shape) + sum(map(_bytes, shapes))
-        part = ELSE
-        if "__cublas" in line or "gemm" in name:
-            part = "matrix products"
-        elif "mosaic_gpu" in line:
-            backward = "e88_backward" in line
-            part = f"recurrence {'backward' if backward else 'forward'}"
+        part = part_of(line if op == "custom-call" else name)
         kernels.append(Kernel(name, part, moved, re.sub(r"\{[^}]*\}", "", shape)))
     return kernels
 
@@ -233,16 +252,9 @@ def fill_in(path: Path) -> None:
 
     plans = json.loads(path.read_text())
     for plan in track(plans, "compiling"):
-        preset = PRESETS[plan["preset"]].config
-        model = dataclasses.replace(
-            preset,
-            layer=dataclasses.replace(preset.layer, **plan["layer"]),
-            depth=plan["depth"],
-            remat=plan["remat"],
-            **plan["model"],
-        )
-        data = DataConfig(batch_size=plan["batch"], seq_len=plan["length"])
-        plan["bytes"] = planned_bytes(compile_step(PlanConfig(model=on_a_gpu(model), data=data)))
+        model = on_a_gpu(model_of(plan))
+        compiled = compile_for_h100(model, plan["batch"], plan["length"])
+        plan["bytes"] = planned_bytes(compiled)
     rows = ",\n".join(f"  {json.dumps(plan)}" for plan in plans)
     path.write_text(f"[\n{rows}\n]\n")
 
@@ -253,8 +265,11 @@ def main(args: Sequence[str]) -> None:
     if config.memory is not None:
         fill_in(config.memory)
         return
-    config = dataclasses.replace(config, model=on_a_gpu(config.model))
-    compiled = compile_step(config)
+    model = on_a_gpu(config.model)
+    layer: Any = model.layer
+    if layer.implementation == "scan":
+        raise UsageError("--implementation scan is a loop, whose kernels this does not list.")
+    compiled = compile_for_h100(model, config.batch_size, config.seq_len)
     kernels = kernels_of(compiled.as_text())
     bandwidth = hardware.find("h100").memory_bandwidth_GBps
     for kernel in sorted(kernels, key=lambda kernel: -kernel.n_bytes)[: config.kernels]:
@@ -269,11 +284,10 @@ def main(args: Sequence[str]) -> None:
             f"{part:20} {len(own):5} kernels {sum(own) / 1e9:9.2f} GB, {ms:7.2f} ms at "
             f"{bandwidth:,} GB/s"
         )
-    layer: Any = config.model.layer
     estimate = training_memory(
-        config.model,
-        config.data.batch_size,
-        config.data.seq_len,
+        model,
+        config.batch_size,
+        config.seq_len,
         dtype=layer.dtype,
         implementation=layer.implementation,
     )

@@ -5,12 +5,14 @@ One configuration by default; with --grid, those of this folder's README, on a G
 
 import dataclasses
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,8 +59,10 @@ class BenchmarkConfig:
     preset: str | None = None
     """Take a model of the sizing guide, such as h72n32-500m. Flags of the model change it."""
     grid: bool = False
-    """Time presets at several lengths and batch sizes on a GPU, each in a process of its own; with
-    --preset only that one, with --seq-len only that length."""
+    """Time presets at several lengths and batch sizes on a GPU, each in a process of its own, with
+    the other flags given; with --preset only that one."""
+    lengths: tuple[int, ...] = ()
+    """With --grid, only these lengths."""
     repeats: int = 10
     """Steps timed, after two that are not."""
     profile: bool = False
@@ -72,20 +76,23 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {self.repeats}.")
+        if self.lengths and not self.grid:
+            raise ValueError("--lengths is for --grid; without it take --seq-len.")
 
 
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, times, prints."""
     config = parse_with_preset(BenchmarkConfig, args)
+    cli.require_folder_of(config.json)
     if not config.grid:
         numbers = measure(config)
         print(summary(numbers))
         record(config.json, numbers)
         return
     rows: list[dict[str, Any]] = []
-    for point_args in grid_of(config, args):
-        print(" ".join(point_args), flush=True)
-        rows.append(measure_apart(point_args))
+    for flags in grid_of(config):
+        print(" ".join(flags), flush=True)
+        rows.append(measure_apart([*args, *flags, "--profile", "--no-grid"]))
         print(rows[-1].get("error") or summary(rows[-1]), flush=True)
         record(config.json, {"points": rows})
 
@@ -96,14 +103,25 @@ def record(path: Path | None, numbers: Any) -> None:
         path.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
-def grid_of(config: BenchmarkConfig, args: Sequence[str]) -> Iterator[list[str]]:
-    """The command line of each point of the grid that `config` leaves in."""
-    lengths = {config.data.seq_len} if any(x.startswith("--seq-len") for x in args) else None
-    for preset, seq_len, batch_sizes in GRID:
-        if config.preset in (None, preset) and (lengths is None or seq_len in lengths):
-            for batch in batch_sizes:
-                point = f"--preset {preset} --seq-len {seq_len} --batch-size {batch} --profile"
-                yield [*point.split(), "--remat", config.model.remat]
+def grid_of(config: BenchmarkConfig) -> list[list[str]]:
+    """The flags of each point of the grid that `config` leaves in.
+
+    Raises:
+        UsageError: it leaves none, or names a length or batch size of its own.
+    """
+    own = DataConfig()
+    if (config.data.seq_len, config.data.batch_size) != (own.seq_len, own.batch_size):
+        raise UsageError("--grid has lengths and batch sizes of its own: choose with --lengths.")
+    points = [
+        ["--preset", preset, "--seq-len", str(seq_len), "--batch-size", str(batch)]
+        for preset, seq_len, batch_sizes in GRID
+        if config.preset in (None, preset) and (not config.lengths or seq_len in config.lengths)
+        for batch in batch_sizes
+    ]
+    if not points:
+        there_are = ", ".join(f"{point.preset} at {point.seq_len}" for point in GRID)
+        raise UsageError(f"the grid has no such point: there are {there_are}.")
+    return points
 
 
 def measure_apart(args: Sequence[str]) -> dict[str, Any]:
@@ -111,11 +129,14 @@ def measure_apart(args: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "numbers.json"
         command = [sys.executable, __file__, *args, "--json", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # Else JAX ends its messages with a note on tracebacks.
+        environment = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode == 0:
             return json.loads(path.read_text())
     lines = done.stderr.strip().splitlines() or ["no message"]
-    return {"command": " ".join(args), "error": lines[-1][:500]}
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return {"command": " ".join(args), "error": (errors or lines)[-1][:500]}
 
 
 def measure(config: BenchmarkConfig) -> dict[str, Any]:
@@ -131,6 +152,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     from e88_jax.model import E88LM, count_params
 
     devices.set_up()
+    jax.config.update("jax_enable_compilation_cache", False)  # it is timed
     on_gpu = jax.default_backend() == "gpu"
     if config.profile and not on_gpu:
         raise UsageError(f"--profile needs a GPU, got {jax.default_backend()}.")
@@ -143,7 +165,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     state = place(state, where)
     del model  # its weights are the state's
     windows = np.random.default_rng(0).integers(
-        0, 256, (*shape, config.data.seq_len + 1), dtype=np.uint8
+        0, min(256, config.model.vocab_size), (*shape, config.data.seq_len + 1), dtype=np.uint8
     )
     windows = where.put_rows(windows)
     began = time.perf_counter()

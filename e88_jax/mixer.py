@@ -21,16 +21,11 @@ NORM_EPSILON = 1e-5
 
 
 _READ_THE_INPUT = (
-    "qkv_proj",
-    "q_proj",
-    "k_proj",
-    "g_proj",
-    "a_proj",
-    "beta_proj",
-    "write_gate_proj",
-    "head_attn",
+    ("qkv_proj", "q_proj", "k_proj"),
+    ("g_proj", "a_proj", "beta_proj", "write_gate_proj", "head_attn"),
 )
-"""Projections of the layer's input, of which each layer has some."""
+"""Projections of the layer's input, of which each layer has some; those of a line are one product.
+"""
 
 
 class MixerState(NamedTuple):
@@ -205,18 +200,22 @@ class E88Mixer(nnx.Module):
     def _read(self, x: Array) -> dict[str, Array]:
         """What the layer reads from x `[B, T, dim]`, by the name of the projection.
 
-        One product of all kernels side by side: alone, that of the decay, of one column a head,
-        takes as long to read x as a wide one. To put them there copies them, which is too much for
-        few tokens.
+        Projections are side by side in one product: alone, that of the decay, of one column a head,
+        takes as long to read x as a wide one. In two products, as XLA joins at most 4 gradients
+        well. To put kernels side by side copies them, which is too much for few tokens.
         """
-        parts = {name: getattr(self, name) for name in _READ_THE_INPUT if hasattr(self, name)}
-        if x.shape[0] * x.shape[1] < self.config.dim:
-            return {name: projection(x) for name, projection in parts.items()}
-        kernels = [projection.kernel[...].astype(self.dtype) for projection in parts.values()]
-        y = x.reshape(-1, self.config.dim) @ jnp.concatenate(kernels, axis=1)
-        ends = itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1])
-        streams = jnp.split(y.reshape(*x.shape[:2], -1), list(ends), axis=-1)
-        return dict(zip(parts, streams, strict=True))
+        read: dict[str, Array] = {}
+        for names in _READ_THE_INPUT:
+            parts = {name: getattr(self, name) for name in names if hasattr(self, name)}
+            if x.shape[0] * x.shape[1] < self.config.dim or len(parts) < 2:
+                read |= {name: projection(x) for name, projection in parts.items()}
+                continue
+            kernels = [projection.kernel[...].astype(self.dtype) for projection in parts.values()]
+            y = x.reshape(-1, self.config.dim) @ jnp.concatenate(kernels, axis=1)
+            ends = itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1])
+            streams = jnp.split(y.reshape(*x.shape[:2], -1), list(ends), axis=-1)
+            read |= zip(parts, streams, strict=True)
+        return read
 
     def _check_state(self, state: MixerState, batch: int) -> None:
         fresh = jax.eval_shape(lambda: self.init_state(batch))

@@ -46,10 +46,12 @@ def main(args: Sequence[str]) -> None:
 
     import jax
     import numpy as np
+    from harness import devices
     from harness.trained import load_trained
 
     from e88_jax.generate import generate_stream
 
+    devices.set_up()
     model, _ = load_trained(config.run, latest=config.latest)
     prompt = np.frombuffer(os.fsencode(config.prompt), np.uint8)
     try:

@@ -1,7 +1,5 @@
 """What the programs that time the kernels on a GPU run, without one."""
 
-import importlib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,14 +9,6 @@ import pytest
 
 from e88_jax.recurrence import e88_recurrence
 from pallas_kernels import Geometry, calls, recurrence
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
 
 
 def test_decoding_step_by_step_is_the_recurrence(load: Any) -> None:

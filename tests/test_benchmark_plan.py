@@ -1,10 +1,6 @@
 """What is read from the text of a compiled program."""
 
-import importlib
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -33,13 +29,8 @@ ENTRY %main (x: bf16[16,8], w: bf16[8,100]) -> f32[16,30] {
 """  # noqa: E501
 
 
-@pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return importlib.import_module("plan")
-
-
-def test_kernels_and_the_bytes_they_move(plan: Any) -> None:
+def test_kernels_and_the_bytes_they_move(load: Any) -> None:
+    plan = load("plan")
     product, recurrence, fusion = plan.kernels_of(PROGRAM)
     y, workspace = 16 * 100 * 2, 64
     assert product == (

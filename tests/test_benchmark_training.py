@@ -1,6 +1,5 @@
 """The programs that time whole models, on a model that a processor does at once."""
 
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,11 @@ from e88_jax.sizing import PRESETS
 TINY = ["--dim", "16", "--n-heads", "2", "--n-state", "4", "--depth", "1"]
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        yield importlib.import_module
+@pytest.fixture(autouse=True)
+def standard_dtype_promotion() -> Iterator[None]:
+    """As optax raises floats to integer powers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def test_a_training_step(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,24 +48,34 @@ def test_the_grid(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert len(timed) == sum(len(point.batch_sizes) for point in train_step.GRID)
     assert json.loads(path.read_text()) == {"points": [{"error": "out of memory"}] * len(timed)}
     timed.clear()
-    flags = ["--grid", "--preset", "h72n32-500m", "--seq-len", "8192", "--remat", "layer"]
-    train_step.main(flags)
-    assert timed == ["--preset h72n32-500m --seq-len 8192 --batch-size 4 --profile --remat layer"]
+    flags = "--grid --preset h72n32-500m --remat layer --lengths 512 8192"
+    train_step.main(flags.split())
+    assert timed == [
+        f"{flags} --preset h72n32-500m --seq-len {length} --batch-size {batch} --profile --no-grid"
+        for length, batch in ((512, 64), (8192, 4))
+    ]
 
 
 def test_a_point_of_the_grid_runs_apart(load: Any) -> None:
-    row = load("train_step").measure_apart(["--preset", "none"])
+    measure_apart = load("train_step").measure_apart
+    point = "--grid --preset h32n32-100m --batch-size 2 --seq-len 8 --repeats 1 --no-grid"
+    flags = [*point.split(), *TINY]
+    numbers = measure_apart(flags)
+    assert numbers["tokens_per_step"] == 16
+    row = measure_apart(["--preset", "none"])
     assert row["command"] == "--preset none"
     assert "unknown preset 'none'" in row["error"]
+    row = measure_apart([*flags, "--implementation", "mosaic_gpu"])
+    assert row["error"].startswith("NotImplementedError: implementation='mosaic_gpu' needs")
 
 
 def test_decoding(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "numbers.json"
-    flags = ["--batch-sizes", "1", "2", "--prompt", "4", "--contexts", "4", "100", "--repeats", "1"]
+    flags = ["--batch-sizes", "1", "2", "--prompt", "4", "--context", "100", "--repeats", "1"]
     load("decode").main([*flags, *TINY, "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
     assert [row["batch"] for row in rows] == [1, 1, 2]
-    assert 4 <= rows[0]["context"] < 100 <= rows[1]["context"]
+    assert [row["context"] for row in rows] == [4, 100, 4]
     for row in rows:
         assert row["prefill_tokens_per_second"] > 0
         assert row["decode_tokens_per_second"] > 0
@@ -78,8 +87,20 @@ def test_decoding(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     [
         ("train_step", "--repeats 0", "--repeats must be at least 1, got 0"),
         ("train_step", "--preset x", "unknown preset 'x'"),
+        ("train_step", "--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("train_step", "--lengths 8", "--lengths is for --grid"),
+        ("train_step", "--grid --seq-len 8", "--grid has lengths and batch sizes of its own"),
+        (
+            "train_step",
+            "--grid --lengths 8",
+            "the grid has no such point: there are",
+        ),
+        ("train_step", "--json no/such/file", "no/such/file cannot be written"),
         ("decode", "--prompt 0", "--prompt must be at least 1, got 0"),
-        ("decode", "--batch-sizes 3 -1", "must be at least 1, got -1"),
+        ("decode", "--batch-sizes 3 -1", "--batch-sizes must be at least 1, got -1"),
+        ("decode", "--json no/such/file", "no/such/file cannot be written"),
+        ("plan", "--seq-len 0", "--seq-len must be at least 1, got 0"),
+        ("plan", "--implementation scan", "--implementation scan is a loop"),
         ("decode", "--preset x", "unknown preset 'x'"),
     ],
 )

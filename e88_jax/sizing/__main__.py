@@ -144,7 +144,11 @@ def _parse_config(assignments: Sequence[str]) -> LMConfig:
     """A configuration from words such as `dim=2176`."""
     fields = {
         "layer": {field.name: field.type for field in dataclasses.fields(E88Config)},
-        "model": {"depth": int, "vocab_size": int, "channel_mixer_dim": int | None},
+        "model": {
+            field.name: field.type
+            for field in dataclasses.fields(LMConfig)
+            if field.name != "layer"
+        },
     }
     values: dict[str, dict[str, Any]] = {"layer": {}, "model": {}}
     for word in assignments:

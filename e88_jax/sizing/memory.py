@@ -85,14 +85,16 @@ def training_memory(
     """An estimate of the memory of one training step on a GPU.
 
     It counts the arrays that XLA leaves from the forward to the backward pass of `e88_jax.mixer`
-    and `e88_jax.model`: it makes what is elementwise again where it reads it. Within 15 % of XLA's
-    own figure for an H100 (`tests/sizing/test_memory.py`).
+    and `e88_jax.model`: it makes what is elementwise again where it reads it. Within 12 % of XLA's
+    own figure for an H100 (`tests/sizing/test_memory.py`). Gradients that are accumulated over
+    several passes are not counted.
 
     Args:
         config: the model. Its own dtype and implementation, which may be None, are not read.
         batch: sequences.
         length: tokens of each.
-        dtype: of the matrix products; parameters, gradients and optimiser are float32.
+        dtype: of the matrix products and of the gradients of their weights; parameters and
+            optimiser are float32.
         implementation: of the recurrence.
         moments: numbers that the optimiser keeps for each parameter: 2 for AdamW.
 

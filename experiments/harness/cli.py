@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
@@ -44,6 +45,12 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags."
         raise UsageError(f"unknown argument {unknown[0]}: {hint}")
     return parsed
+
+
+def require_folder_of(path: Path | None) -> None:
+    """Raises UsageError if a file cannot be written there because there is no such folder."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UsageError(f"{path} cannot be written: {path.parent} is not a directory.")
 
 
 def _first_sentence(box: str) -> str:

@@ -35,6 +35,16 @@ class DataConfig:
     seed: int = 0
     """Of the initial weights and the order of the data."""
 
+    def __post_init__(self) -> None:
+        counts = {
+            "seq-len": self.seq_len,
+            "batch-size": self.batch_size,
+            "accumulate": self.accumulate,
+        }
+        for flag, value in counts.items():
+            if value < 1:
+                raise ValueError(f"--{flag} must be at least 1, got {value}.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -106,9 +116,6 @@ class TrainConfig:
             "eval-bytes": self.eval_bytes,
             "save-every": self.save_every,
             "keep": self.keep,
-            "seq-len": self.data.seq_len,
-            "batch-size": self.data.batch_size,
-            "accumulate": self.data.accumulate,
             "max-skipped-steps": self.optimizer.max_skipped_steps,
         }
         for flag, value in counts.items():

@@ -15,7 +15,7 @@ Some hundred MB must be left to CUDA and its libraries."""
 
 
 def set_up() -> None:
-    """Settings of JAX that every program here wants, unless the user or JAX has others already.
+    """Settings of JAX for models, unless the user or JAX has others already.
 
     - Each processor core is a JAX device: XLA's threads gain nothing on operations as small as a
       step of the recurrence; rows of the batch on cores of their own do.
@@ -23,7 +23,9 @@ def set_up() -> None:
     - A GPU's compiled programs outlive the process, in `$XDG_CACHE_HOME/e88_jax` (of `~/.cache`). A
       processor's take seconds, and might not run on another that shares the directory.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the second is older
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = GPU_MEMORY_FRACTION
     available = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(available(0)) if available else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # JAX has started

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 PARTS = {
     "recurrence forward": re.compile("e88_forward"),
     "recurrence backward": re.compile("e88_backward"),
@@ -28,13 +26,19 @@ class Kernel(NamedTuple):
 
 
 def profile(run: Callable[[], Any]) -> list[Kernel]:
-    """What the first GPU ran while `run()` did, which must wait for its results."""
+    """What the first GPU ran while `run()` did, which must wait for its results.
+
+    Raises:
+        RuntimeError: nothing.
+    """
+    import jax
+
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             run()
         (path,) = Path(directory).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(path)).planes
-        return [
+        kernels = [
             Kernel(event.name, event.start_ns, event.duration_ns)
             for plane in planes
             if plane.name == "/device:GPU:0"
@@ -42,6 +46,9 @@ def profile(run: Callable[[], Any]) -> list[Kernel]:
             if line.name.startswith("Stream")
             for event in line.events
         ]
+    if not kernels:
+        raise RuntimeError("the profile has no kernel of a GPU.")
+    return kernels
 
 
 def part_of(name: str) -> str:

@@ -25,11 +25,15 @@ def parse_with_preset(config_type: type[Config], args: Sequence[str]) -> Config:
     config: Any = cli.parse(config_type, args)
     if config.preset is None:
         return config
+    default = dataclasses.replace(config, model=_preset(config.preset))
+    return cli.parse(config_type, args, default=default)
+
+
+def _preset(name: str) -> LMConfig:
     try:
-        model = find_preset(config.preset).config
+        return find_preset(name).config
     except ValueError as error:
         raise UsageError(str(error)) from None
-    return cli.parse(config_type, args, default=dataclasses.replace(config, model=model))
 
 
 def chosen_model(config: TrainConfig) -> LMConfig | None:
@@ -42,9 +46,9 @@ def chosen_model(config: TrainConfig) -> LMConfig | None:
         raise UsageError("--preset and --params both choose the model: give one of them.")
     if config.gpu is not None and config.params is None:
         raise UsageError(f"--gpu {config.gpu} is for --params, which is not given.")
+    if config.preset is not None:
+        return _preset(config.preset)
     try:
-        if config.preset is not None:
-            return find_preset(config.preset).config
         if config.params is not None:
             gpu = hardware.detect() if config.gpu is None else hardware.find(config.gpu)
             return solve(parse_params(config.params), gpu=gpu)[0].config
