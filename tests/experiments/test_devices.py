@@ -6,7 +6,6 @@ import jax
 import pytest
 from harness import devices
 
-
 FRACTIONS = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
