@@ -6,6 +6,7 @@ Matrix products are left to cuBLAS, as nothing can be timed to choose between it
 
 import collections
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -130,8 +131,9 @@ def lower_step(model: LMConfig, batch: int, length: int, sharding: Any = None) -
     return traced.lower(lowering_platforms=("cuda",))
 
 
-def compile_for_h100(model: LMConfig, batch: int, length: int) -> Any:
-    """The compiled training step; no GPU is used, nor looked for.
+@functools.cache
+def h100_device() -> Any:
+    """A device to compile for; no GPU is used, nor looked for.
 
     Raises:
         UsageError: JAX has no CUDA plugin.
@@ -153,7 +155,7 @@ def compile_for_h100(model: LMConfig, batch: int, length: int) -> Any:
     except NotImplementedError as error:
         raise UsageError(f"JAX has no CUDA plugin ({error}): pip install 'jax[cuda13]'.") from None
     recurrence._unsupported_device = lambda: None  # it asks for the device that runs
-    return lower_step(model, batch, length, SingleDeviceSharding(topology.devices[0])).compile()
+    return SingleDeviceSharding(topology.devices[0])
 
 
 def planned_bytes(compiled: Any) -> int:
@@ -253,7 +255,7 @@ def fill_in(path: Path) -> None:
     plans = json.loads(path.read_text())
     for plan in track(plans, "compiling"):
         model = on_a_gpu(model_of(plan))
-        compiled = compile_for_h100(model, plan["batch"], plan["length"])
+        compiled = lower_step(model, plan["batch"], plan["length"], h100_device()).compile()
         plan["bytes"] = planned_bytes(compiled)
     rows = ",\n".join(f"  {json.dumps(plan)}" for plan in plans)
     path.write_text(f"[\n{rows}\n]\n")
@@ -269,7 +271,7 @@ def main(args: Sequence[str]) -> None:
     layer: Any = model.layer
     if layer.implementation == "scan":
         raise UsageError("--implementation scan is a loop, whose kernels this does not list.")
-    compiled = compile_for_h100(model, config.batch_size, config.seq_len)
+    compiled = lower_step(model, config.batch_size, config.seq_len, h100_device()).compile()
     kernels = kernels_of(compiled.as_text())
     bandwidth = hardware.find("h100").memory_bandwidth_GBps
     for kernel in sorted(kernels, key=lambda kernel: -kernel.n_bytes)[: config.kernels]:

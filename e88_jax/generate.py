@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,24 +36,23 @@ def filter_logits(logits: Array, temperature: Array, top_k: int | None, top_p: A
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
-class Sampling(NamedTuple):
-    """How a token is drawn from the logits."""
-
-    temperature: Array
-    top_p: Array
-    top_k: int | None
-    greedy: bool
-
-
-def _read(model: E88LM, state: LMState, tokens: Array, key: Array, sampling: Sampling) -> Any:
+def _read(
+    model: E88LM,
+    state: LMState,
+    tokens: Array,
+    key: Array,
+    temperature: Array,
+    top_p: Array,
+    top_k: int | None,
+    greedy: bool,
+) -> tuple[LMState, Array, Array]:
     """Reads `tokens` `[B, T]` and draws one more: `(state, drawn [B], next key)`."""
     logits, state = model(tokens, state)
     logits = logits[:, -1]
     key, step_key = jax.random.split(key)
-    if sampling.greedy:
+    if greedy:
         drawn = jnp.argmax(logits, axis=-1)
     else:
-        temperature, top_p, top_k, _ = sampling
         logits = filter_logits(logits, temperature, top_k, top_p)
         drawn = jax.random.categorical(step_key, logits)
     return state, drawn.astype(jnp.int32), key
@@ -83,8 +82,8 @@ def prefill(
     Returns:
         The state, the token drawn `[B]` int32 and the key for those to come.
     """
-    sampling = Sampling(temperature, top_p, top_k, greedy)
-    return _read(nnx.merge(graphdef, params), state, tokens, key, sampling)
+    model = nnx.merge(graphdef, params)
+    return _read(model, state, tokens, key, temperature, top_p, top_k, greedy)
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "length"), donate_argnames="state")
@@ -108,11 +107,13 @@ def decode(
     Returns:
         The state, the tokens drawn `[B, length]` int32 and the key for those to come.
     """
-    model, sampling = nnx.merge(graphdef, params), Sampling(temperature, top_p, top_k, greedy)
+    model = nnx.merge(graphdef, params)
 
     def one(carry: Any, _: None) -> tuple[Any, Array]:
         state, token, key = carry
-        state, token, key = _read(model, state, token[:, None], key, sampling)
+        state, token, key = _read(
+            model, state, token[:, None], key, temperature, top_p, top_k, greedy
+        )
         return (state, token, key), token
 
     (state, _, key), drawn = lax.scan(one, (state, token, key), length=length)
@@ -122,8 +123,8 @@ def decode(
 def inference_params(model: E88LM) -> nnx.State:
     """The model's parameters, those that are only multiplied with in the dtype of the products.
 
-    The results are the same; a step of decoding, which takes as long as to read all parameters,
-    reads half of the bytes where that dtype is bfloat16.
+    The results are the same; a step of decoding, which has to read all of them, reads half of the
+    bytes where that dtype is bfloat16.
     """
     paths: dict[tuple[Any, ...], Any] = {
         (*path, "kernel"): module.dtype

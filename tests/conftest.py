@@ -2,15 +2,20 @@
 
 import importlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# Four CPU devices, so that sharded programs run anywhere, and code that LLVM does not optimise, as
-# most of the tests' time is the compiler's: a third less in all. A caller's own flags are kept.
-for _flag in ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"):
+# Four CPU devices, so that sharded programs run anywhere. Where there is no GPU, code that LLVM
+# does not optimise, as most of the tests' time is the compiler's: a third less in all; a GPU's
+# programs are tested as they are used. A caller's own flags are kept.
+_WANTED = ["--xla_force_host_platform_device_count=4"]
+if shutil.which("nvidia-smi") is None:
+    _WANTED.append("--xla_backend_optimization_level=0")
+for _flag in _WANTED:
     _flags = os.environ.get("XLA_FLAGS", "")
     if _flag.partition("=")[0] not in _flags:
         os.environ["XLA_FLAGS"] = f"{_flags} {_flag}".strip()

@@ -29,7 +29,7 @@ def profile(run: Callable[[], Any]) -> list[Kernel]:
     """What the first GPU ran while `run()` did, which must wait for its results.
 
     Raises:
-        RuntimeError: nothing.
+        RuntimeError: it ran no kernel.
     """
     import jax
 

@@ -44,10 +44,14 @@ def test_breakdown() -> None:
 
 
 def test_longest() -> None:
-    first, second, third = longest(KERNELS, steps=2, n=3)
+    first, second, *others = longest(KERNELS, steps=2, n=4)
     assert first == {**first, "name": KERNELS[0].name, "calls": 0.5, "part": "matrix products"}
     assert second["name"] == "e88_backward_mosaic_gpu_kernel"
-    assert third["calls"] in (0.5, 1)
+    assert {row["name"]: row["calls"] for row in others} == {
+        "e88_forward_mosaic_gpu_kernel": 0.5,
+        "input_reduce_fusion_3": 1,
+    }
+    assert longest(KERNELS, steps=2, n=1) == [first]
 
 
 def test_without_a_gpu_there_are_no_kernels() -> None:
