@@ -40,9 +40,7 @@ class Pass(NamedTuple):
 PASSES = {
     "forward": Pass(forward_geometry, "forward_geometry", False),
     # It keeps what the backward pass reads.
-    "forward-keeping": Pass(
-        functools.partial(forward_geometry, keeps_groups=True), "forward_geometry", True
-    ),
+    "forward-keeping": Pass(forward_geometry, "forward_geometry", True),
     # Of calls as they are timed here.
     "backward": Pass(
         functools.partial(backward_geometry, n_scalars=1, has_write_gate=False),

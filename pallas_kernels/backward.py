@@ -53,6 +53,9 @@ def scratch(
     """The shared memory of a warpgroup, by name."""
     heads, values, chunk = geometry.heads, geometry.values, geometry.chunk
     keys_slots = plgpu.SMEM((SLOTS, chunk, heads, keys), dtype)
+    of_warps = {}
+    if geometry.ahead:
+        of_warps["sums"] = plgpu.SMEM((SLOTS, WARPS, keys // 16, 32, 4), jnp.float32)
     return {
         "k_slots": keys_slots,
         "q_slots": keys_slots,
@@ -61,9 +64,11 @@ def scratch(
         "scalars_slots": plgpu.SMEM((SLOTS, heads, n_scalars, scalars_at_once(chunk)), jnp.float32),
         "loaded": plgpu.Barrier(num_arrivals=5),
         "states": plgpu.SMEM(((1 + geometry.ahead) * GROUP, heads, values, keys), dtype),
-        "d_keys_rows": plgpu.SMEM((2, chunk, heads, keys), dtype),  # of q and of k
+        # Of q and of k; the rows past the chunk are never read.
+        "d_keys_rows": plgpu.SMEM((2, chunk + STEPS * geometry.ahead, heads, keys), dtype),
         "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
         "partial_scalars": plgpu.SMEM((1 + has_write_gate, chunk, WARPS, 4), jnp.float32),
+        **of_warps,
     }
 
 
@@ -230,13 +235,15 @@ class _WayBack:
         Each group is replayed while the one after it is walked back: the states of odd groups are
         after those of even ones.
         """
-        last, size = self.chunks.whole - 1, self.chunks.size
+        last_group = self.chunks.whole * self.chunks.size // GROUP - 1
         slot = first % SLOTS
         self._stream.wait(slot)
         after = self.steps.replay(
-            GROUP, before.astype(jnp.float32), **self._replayed(slot, size - GROUP, 1, 0, GROUP)
+            GROUP,
+            before.astype(jnp.float32),
+            **self._replayed(slot, self.chunks.size - GROUP, last_group, 0, GROUP),
         )
-        before = self._state_before(jnp.maximum(self._group_of(last, size) - 2, 0))
+        before = self._state_before(jnp.int32(max(last_group - 1, 0)))
         _, _, d_state = lax.fori_loop(
             first,
             self.chunks.count,
@@ -245,15 +252,13 @@ class _WayBack:
         )
         return d_state
 
-    def _group_of(self, i: Any, row: Any) -> Any:
-        """The group of all that begins in a row of whole chunk i."""
-        return i * (self.chunks.size // GROUP) + lax.div(jnp.int32(row), jnp.int32(GROUP))
-
-    def _replayed(self, slot: Any, row: Any, parity: int, first: int, n: int) -> dict[str, Any]:
-        """What `replay` takes for n steps from step `first` on of the group in a row."""
+    def _replayed(self, slot: Any, row: Any, group: Any, first: Any, n: int) -> dict[str, Any]:
+        """What `replay` takes for n steps from step `first` on of a group of all, in a row."""
         row = row + first
-        states = self.ref["states"].at[pl.ds(parity * GROUP + first, n)]
-        return {**self._inputs(slot, row, row, n), "states": states}
+        return {
+            **self._inputs(slot, row, row, n),
+            "states": self.ref["states"].at[pl.ds(_parity(group) * GROUP + first, n)],
+        }
 
     def _chunk_ahead(self, n: Any, i: Any, carry: Any) -> Any:
         """Chunk i, after n others.
@@ -266,9 +271,8 @@ class _WayBack:
         self._stream.start(i - 1, 1 - slot)
         wait_for_stores()
 
-        def pair(j: Any, carry: Any) -> Any:
-            row = size - 2 * GROUP * (j + 1)
-            carry = self._group_ahead(slot, i, row + GROUP, 1, slot, row, carry)
+        def step_back(j: Any, carry: Any) -> Any:
+            row = size - GROUP * (j + 1)
             is_first = row == 0
 
             @pl.when(is_first & (i > 0))
@@ -278,32 +282,45 @@ class _WayBack:
             # Before the first chunk there is nothing: what is replayed then is not used.
             slot_ahead = jnp.where(is_first, 1 - slot, slot)
             row_ahead = jnp.where(is_first, size, row) - GROUP
-            return self._group_ahead(slot, i, row, 0, slot_ahead, row_ahead, carry)
+            return self._group_ahead(slot, i, row, slot_ahead, row_ahead, carry)
 
-        carry = lax.fori_loop(0, size // (2 * GROUP), pair, carry)
+        carry = lax.fori_loop(0, size // GROUP, step_back, carry)
+        self.steps.add_sums(sums=self.ref["sums"].at[1], d_keys=self._d_keys(0))
         self._store_results(i, range(size))
         return carry
 
     def _group_ahead(
-        self, slot: Any, i: Any, row: Any, parity: int, slot_ahead: Any, row_ahead: Any, carry: Any
+        self, slot: Any, i: Any, row: Any, slot_ahead: Any, row_ahead: Any, carry: Any
     ) -> Any:
         """Walks back the group in a row of chunk i, and replays the one before it."""
         before, after, d = carry
+        group = i * (self.chunks.size // GROUP) + lax.div(jnp.int32(row), jnp.int32(GROUP))
         state = before.astype(jnp.float32)
         # Loaded a group ahead, as it comes from device memory.
-        before = self._state_before(jnp.maximum(self._group_of(i, row) - 2, 0))
-        for j in range(0, GROUP, STEPS):
-            first = GROUP - STEPS - j
-            d, after, state = self.steps.walk_back_and_replay(
-                STEPS,
-                d,
-                after,
-                state,
-                ahead=self._replayed(slot_ahead, row_ahead, 1 - parity, j, STEPS),
-                first=j == 0,
-                **self._walked(slot, row + first, row + first, parity * GROUP + first, STEPS),
+        before = self._state_before(jnp.maximum(group - 2, 0))
+
+        def half(j: Any, carry: Any) -> Any:
+            first = GROUP - STEPS * (j + 1)
+            walked = self._walked(
+                slot, row + first, row + first, _parity(group) * GROUP + first, STEPS
             )
+            return self.steps.walk_back_and_replay(
+                *carry,
+                ahead=self._replayed(slot_ahead, row_ahead, group - 1, STEPS * j, STEPS),
+                sums={
+                    "sums": self.ref["sums"].at[j],
+                    "earlier_sums": self.ref["sums"].at[1 - j],
+                    "earlier_d_keys": self._d_keys(row + first + STEPS),
+                },
+                **walked,
+            )
+
+        d, after, state = lax.fori_loop(0, GROUP // STEPS, half, (d, after, state))
         return before, state, d
+
+    def _d_keys(self, row: Any) -> Any:
+        """Where the gradients of q and k are put together, of 4 steps from a row on."""
+        return self.ref["d_keys_rows"].at[:, pl.ds(row, STEPS)]
 
     def _inputs(self, slot: Any, t: Any, row: Any, n: int) -> dict[str, Any]:
         """What is replayed: n steps from t on of a chunk, whose scalars are from `row` on."""
@@ -360,6 +377,10 @@ class _WayBack:
             "d_keys": ref["d_keys_rows"].at[:, pl.ds(row, n)],
             "partial_scalars": ref["partial_scalars"].at[:, pl.ds(row, n)],
         }
+
+
+def _parity(group: Any) -> Any:
+    return lax.bitwise_and(jnp.int32(group), jnp.int32(1))
 
 
 def _in_time(d_scalars: Array, chunks: Chunks) -> Array:

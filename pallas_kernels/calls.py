@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pallas_kernels import tuning
 from pallas_kernels.backward import backward
 from pallas_kernels.forward import Kept, forward
-from pallas_kernels.geometry import GROUP, Geometry
+from pallas_kernels.geometry import Geometry
 from pallas_kernels.operands import (
     Inputs,
     cut,
@@ -72,9 +72,7 @@ def forward_call(
     """
 
     def call(x: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
-        geometry = options.forward_geometry or _geometry(
-            tuning.forward_geometry, x, checkpoint_every == GROUP
-        )
+        geometry = options.forward_geometry or _geometry(tuning.forward_geometry, x)
         if checkpoint_every is not None and geometry.chunk % checkpoint_every:
             chunk = math.gcd(geometry.chunk, checkpoint_every)
             geometry = dataclasses.replace(geometry, chunk=chunk)

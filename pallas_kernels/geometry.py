@@ -42,7 +42,7 @@ class Geometry:
             how many warpgroups a multiprocessor holds.
         ahead: whether the backward kernel replays each group of steps while it walks back the group
             after it, so that each fills the waits of the other; the states of two groups are in
-            shared memory then. A chunk has whole pairs of groups.
+            shared memory then.
     """
 
     heads: int
@@ -63,10 +63,6 @@ class Geometry:
             )
         if self.chunk < 1 or self.chunk % GROUP:
             raise ValueError(f"a chunk has a multiple of {GROUP} steps, got {self.chunk}.")
-        if self.ahead and self.chunk % (2 * GROUP):
-            raise ValueError(
-                f"to replay ahead a chunk has a multiple of {2 * GROUP} steps, got {self.chunk}."
-            )
         if self.unroll < 1:
             raise ValueError(f"unroll must be at least 1 step, got {self.unroll}.")
         if not 1 <= self.warpgroups <= MAX_WARPGROUPS:

@@ -107,6 +107,21 @@ def _steps(w: Any, n: int, unroll: int, step: Any, *carry: Any) -> Any:
     return several(0, carry) if n == unroll else w.loop(n // unroll, carry, several)
 
 
+def walk_back(
+    f: Fragments, kind: StepKind, at: Mapping[str, Any], d_state: Any, after: Any, n: int
+) -> tuple[Any, Any]:
+    """n steps back, at most 4; returns the gradient of the state before them, and that state.
+
+    `states` has room for 4 steps, and is overwritten.
+    """
+    d_state, before, sums = _walk_back(f, kind, at, d_state, after, n, lambda i: None)
+    f.w.synchronize()  # all have read their states
+    _store_sums(f, at["states"], sums)
+    f.w.synchronize()
+    add_sums(f, at["states"], at["d_keys"], n)
+    return d_state, before
+
+
 def walk_back_and_replay(
     f: Fragments,
     kind: StepKind,
@@ -115,39 +130,39 @@ def walk_back_and_replay(
     d_state: Any,
     after: Any,
     state: Any,
-    n: int,
-    first: bool,
 ) -> tuple[Any, Any, Any]:
-    """`walk_back`, and in its waits as many steps of `replay`, from `state`, of what is `ahead`.
+    """4 steps of `walk_back`, and in its waits 4 of `replay`, from `state`, of what is `ahead`.
 
-    Returns what both return. `first`: these are the first of the steps that are replayed.
+    Returns what both return. The sums over warps are left in `sums`, for `add_sums`; it is called
+    here, also to fill waits, for `earlier_sums` and `earlier_d_keys`.
     """
-    again = _Replay(f, kind, ahead, n)
-    if first:
-        f.w.synchronize()  # all have read the sums that `walk_back` left there
+    again = _Replay(f, kind, ahead, STEPS)
     replayed = state, again.load(0)
 
     def between(i: int) -> None:
         nonlocal replayed
         replayed = again.step(i, *replayed)
+        if i == 2:
+            add_sums(f, at["earlier_sums"], at["earlier_d_keys"], STEPS)
 
-    d_state, before = walk_back(f, kind, at, d_state, after, n, between)
+    d_state, before, sums = _walk_back(f, kind, at, d_state, after, STEPS, between)
+    _store_sums(f, at["sums"], sums)
+    f.w.synchronize()
     return d_state, before, replayed[0]
 
 
-def walk_back(
+def _walk_back(
     f: Fragments,
     kind: StepKind,
     at: Mapping[str, Any],
     d_state: Any,
     after: Any,
     n: int,
-    between: Callable[[int], None] | None = None,
-) -> tuple[Any, Any]:
-    """n steps back, at most 4; returns the gradient of the state before them, and that state.
+    between: Callable[[int], None],
+) -> tuple[Any, Any, Any]:
+    """What `walk_back` returns, and this warp's part of the gradients of q and k.
 
-    `states` has room for 4 steps, and is overwritten. `between(i)` emits what the i-th step that is
-    walked back can wait with for its sums over keys.
+    `between(i)` emits what the i-th step that is walked back can wait with for its sums over keys.
     """
     w = f.w
     sums = f.no_sums()
@@ -166,8 +181,7 @@ def walk_back(
         if not kind.linear_state:
             d_sum = _times_derivative(f, d_after, after)
         d_correction = f.sums_over_keys(d_sum, k)
-        if between is not None:
-            between(n - 1 - t)
+        between(n - 1 - t)
         d_v = scalars.gated(d_correction)
         d_read = [[w.negative(x) for x in unit] for unit in scalars.within_document(d_v)]
         d_after = scalars.decayed(d_sum)
@@ -201,8 +215,7 @@ def walk_back(
             scalars_of_steps[1][t] = f.lane_sums_of(d_correction, f.own_columns(errors))
         after = before
     _add_over_lanes(f, at["partial_scalars"], scalars_of_steps)
-    _add_over_warps(f, at, sums, n)
-    return d_after, after
+    return d_after, after, sums
 
 
 def _times_derivative(f: Fragments, d_after: Any, after: Any) -> Any:
@@ -271,45 +284,49 @@ def add_scalars(f: Fragments, partial_scalars: Any, d_scalars: Any) -> None:
             w.when(w.less(row, n), lambda store=store, address=address: store(address))
 
 
-def _add_over_warps(f: Fragments, at: Mapping[str, Any], sums: Any, n: int) -> None:
-    """Adds what the warps of a head have of the gradients of q and k; stores these, of n steps."""
-    w, partial = f.w, at["states"]
-    w.synchronize()  # all have read their states
-    quad = w.multiply(w.lane, 16)
+def _store_sums(f: Fragments, partial: Any, sums: Any) -> None:
+    """A warp's part of the gradients of q and k in 4 steps, where `add_sums` finds it."""
+    for i, (a, b, c, d) in enumerate(sums):
+        address = _of_sums(f, f.w.warp, i)
+        f.w.store(partial, address, [f.w.as_bits(x) for x in (a, c, b, d)])
 
-    def quads(warp: Any, tile: Any) -> Any:
-        return w.multiply(w.add(w.multiply(warp, len(sums)), tile), 32 * 16)
 
-    for i, acc in enumerate(sums):
-        address = w.add(quad, quads(w.warp, i))
-        w.store(partial, address, [w.as_bits(x) for x in acc])
-    w.synchronize()
+def _of_sums(f: Fragments, warp: Any, tile: Any) -> Any:
+    """Where this lane's 4 numbers of a tile of 16 keys are, of a warp."""
+    w = f.w
+    tiles = w.add(w.multiply(warp, f.n_keys // 2), tile)
+    return w.add(w.multiply(w.lane, 16), w.multiply(tiles, 32 * 16))
 
+
+def add_sums(f: Fragments, partial: Any, d_keys: Any, n: int) -> None:
+    """Adds what the warps of a head have of the gradients of q and k, once all have stored it;
+    stores these, of n steps, at most 4."""
+    w = f.w
     is_k, t_pair = w.divide(f.c, 2)
-    target = at["d_keys"]
+    tiles = f.n_keys // 2
 
     def add(job: Any) -> None:
-        """Two keys of a lane, in two steps: over the warps of their head."""
-        head, tile = w.divide(job, len(sums))
+        """Two keys of a lane, in one of its two steps: over the warps of their head."""
+        head_and_tile, j = w.divide(job, 2)
+        head, tile = w.divide(head_and_tile, tiles)
         total: list[Any] = []
         for i in range(f.warps_per_head):
-            of_warp = quads(w.add(w.multiply(head, f.warps_per_head), i), tile)
-            x = [w.as_float(bits) for bits in w.load(partial, w.add(quad, of_warp), 4)]
+            address = _of_sums(f, w.add(w.multiply(head, f.warps_per_head), i), tile)
+            x = w.load(partial, w.add(address, w.multiply(j, 8)), 2)
+            x = [w.as_float(bits) for bits in x]
             total = [w.fadd(a, b) for a, b in zip(total, x, strict=True)] if total else x
         outer, inner = w.divide(tile, f.vector // 2)
         key = w.add(w.multiply(outer, 8 * f.vector), w.multiply(inner, 2))
         key = w.add(key, w.multiply(f.g, f.vector))
-        for j in range(2):
-            t = w.add(w.multiply(t_pair, 2), j)
-            address = w.address(target, is_k, t, head, key)
-            both = total[j], total[j + 2]
-            words = [w.as_bits(x) for x in both] if f.exact else [w.pack(*both)]
-            if n == STEPS:
-                w.store(target, address, words)
-            else:
-                w.when(w.less(t, n), lambda a=address, b=words: w.store(target, a, b))
+        t = w.add(w.multiply(t_pair, 2), j)
+        address = w.address(d_keys, is_k, t, head, key)
+        words = [w.as_bits(x) for x in total] if f.exact else [w.pack(*total)]
+        if n == STEPS:
+            w.store(d_keys, address, words)
+        else:
+            w.when(w.less(t, n), lambda: w.store(d_keys, address, words))
 
-    jobs = f.heads * len(sums)
+    jobs = f.heads * tiles * 2
     # In neighbouring warpgroups other warps have more of them: a scheduler has one of each.
     turn = w.multiply(w.warpgroup, WARPS // 2)
     _, start = w.divide(w.add(w.warp, turn), WARPS)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import vector
 
 from pallas_kernels import gradient_steps
-from pallas_kernels.fragments import Fragments, fragment_layout
+from pallas_kernels.fragments import STEPS, Fragments, fragment_layout
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.gradient_steps import StepKind
 from pallas_kernels.layouts import elements_of, inline, load_tiled, store_tiled
@@ -90,37 +90,44 @@ class Steps:
 
     def walk_back_and_replay(
         self,
-        n: int,
         d_state: Array,
         after: Array,
         state: Array,
         *,
         ahead: Mapping[str, Any],
-        first: bool,
+        sums: Mapping[str, Any],
         **refs: Any,
     ) -> tuple[Array, Array, Array]:
-        """`walk_back` of n steps, and meanwhile `replay` of n others.
+        """`walk_back` of 4 steps, and meanwhile `replay` of 4 others.
 
         Args:
-            d_state, after, refs: of `walk_back`.
+            d_state, after, refs: of `walk_back`; but `states` stays, and `d_keys` is not there
+                before `add_sums`.
             state, ahead: of `replay`: the state before its steps, and its references.
-            first: whether those are the first of the steps whose states are kept together.
+            sums: memory for the sums that are to become `d_keys`, `sums`; what the call before left
+                in its own, `earlier_sums`, and the `d_keys` that become of it, `earlier_d_keys`.
 
         Returns:
             The results of both.
         """
         if self.interpret:
             replayed = _replay_in_jax(self.kind, state, **ahead)
-            return *_walk_back_in_jax(self.kind, n, d_state, after, **refs), replayed
+            return *_walk_back_in_jax(self.kind, STEPS, d_state, after, **refs), replayed
 
         def program(f: Fragments, at: Any, d_state: Any, after: Any, state: Any) -> Any:
             at_ahead = {name: at.pop(f"{name} ahead") for name in ahead}
             return gradient_steps.walk_back_and_replay(
-                f, self.kind, at, at_ahead, d_state, after, state, n, first
+                f, self.kind, at, at_ahead, d_state, after, state
             )
 
-        refs = {**refs, **{f"{name} ahead": ref for name, ref in ahead.items()}}
+        refs = {**refs, **sums, **{f"{name} ahead": ref for name, ref in ahead.items()}}
         return self._run(program, refs, d_state, after, state)
+
+    def add_sums(self, *, sums: Any, d_keys: Any) -> None:
+        """Writes `d_keys` of the last call of `walk_back_and_replay`."""
+        if not self.interpret:
+            refs = {"partial": sums, "d_keys": d_keys}
+            self._run(lambda f, at: gradient_steps.add_sums(f, **at, n=STEPS), refs)
 
     def add_scalars(self, *, partial_scalars: Any, d_scalars: Any) -> None:
         """Writes `[1 or 2, n, heads]`, the gradients of decay and the write gate, after all warps

@@ -16,12 +16,17 @@ from pallas_kernels.geometry import GROUP, KEYS_MULTIPLE, Geometry, column_multi
 
 MAX_HELD_AT_ONCE = 5
 """Most warpgroups that are put side by side to be held by one multiprocessor together."""
-MANY = 8
-"""Warpgroups per multiprocessor from which fewer and larger ones are faster, in the forward kernel
-always: the loads of k and q are shared by more columns, and there are enough to hide latency behind
-each other."""
 LARGEST_STATE = 4096
 """Most elements of state of a warpgroup that is made larger: 32 in a lane."""
+MOST_STATE_HELD = MAX_HELD_AT_ONCE * 2048
+"""Most elements of state that a multiprocessor holds in the forward kernel where it cannot hold
+all: with more, warpgroups have fewer registers than they need."""
+WAIT = 1.6
+"""Time that passes before a multiprocessor has all of its work under way, in that which a warpgroup
+of 32 columns adds to it: 1, 2, 3 and 5 of them take 0.70, 0.99, 1.23 and 1.87 ms, both ways, with
+2048 steps and N = 32."""
+SHARED = 0.85
+"""Time of a column in a warpgroup made larger, where more of them share the loads of k and q."""
 MANY_KEYS = 96
 """Most keys at which 8 steps of the backward kernel are written out in a row, rather than 4."""
 MOST_SCALARS = 3
@@ -55,28 +60,15 @@ def backward_shared_bytes(
 
 
 def forward_geometry(
-    batch: int,
-    heads: int,
-    n_state: int,
-    n_value: int,
-    n_sms: int,
-    dtype: Any,
-    keeps_groups: bool = False,
+    batch: int, heads: int, n_state: int, n_value: int, n_sms: int, dtype: Any
 ) -> Geometry:
-    """The geometry of the forward kernel for `B * H` states `[N, V]`.
-
-    Args:
-        keeps_groups: whether it keeps the state before each group of steps.
-    """
-    block = _block(heads, n_value)
-    per_sm = _warpgroups(batch, heads, n_value, block) / n_sms
-    if per_sm >= MANY:
-        block = _larger(block, heads, n_value, columns=LARGEST_STATE // n_state)
-        held, chunks = 2, (16, 8)
-    else:
-        held, chunks = _held_at_once(per_sm), (32, 16, 8)
-    if keeps_groups:
-        chunks = (GROUP,)  # as measured; longer ones were not
+    """The geometry of the forward kernel for `B * H` states `[N, V]`."""
+    smallest = _block(heads, n_value)
+    larger = _larger(smallest, heads, n_value, columns=LARGEST_STATE // n_state)
+    most = {x: max(1, MOST_STATE_HELD // (x[0] * x[1] * n_state)) for x in (smallest, *larger)}
+    columns = batch * _padded_columns(heads, n_value, smallest)
+    block, held = _fastest(smallest, most, columns, n_sms)
+    chunks = (32, 16, 8) if block == smallest else (16, 8)
     candidates = (
         Geometry(*block, chunk=chunk, warpgroups=w) for w in range(held, 0, -1) for chunk in chunks
     )
@@ -94,23 +86,26 @@ def backward_geometry(
     has_write_gate: bool = True,
 ) -> Geometry:
     """The geometry of the backward kernel for `B * H` states `[N, V]`."""
-    block = _block(heads, n_value)
-    per_sm = _warpgroups(batch, heads, n_value, block) / n_sms
-    held = _held_at_once(per_sm)
-    if per_sm >= MANY and block == (1, 32) and heads % 2 == 0 and _may_be_larger(n_state, dtype):
-        block, held = (2, 32), 4
+    smallest = _block(heads, n_value)
+    most = {smallest: MAX_HELD_AT_ONCE}
+    if smallest == (1, 32) and heads % 2 == 0 and _may_be_larger(n_state, dtype):
+        most[2, 32] = 4
+    columns = batch * _padded_columns(heads, n_value, smallest)
+    block, held = _fastest(smallest, most, columns, n_sms)
     unroll, chunks = GROUP, (16, 8)
+    # At most two warpgroups leave a multiprocessor waiting, and shared memory free.
+    few = held <= 2 and block == smallest and n_state <= MANY_KEYS
     if n_state > MANY_KEYS:
         unroll, chunks = GROUP // 2, (8,)
-    elif per_sm <= 1:
-        # One warpgroup has a multiprocessor to itself: nothing to save shared memory for.
+    elif few:
         chunks = (32, 16, 8)
     # In float32 a block of several heads, each of which has its own keys, may not fit. With four,
     # registers spill at N = 56 and 120 if as many steps are written out.
     candidates = (
-        Geometry(*b, chunk=chunk, unroll=unroll // 2 if b[0] == 4 else unroll, warpgroups=w)
+        Geometry(*b, chunk, unroll=unroll // 2 if b[0] == 4 else unroll, warpgroups=w, ahead=ahead)
         for b in (block, (1, column_multiple(1)))
         for w in range(held, 0, -1)
+        for ahead in ((True, False) if few else (False,))
         for chunk in chunks
     )
 
@@ -121,7 +116,7 @@ def backward_geometry(
 
 
 def _may_be_larger(n_state: int, dtype: Any) -> bool:
-    """Where backward warpgroups of two heads were faster; with 16 keys they were slower."""
+    """Where backward warpgroups of two heads can be faster; with 16 keys they were slower."""
     return 16 < n_state <= 32 and dtype == jnp.bfloat16
 
 
@@ -135,9 +130,12 @@ def _block(heads: int, n_value: int) -> tuple[int, int]:
     return min(blocks, key=lambda block: _padded_columns(heads, n_value, block))
 
 
-def _larger(block: tuple[int, int], heads: int, n_value: int, columns: int) -> tuple[int, int]:
-    """The block doubled to at most so many columns, as long as that pads nothing more."""
+def _larger(
+    block: tuple[int, int], heads: int, n_value: int, columns: int
+) -> list[tuple[int, int]]:
+    """The block doubled, and again, to at most so many columns, while that pads nothing more."""
     padded = _padded_columns(heads, n_value, block)
+    found = []
     while 2 * block[0] * block[1] <= columns:
         doubled = [(block[0] * 2, block[1])] if block[0] < 4 else []
         doubled.append((block[0], block[1] * 2))
@@ -145,16 +143,40 @@ def _larger(block: tuple[int, int], heads: int, n_value: int, columns: int) -> t
         if not same:
             break
         block = same[0]
-    return block
+        found.append(block)
+    return found
 
 
-def _warpgroups(batch: int, heads: int, n_value: int, block: tuple[int, int]) -> float:
-    return batch * _padded_columns(heads, n_value, block) / (block[0] * block[1])
+def _fastest(
+    smallest: tuple[int, int], most: dict[tuple[int, int], int], columns: int, n_sms: int
+) -> tuple[tuple[int, int], int]:
+    """The block, and the warpgroups of a thread block: the smallest while all are held at once,
+    else those for which the last multiprocessor is done first; of equals the largest and most.
 
+    Args:
+        most: blocks, and how many warpgroups of each a thread block may have.
+        columns: of the state, of all heads and rows.
+    """
 
-def _held_at_once(per_sm: float) -> int:
-    """Warpgroups that a multiprocessor should hold for all of them to run at once."""
-    return min(max(1, -int(-per_sm // 1)), MAX_HELD_AT_ONCE)
+    def warpgroups(block: tuple[int, int]) -> int:
+        return columns // (block[0] * block[1])
+
+    per_sm = -(-warpgroups(smallest) // n_sms)
+    if per_sm <= MAX_HELD_AT_ONCE:
+        return smallest, max(1, per_sm)
+
+    def time(choice: tuple[tuple[int, int], int]) -> float:
+        block, held = choice
+        in_turn = -(-warpgroups(block) // (held * n_sms))
+        work = held * warpgroups(smallest) / warpgroups(block)
+        return in_turn * (WAIT + work * (1 if block == smallest else SHARED))
+
+    choices = [
+        (block, held)
+        for block, limit in most.items()
+        for held in range(1, min(limit, MAX_HELD_AT_ONCE) + 1)
+    ]
+    return min(choices, key=lambda choice: (time(choice), warpgroups(choice[0]), -choice[1]))
 
 
 def _first_that_fits(candidates: Any, needed: Callable[[Geometry], int]) -> Geometry:
