@@ -21,8 +21,8 @@ NORM_EPSILON = 1e-5
 
 
 _READ_THE_INPUT = (
-    ("qkv_proj", "q_proj", "k_proj"),
-    ("g_proj", "a_proj", "beta_proj", "write_gate_proj", "head_attn"),
+    ("qkv_proj", "q_proj", "k_proj", "a_proj", "beta_proj"),
+    ("g_proj", "write_gate_proj", "head_attn"),
 )
 """Projections of the layer's input, of which each layer has some; those of a line are one product.
 """
@@ -202,7 +202,8 @@ class E88Mixer(nnx.Module):
 
         Projections are side by side in one product: alone, that of the decay, of one column a head,
         takes as long to read x as a wide one. In two products, as XLA joins at most 4 gradients
-        well. To put kernels side by side copies them, which is too much for few tokens.
+        well, and makes that of a gate alone together with that of what the gate multiplies. To put
+        kernels side by side copies them, which is too much for few tokens.
         """
         read: dict[str, Array] = {}
         for names in _READ_THE_INPUT:
