@@ -4,6 +4,7 @@ One configuration by default; with --grid, those of this folder's README, on a G
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,8 @@ from e88_jax.sizing import training_flops
 
 PROFILED_STEPS = 3
 LISTED_KERNELS = 40
+ALONE = ("--no-grid", "--lengths")
+"""Flags that take back those of a grid, for one of its points."""
 
 
 class Point(NamedTuple):
@@ -42,9 +45,9 @@ class Point(NamedTuple):
 
 GRID = (
     Point("h72n32-500m", 2048, (8, 16)),
-    Point("h96n32-1b", 2048, (4, 8)),
-    Point("h40n64-500m", 2048, (8, 16)),
-    Point("h40n32-100m", 2048, (16, 32)),
+    Point("h96n32-1b", 2048, (8,)),
+    Point("h40n64-500m", 2048, (16,)),
+    Point("h40n32-100m", 2048, (32,)),
     # As many tokens as 16 sequences of 2048.
     Point("h72n32-500m", 512, (64,)),
     Point("h72n32-500m", 8192, (4,)),
@@ -68,7 +71,7 @@ class BenchmarkConfig:
     profile: bool = False
     """Also say which part of the step takes how long, on a GPU, from a profile of 3 more steps."""
     json: Path | None = None
-    """File to write the numbers to, as JSON."""
+    """File to write the numbers to, as JSON. With --grid other points that it has are kept."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     model: LMConfig = DEFAULT_MODEL
@@ -89,12 +92,27 @@ def main(args: Sequence[str]) -> None:
         print(summary(numbers))
         record(config.json, numbers)
         return
-    rows: list[dict[str, Any]] = []
+    points = recorded_points(config.json)
     for flags in grid_of(config):
-        print(" ".join(flags), flush=True)
-        rows.append(measure_apart([*args, *flags, "--profile", "--no-grid"]))
-        print(rows[-1].get("error") or summary(rows[-1]), flush=True)
-        record(config.json, {"points": rows})
+        name = " ".join(flags)
+        print(name, flush=True)
+        points[name] = measure_apart([*args, *flags, "--profile", *ALONE])
+        print(points[name].get("error") or summary(points[name]), flush=True)
+        record(config.json, {"points": points})
+
+
+def recorded_points(path: Path | None) -> dict[str, Any]:
+    """The points of a grid in the file, by their flags; none if there is no file.
+
+    Raises:
+        UsageError: the file has something else.
+    """
+    if path is None or not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())["points"])
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} does not hold a grid: give --json another file.") from None
 
 
 def record(path: Path | None, numbers: Any) -> None:
@@ -173,17 +191,20 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - began
 
     def run(n: int) -> list[float]:
-        """Seconds of each of n steps."""
+        """Seconds of n steps after two more: from the end of one to the end of the next, which is
+        queued by then, as in the training loop."""
         nonlocal state
-        seconds = []
-        for _ in range(n):
-            began = time.perf_counter()
+        ends, queue = [], []
+        for _ in range(n + 2):
             state, metrics = step(state, windows, np.bool_(False))
-            jax.block_until_ready(metrics)
-            seconds.append(time.perf_counter() - began)
-        return seconds
+            queue.append(metrics)
+            if len(queue) > 1:
+                jax.block_until_ready(queue.pop(0))
+                ends.append(time.perf_counter())
+        jax.block_until_ready(queue)
+        ends.append(time.perf_counter())
+        return [end - begin for begin, end in itertools.pairwise(ends[1:])]
 
-    run(2)
     seconds = run(config.repeats)
     median = statistics.median(seconds)
     tokens = windows[..., 1:].size
@@ -209,7 +230,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         peak = gpu.bf16_tflops * where.everywhere.num_devices
         numbers["mfu"] = numbers["product_tflops"] / peak
     if config.profile:
-        kernels = profile(lambda: run(PROFILED_STEPS))
+        kernels = profile(lambda: run(PROFILED_STEPS - 2))
         numbers["part_ms"] = breakdown(kernels, PROFILED_STEPS)
         numbers["kernels"] = longest(kernels, PROFILED_STEPS, LISTED_KERNELS)
     return numbers

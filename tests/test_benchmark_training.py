@@ -37,30 +37,51 @@ def test_a_training_step(load: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_grid(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     train_step, path, timed = load("train_step"), tmp_path / "grid.json", []
+    results: dict[str, Any] = {"error": "out of memory"}
 
     def measure_apart(args: list[str]) -> dict[str, Any]:
         timed.append(" ".join(args))
-        return {"error": "out of memory"}
+        return dict(results)
 
     monkeypatch.setattr(train_step, "measure_apart", measure_apart)
     train_step.main(["--grid", "--json", str(path)])
     assert {point.preset for point in train_step.GRID} <= set(PRESETS)
     assert len(timed) == sum(len(point.batch_sizes) for point in train_step.GRID)
-    assert json.loads(path.read_text()) == {"points": [{"error": "out of memory"}] * len(timed)}
+    points = json.loads(path.read_text())["points"]
+    assert len(points) == len(timed)
+    assert all(point == {"error": "out of memory"} for point in points.values())
     timed.clear()
-    flags = "--grid --preset h72n32-500m --remat layer --lengths 512 8192"
+    flags = f"--grid --json {path} --preset h72n32-500m --remat layer --lengths 512 8192"
+    monkeypatch.setattr(train_step, "summary", str)
+    results["numbers"] = 1
     train_step.main(flags.split())
+    again = json.loads(path.read_text())["points"]
+    assert again.keys() == points.keys()
+    changed = {name for name in points if again[name] != points[name]}
+    assert changed == {
+        f"--preset h72n32-500m --seq-len {length} --batch-size {batch}"
+        for length, batch in ((512, 64), (8192, 4))
+    }
     assert timed == [
-        f"{flags} --preset h72n32-500m --seq-len {length} --batch-size {batch} --profile --no-grid"
+        f"{flags} --preset h72n32-500m --seq-len {length} --batch-size {batch} --profile "
+        "--no-grid --lengths"
         for length, batch in ((512, 64), (8192, 4))
     ]
 
 
+def test_another_file_is_not_taken_for_a_grid(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "numbers.json"
+    path.write_text('{"rows": []}')
+    with pytest.raises(UsageError, match=f"{path} does not hold a grid"):
+        load("train_step").main(["--grid", "--json", str(path)])
+
+
 def test_a_point_of_the_grid_runs_apart(load: Any) -> None:
-    measure_apart = load("train_step").measure_apart
-    point = "--grid --preset h32n32-100m --batch-size 2 --seq-len 8 --repeats 1 --no-grid"
+    train_step = load("train_step")
+    measure_apart = train_step.measure_apart
+    point = "--preset h32n32-100m --batch-size 2 --seq-len 8 --repeats 1"
     flags = [*point.split(), *TINY]
-    numbers = measure_apart(flags)
+    numbers = measure_apart(["--grid", "--lengths", "512", *flags, *train_step.ALONE])
     assert numbers["tokens_per_step"] == 16
     row = measure_apart(["--preset", "none"])
     assert row["command"] == "--preset none"

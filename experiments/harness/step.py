@@ -1,5 +1,6 @@
 """One training step and one evaluation, as compiled functions of explicit state."""
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,16 @@ from .optimizer import Optimizer, Params
 
 BITS_PER_NAT = 1.4426950408889634
 """1 / ln 2."""
+
+GPU_OPTIONS: dict[str, str | bool] = {
+    # XLA moves what joins the gradients of a product's parts into a product of its own making, then
+    # finds cuBLAS faster, and is left with copies.
+    "xla_gpu_enable_triton_gemm": False,
+    # Graphs of kernels are filled in anew for each step, as its arrays move.
+    "xla_gpu_enable_command_buffer": "",
+}
+"""XLA's options for the training step on a GPU; flags of the same name in `XLA_FLAGS` win. What
+each gains is in `benchmarks/README.md`."""
 
 
 class TrainState(NamedTuple):
@@ -147,7 +158,11 @@ def compile_train_step(
     step = jax.jit(
         make_train_step(graphdef, optimizer, clip_norm), donate_argnums=0, out_shardings=shardings
     )
-    return step.lower(state, windows, np.bool_(True)).compile()
+    own = os.environ.get("XLA_FLAGS", "")
+    options = {name: x for name, x in GPU_OPTIONS.items() if name not in own}
+    on_gpu = jax.default_backend() == "gpu"
+    lowered = step.lower(state, windows, np.bool_(True))
+    return lowered.compile(compiler_options=options if on_gpu else None)
 
 
 def make_evaluate(
