@@ -49,8 +49,8 @@ class GPU:
     source: str
     published: Published | None = None
     measured_n_state: tuple[int, int] | None = None
-    """Where the kernels of this package take the least time for each element of the state, forward
-    and backward, from and to: `benchmarks/results/`."""
+    """Where the kernels of this package take at most 6 % more than the least time for an element of
+    the state, forward and backward, from and to: `experiments/results/n_state_scaling_h100/`."""
 
     @property
     def formula_n_state(self) -> int:
@@ -149,7 +149,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=228,
         source=f"NVIDIA H100 data sheet and architecture white paper, SXM5; {_CUDA_GUIDE}",
         published=Published(3350, 989, (64, 96), 128),
-        measured_n_state=(32, 48),
+        measured_n_state=(32, 64),
     ),
     GPU(
         name="H200",

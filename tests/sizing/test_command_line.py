@@ -33,7 +33,7 @@ def test_it_answers_in_under_a_second_without_jax() -> None:
 
 def test_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     about, header, *rows = answer(capsys, *BUDGET, "--rows", "3").splitlines()
-    assert about.startswith("H100: n_state 32 to 48 (measured), 64 to 96 published, 80 GB.")
+    assert about.startswith("H100: n_state 32 to 64 (measured), 64 to 96 published, 80 GB.")
     assert "training GB" in header
     assert len(rows) == 3
     for row in rows:
