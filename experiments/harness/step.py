@@ -158,11 +158,15 @@ def compile_train_step(
     step = jax.jit(
         make_train_step(graphdef, optimizer, clip_norm), donate_argnums=0, out_shardings=shardings
     )
-    own = os.environ.get("XLA_FLAGS", "")
-    options = {name: x for name, x in GPU_OPTIONS.items() if name not in own}
-    on_gpu = jax.default_backend() == "gpu"
-    lowered = step.lower(state, windows, np.bool_(True))
-    return lowered.compile(compiler_options=options if on_gpu else None)
+    return step.lower(state, windows, np.bool_(True)).compile(compiler_options=xla_options())
+
+
+def xla_options() -> dict[str, str | bool]:
+    """Those of `GPU_OPTIONS` that are for the device at hand and not the user's to choose."""
+    if jax.default_backend() != "gpu":
+        return {}
+    chosen = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in GPU_OPTIONS.items() if f"--{name}=" not in chosen}
 
 
 def make_evaluate(

@@ -15,6 +15,7 @@ from harness.devices import placement
 from harness.optimizer import make_optimizer
 from harness.step import (
     BITS_PER_NAT,
+    GPU_OPTIONS,
     TrainState,
     compile_train_step,
     init_state,
@@ -22,6 +23,7 @@ from harness.step import (
     make_train_step,
     next_byte_loss,
     place,
+    xla_options,
 )
 
 from e88_jax import E88LM, E88Config, LMConfig
@@ -195,3 +197,17 @@ def test_schedules():
         plain(optimizer="schedule_free", learning_rate=1.0, warmup_steps=0), 100
     ).schedule
     np.testing.assert_allclose([constant(1), constant(99)], [1, 1])
+
+
+def test_options_of_xla_are_for_gpus_and_give_way_to_the_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert xla_options() == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert xla_options() == GPU_OPTIONS
+    first, *others = GPU_OPTIONS
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/dev/null --{first}=true")
+    assert xla_options() == {name: GPU_OPTIONS[name] for name in others}
+    # XLA knows them, whatever the device.
+    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=GPU_OPTIONS)
