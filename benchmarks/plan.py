@@ -27,7 +27,7 @@ from e88_jax import hardware
 from e88_jax.config import LMConfig
 from e88_jax.sizing import PRESETS, training_memory
 
-FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+FLAGS = "--xla_gpu_autotune_level=0"
 
 # XLA's GpuTargetConfigProto; the numbers are of the CUDA Programming Guide's table of compute
 # capabilities and of NVIDIA's H100 architecture white paper (SXM).
@@ -158,6 +158,14 @@ def h100_device() -> Any:
     return SingleDeviceSharding(topology.devices[0])
 
 
+def compile_for_h100(model: LMConfig, batch: int, length: int) -> Any:
+    """The training step, with the options of XLA that it has on a GPU."""
+    device = h100_device()  # before JAX is imported
+    from harness.step import GPU_OPTIONS
+
+    return lower_step(model, batch, length, device).compile(compiler_options=GPU_OPTIONS)
+
+
 def planned_bytes(compiled: Any) -> int:
     """Memory of arguments and of what is worked on."""
     memory = compiled.memory_analysis()
@@ -255,7 +263,7 @@ def fill_in(path: Path) -> None:
     plans = json.loads(path.read_text())
     for plan in track(plans, "compiling"):
         model = on_a_gpu(model_of(plan))
-        compiled = lower_step(model, plan["batch"], plan["length"], h100_device()).compile()
+        compiled = compile_for_h100(model, plan["batch"], plan["length"])
         plan["bytes"] = planned_bytes(compiled)
     rows = ",\n".join(f"  {json.dumps(plan)}" for plan in plans)
     path.write_text(f"[\n{rows}\n]\n")
@@ -271,7 +279,7 @@ def main(args: Sequence[str]) -> None:
     layer: Any = model.layer
     if layer.implementation == "scan":
         raise UsageError("--implementation scan is a loop, whose kernels this does not list.")
-    compiled = lower_step(model, config.batch_size, config.seq_len, h100_device()).compile()
+    compiled = compile_for_h100(model, config.batch_size, config.seq_len)
     kernels = kernels_of(compiled.as_text())
     bandwidth = hardware.find("h100").memory_bandwidth_GBps
     for kernel in sorted(kernels, key=lambda kernel: -kernel.n_bytes)[: config.kernels]:

@@ -29,7 +29,9 @@ from e88_jax import hardware
 from e88_jax.config import LMConfig
 from e88_jax.sizing import training_flops
 
+UNTIMED_STEPS = 2
 PROFILED_STEPS = 3
+"""Those that are not timed included."""
 LISTED_KERNELS = 40
 ALONE = ("--no-grid", "--lengths")
 """Flags that take back those of a grid, for one of its points."""
@@ -191,11 +193,11 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - began
 
     def run(n: int) -> list[float]:
-        """Seconds of n steps after two more: from the end of one to the end of the next, which is
-        queued by then, as in the training loop."""
+        """Seconds of n steps after those untimed: from the end of one to the end of the next, which
+        is queued by then, as in the training loop."""
         nonlocal state
         ends, queue = [], []
-        for _ in range(n + 2):
+        for _ in range(UNTIMED_STEPS + n):
             state, metrics = step(state, windows, np.bool_(False))
             queue.append(metrics)
             if len(queue) > 1:
@@ -203,7 +205,8 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
                 ends.append(time.perf_counter())
         jax.block_until_ready(queue)
         ends.append(time.perf_counter())
-        return [end - begin for begin, end in itertools.pairwise(ends[1:])]
+        timed = ends[UNTIMED_STEPS - 1 :]
+        return [end - begin for begin, end in itertools.pairwise(timed)]
 
     seconds = run(config.repeats)
     median = statistics.median(seconds)
@@ -230,7 +233,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         peak = gpu.bf16_tflops * where.everywhere.num_devices
         numbers["mfu"] = numbers["product_tflops"] / peak
     if config.profile:
-        kernels = profile(lambda: run(PROFILED_STEPS - 2))
+        kernels = profile(lambda: run(PROFILED_STEPS - UNTIMED_STEPS))
         numbers["part_ms"] = breakdown(kernels, PROFILED_STEPS)
         numbers["kernels"] = longest(kernels, PROFILED_STEPS, LISTED_KERNELS)
     return numbers

@@ -36,18 +36,27 @@ def filter_logits(logits: Array, temperature: Array, top_k: int | None, top_p: A
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
-def _read(
-    model: E88LM,
+def read_and_draw(
+    graphdef: nnx.GraphDef[E88LM],
+    params: nnx.State,
     state: LMState,
     tokens: Array,
     key: Array,
     temperature: Array,
     top_p: Array,
+    *,
     top_k: int | None,
     greedy: bool,
 ) -> tuple[LMState, Array, Array]:
-    """Reads `tokens` `[B, T]` and draws one more: `(state, drawn [B], next key)`."""
-    logits, state = model(tokens, state)
+    """Reads `tokens` `[B, T]` from `state` and draws one more.
+
+    Args:
+        params: `inference_params` of the model.
+
+    Returns:
+        The state, the token drawn `[B]` int32 and the key for those to come.
+    """
+    logits, state = nnx.merge(graphdef, params)(tokens, state)
     logits = logits[:, -1]
     key, step_key = jax.random.split(key)
     if greedy:
@@ -60,30 +69,8 @@ def _read(
 
 _STATIC = ("graphdef", "top_k", "greedy")
 
-
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
-def prefill(
-    graphdef: nnx.GraphDef[E88LM],
-    params: nnx.State,
-    state: LMState,
-    tokens: Array,
-    key: Array,
-    temperature: Array,
-    top_p: Array,
-    *,
-    top_k: int | None,
-    greedy: bool,
-) -> tuple[LMState, Array, Array]:
-    """Reads `tokens` `[B, T]` from `state`, which it consumes, and draws one more.
-
-    Args:
-        params: `inference_params` of the model.
-
-    Returns:
-        The state, the token drawn `[B]` int32 and the key for those to come.
-    """
-    model = nnx.merge(graphdef, params)
-    return _read(model, state, tokens, key, temperature, top_p, top_k, greedy)
+prefill = jax.jit(read_and_draw, static_argnames=_STATIC, donate_argnames="state")
+"""`read_and_draw` as one program, which consumes the state."""
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "length"), donate_argnames="state")
@@ -102,19 +89,27 @@ def decode(
 ) -> tuple[LMState, Array, Array]:
     """Draws `length` tokens one after the other, of which `token` `[B]` is the one before.
 
-    One program, so that the device does not wait for the host at each; otherwise as `prefill`.
+    One program, so that the device does not wait for the host at each; otherwise as `prefill`, the
+    state included.
 
     Returns:
         The state, the tokens drawn `[B, length]` int32 and the key for those to come.
     """
-    model = nnx.merge(graphdef, params)
 
     def one(carry: Any, _: None) -> tuple[Any, Array]:
         state, token, key = carry
-        state, token, key = _read(
-            model, state, token[:, None], key, temperature, top_p, top_k, greedy
+        carry = read_and_draw(
+            graphdef,
+            params,
+            state,
+            token[:, None],
+            key,
+            temperature,
+            top_p,
+            top_k=top_k,
+            greedy=greedy,
         )
-        return (state, token, key), token
+        return carry, carry[1]
 
     (state, _, key), drawn = lax.scan(one, (state, token, key), length=length)
     return state, drawn.T, key

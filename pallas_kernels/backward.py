@@ -285,7 +285,7 @@ class _WayBack:
             return self._group_ahead(slot, i, row, slot_ahead, row_ahead, carry)
 
         carry = lax.fori_loop(0, size // GROUP, step_back, carry)
-        self.steps.add_sums(sums=self.ref["sums"].at[1], d_keys=self._d_keys(0))
+        self.steps.add_d_keys(sums=self.ref["sums"].at[1], d_keys=self._d_keys(0, STEPS))
         self._store_results(i, range(size))
         return carry
 
@@ -310,7 +310,7 @@ class _WayBack:
                 sums={
                     "sums": self.ref["sums"].at[j],
                     "earlier_sums": self.ref["sums"].at[1 - j],
-                    "earlier_d_keys": self._d_keys(row + first + STEPS),
+                    "earlier_d_keys": self._d_keys(row + first + STEPS, STEPS),
                 },
                 **walked,
             )
@@ -318,9 +318,9 @@ class _WayBack:
         d, after, state = lax.fori_loop(0, GROUP // STEPS, half, (d, after, state))
         return before, state, d
 
-    def _d_keys(self, row: Any) -> Any:
-        """Where the gradients of q and k are put together, of 4 steps from a row on."""
-        return self.ref["d_keys_rows"].at[:, pl.ds(row, STEPS)]
+    def _d_keys(self, row: Any, n: int) -> Any:
+        """Where the gradients of q and k are put together, of n steps from a row on."""
+        return self.ref["d_keys_rows"].at[:, pl.ds(row, n)]
 
     def _inputs(self, slot: Any, t: Any, row: Any, n: int) -> dict[str, Any]:
         """What is replayed: n steps from t on of a chunk, whose scalars are from `row` on."""
@@ -361,12 +361,15 @@ class _WayBack:
         """n steps from step `first` on of the group in this row."""
         row = row + first
         return self.steps.walk_back(
-            n, *carry, **self._walked(slot, rows.start + row, row, first, n)
+            n,
+            *carry,
+            d_keys=self._d_keys(row, n),
+            **self._walked(slot, rows.start + row, row, first, n),
         )
 
     def _walked(self, slot: Any, t: Any, row: Any, states: Any, n: int) -> dict[str, Any]:
         """What `walk_back` takes for n steps from t on of a chunk, whose scalars and results are
-        from `row` on, and whose states from there on."""
+        from `row` on, and whose states from there on; all but `d_keys`."""
         ref = self.ref
         return {
             **self._inputs(slot, t, row, n),
@@ -374,7 +377,6 @@ class _WayBack:
             "states": ref["states"].at[pl.ds(states, STEPS)],
             "d_out": ref["d_out_slots"].at[slot, pl.ds(t, n)],
             "d_v": ref["d_v_rows"].at[pl.ds(row, n)],
-            "d_keys": ref["d_keys_rows"].at[:, pl.ds(row, n)],
             "partial_scalars": ref["partial_scalars"].at[:, pl.ds(row, n)],
         }
 

@@ -118,7 +118,7 @@ def walk_back(
     f.w.synchronize()  # all have read their states
     _store_sums(f, at["states"], sums)
     f.w.synchronize()
-    add_sums(f, at["states"], at["d_keys"], n)
+    add_d_keys(f, at["states"], at["d_keys"], n)
     return d_state, before
 
 
@@ -133,7 +133,7 @@ def walk_back_and_replay(
 ) -> tuple[Any, Any, Any]:
     """4 steps of `walk_back`, and in its waits 4 of `replay`, from `state`, of what is `ahead`.
 
-    Returns what both return. The sums over warps are left in `sums`, for `add_sums`; it is called
+    Returns what both return. The sums over warps are left in `sums`, for `add_d_keys`; it is called
     here, also to fill waits, for `earlier_sums` and `earlier_d_keys`.
     """
     again = _Replay(f, kind, ahead, STEPS)
@@ -143,7 +143,7 @@ def walk_back_and_replay(
         nonlocal replayed
         replayed = again.step(i, *replayed)
         if i == 2:
-            add_sums(f, at["earlier_sums"], at["earlier_d_keys"], STEPS)
+            add_d_keys(f, at["earlier_sums"], at["earlier_d_keys"], STEPS)
 
     d_state, before, sums = _walk_back(f, kind, at, d_state, after, STEPS, between)
     _store_sums(f, at["sums"], sums)
@@ -285,7 +285,7 @@ def add_scalars(f: Fragments, partial_scalars: Any, d_scalars: Any) -> None:
 
 
 def _store_sums(f: Fragments, partial: Any, sums: Any) -> None:
-    """A warp's part of the gradients of q and k in 4 steps, where `add_sums` finds it."""
+    """A warp's part of the gradients of q and k in 4 steps, where `add_d_keys` finds it."""
     for i, (a, b, c, d) in enumerate(sums):
         address = _of_sums(f, f.w.warp, i)
         f.w.store(partial, address, [f.w.as_bits(x) for x in (a, c, b, d)])
@@ -298,7 +298,7 @@ def _of_sums(f: Fragments, warp: Any, tile: Any) -> Any:
     return w.add(w.multiply(w.lane, 16), w.multiply(tiles, 32 * 16))
 
 
-def add_sums(f: Fragments, partial: Any, d_keys: Any, n: int) -> None:
+def add_d_keys(f: Fragments, partial: Any, d_keys: Any, n: int) -> None:
     """Adds what the warps of a head have of the gradients of q and k, once all have stored it;
     stores these, of n steps, at most 4."""
     w = f.w

@@ -81,7 +81,10 @@ class Steps:
             states: as in `replay`, with room for 4 steps; overwritten.
         """
         if self.interpret:
-            return _walk_back_in_jax(self.kind, n, d_state, after, **refs)
+            d_keys = refs.pop("d_keys")
+            rows, d_before, before = _walk_back_in_jax(self.kind, n, d_state, after, **refs)
+            d_keys[...] = rows.astype(d_keys.dtype)
+            return d_before, before
 
         def program(f: Fragments, at: Any, d_state: Any, after: Any) -> Any:
             return gradient_steps.walk_back(f, self.kind, at, d_state, after, n)
@@ -101,8 +104,7 @@ class Steps:
         """`walk_back` of 4 steps, and meanwhile `replay` of 4 others.
 
         Args:
-            d_state, after, refs: of `walk_back`; but `states` stays, and `d_keys` is not there
-                before `add_sums`.
+            d_state, after, refs: of `walk_back`, but for `d_keys`; `states` stays.
             state, ahead: of `replay`: the state before its steps, and its references.
             sums: memory for the sums that are to become `d_keys`, `sums`; what the call before left
                 in its own, `earlier_sums`, and the `d_keys` that become of it, `earlier_d_keys`.
@@ -111,8 +113,13 @@ class Steps:
             The results of both.
         """
         if self.interpret:
+            self.add_d_keys(sums=sums["earlier_sums"], d_keys=sums["earlier_d_keys"])
             replayed = _replay_in_jax(self.kind, state, **ahead)
-            return *_walk_back_in_jax(self.kind, STEPS, d_state, after, **refs), replayed
+            rows, d_before, before = _walk_back_in_jax(self.kind, STEPS, d_state, after, **refs)
+            own = sums["sums"]
+            padded = jnp.pad(rows.reshape(-1), (0, math.prod(own.shape) - rows.size))
+            own[...] = padded.reshape(own.shape)
+            return d_before, before, replayed
 
         def program(f: Fragments, at: Any, d_state: Any, after: Any, state: Any) -> Any:
             at_ahead = {name: at.pop(f"{name} ahead") for name in ahead}
@@ -123,11 +130,14 @@ class Steps:
         refs = {**refs, **sums, **{f"{name} ahead": ref for name, ref in ahead.items()}}
         return self._run(program, refs, d_state, after, state)
 
-    def add_sums(self, *, sums: Any, d_keys: Any) -> None:
+    def add_d_keys(self, *, sums: Any, d_keys: Any) -> None:
         """Writes `d_keys` of the last call of `walk_back_and_replay`."""
-        if not self.interpret:
+        if self.interpret:
+            rows = sums[...].reshape(-1)[: math.prod(d_keys.shape)]
+            d_keys[...] = rows.reshape(d_keys.shape).astype(d_keys.dtype)
+        else:
             refs = {"partial": sums, "d_keys": d_keys}
-            self._run(lambda f, at: gradient_steps.add_sums(f, **at, n=STEPS), refs)
+            self._run(lambda f, at: gradient_steps.add_d_keys(f, **at, n=STEPS), refs)
 
     def add_scalars(self, *, partial_scalars: Any, d_scalars: Any) -> None:
         """Writes `[1 or 2, n, heads]`, the gradients of decay and the write gate, after all warps
@@ -230,9 +240,10 @@ def _walk_back_in_jax(
     states: Any,
     d_out: Any,
     d_v: Any,
-    d_keys: Any,
     partial_scalars: Any,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
+    """The gradients of q and k, `[2, n, heads, keys]`, then what `walk_back` returns."""
+
     def step(d_after: Array, x: Any) -> Any:
         k, q, d_o, (decay, gate, keep), error, before, after = x
         d_after = d_after + d_o[:, :, None] * q[:, None, :]
@@ -258,7 +269,6 @@ def _walk_back_in_jax(
     # The interpreter's loops go forwards whatever they are told.
     d_state, results = lax.scan(step, d_state, jax.tree.map(lambda x: x[::-1], x))
     d_q, d_k, d_values, d_decay, d_correction = jax.tree.map(lambda x: x[::-1], results)
-    d_keys[...] = jnp.stack([d_q, d_k]).astype(d_keys.dtype)
     d_v[...] = d_values.astype(d_v.dtype)
     d_gate = [jnp.sum(d_correction * errors[...], axis=2)] if kind.has_write_gate else []
     d_scalars = jnp.stack([d_decay, *d_gate])[..., None]  # [1 or 2, n, heads, 1]
@@ -266,4 +276,4 @@ def _walk_back_in_jax(
     of_head = math.prod(partial_scalars.shape[2:]) // d_scalars.shape[2]
     padded = jnp.pad(d_scalars, ((0, 0), (0, 0), (0, 0), (0, of_head - 1)))
     partial_scalars[...] = padded.reshape(partial_scalars.shape)
-    return d_state, rows[0]
+    return jnp.stack([d_q, d_k]), d_state, rows[0]

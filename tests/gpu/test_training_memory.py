@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from harness.step import xla_options
 
 from e88_jax import recurrence
 from e88_jax.sizing import PRESETS, training_memory
@@ -22,6 +23,6 @@ def test_training_memory_is_what_xla_plans(
 ) -> None:
     plan = load("plan")
     config = dataclasses.replace(PRESETS[preset].config, depth=4, remat=remat)
-    compiled = plan.lower_step(plan.on_a_gpu(config), batch, length).compile()
+    compiled = plan.lower_step(plan.on_a_gpu(config), batch, length).compile(xla_options())
     estimate = training_memory(config, batch, length)
     assert 0.85 < estimate.total / plan.planned_bytes(compiled) < 1.15

@@ -19,8 +19,8 @@ from pallas_kernels.fragments import STEPS, Fragments, fragment_layout
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.gradient_steps import (
     StepKind,
+    add_d_keys,
     add_scalars,
-    add_sums,
     replay,
     walk_back,
     walk_back_and_replay,
@@ -216,7 +216,7 @@ def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int, ahead: bool) ->
     actual["d_state"] = from_lanes(d)
     if ahead:
         actual["state"] = from_lanes(replayed)
-        add_sums(f, sums[True], earlier_d_keys, STEPS)
+        add_d_keys(f, sums[True], earlier_d_keys, STEPS)
     # The next steps are kept where the sums of these were.
     replay(f, kind, of_replay, state, n, unroll)
     if ahead:
