@@ -53,9 +53,11 @@ def scratch(
     """The shared memory of a warpgroup, by name."""
     heads, values, chunk = geometry.heads, geometry.values, geometry.chunk
     keys_slots = plgpu.SMEM((SLOTS, chunk, heads, keys), dtype)
-    of_warps = {}
+    ahead = {}
     if geometry.ahead:
-        of_warps["sums"] = plgpu.SMEM((SLOTS, WARPS, keys // 16, 32, 4), jnp.float32)
+        # Of each half of a group, by warp: tiles of 16 keys, lanes, and what a lane has of one.
+        of_half = WARPS, keys // 16, 32, 4
+        ahead["sums"] = plgpu.SMEM((GROUP // STEPS, *of_half), jnp.float32)
     return {
         "k_slots": keys_slots,
         "q_slots": keys_slots,
@@ -68,7 +70,7 @@ def scratch(
         "d_keys_rows": plgpu.SMEM((2, chunk + STEPS * geometry.ahead, heads, keys), dtype),
         "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
         "partial_scalars": plgpu.SMEM((1 + has_write_gate, chunk, WARPS, 4), jnp.float32),
-        **of_warps,
+        **ahead,
     }
 
 

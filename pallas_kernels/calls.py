@@ -102,7 +102,7 @@ def forward_call(
         kept = KEPT if keep_errors else KEPT._replace(errors=None)
         return x.v, STATE, None if checkpoint_every is None else kept
 
-    return _over_rows(call, (INPUTS, STATE), results, options.interpret is None)
+    return over_rows(call, (INPUTS, STATE), results, options.interpret is None)
 
 
 @functools.cache
@@ -160,10 +160,10 @@ def backward_call(
         return x._replace(v=INPUTS.v, starts=None), STATE
 
     arguments = INPUTS._replace(v=KEPT.errors), KEPT.checkpoints, INPUTS.v, STATE
-    return _over_rows(call, arguments, results, options.interpret is None)
+    return over_rows(call, arguments, results, options.interpret is None)
 
 
-def _over_rows(
+def over_rows(
     call: Callable[..., Any], arguments: Any, results: Callable[..., Any], partition: bool
 ) -> Any:
     """`call` for mapped and sharded arrays.
@@ -220,9 +220,9 @@ def _partitioned(
         result_axes = results(*argument_axes)
 
         def partition(mesh: Any, shapes: Any, result_shapes: Any) -> Any:
-            q = shapes[0].q.sharding.spec
-            spec = dict(zip(INPUTS.q.split(), q, strict=True))
-            sharded = {name: spec[name] for name in ("b", "h")}
+            first, names = (jax.tree.leaves(x)[0] for x in (shapes, argument_axes))
+            spec = dict(zip(names.split(), first.sharding.spec, strict=True))
+            sharded = {name: spec[name] for name in ("b", "h") if name in spec}
 
             def shardings(axes: Any) -> Any:
                 return jax.tree.map(functools.partial(_sharding, mesh, sharded), axes)

@@ -133,6 +133,20 @@ class Warp:
             return self._asm(self.f32, "tanh.approx.f32 $0, $1;", "=f,f", x)
         return math.tanh(x)
 
+    def maximum(self, x: Any, y: Any) -> Any:
+        return arith.maximumf(x, y)
+
+    def exp2(self, x: Any) -> Any:
+        """2 to the power of x, within 2 units in the last place."""
+        return self._asm(self.f32, "ex2.approx.ftz.f32 $0, $1;", "=f,f", x)
+
+    def reciprocal(self, x: Any) -> Any:
+        return self._asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", "=f,f", x)
+
+    def rsqrt(self, x: Any) -> Any:
+        """1 over the square root of x, within 2^-22 of it."""
+        return self._asm(self.f32, "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", x)
+
     def pack(self, low: Any, high: Any) -> Any:
         """Two float32 numbers rounded to bfloat16."""
         return self._asm(self.i32, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", high, low)

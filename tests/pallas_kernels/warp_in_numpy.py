@@ -131,6 +131,19 @@ class WarpInNumpy:
         self.tanhs.add(approximate)
         return np.tanh(self._float(x))
 
+    def maximum(self, x: Lanes, y: Lanes) -> Lanes:
+        return np.maximum(self._float(x), self._float(y))
+
+    def exp2(self, x: Lanes) -> Lanes:
+        with np.errstate(over="ignore"):
+            return np.exp2(self._float(x))
+
+    def reciprocal(self, x: Lanes) -> Lanes:
+        return np.float32(1) / self._float(x)
+
+    def rsqrt(self, x: Lanes) -> Lanes:
+        return np.float32(1) / np.sqrt(self._float(x))
+
     def pack(self, low: Lanes, high: Lanes) -> Lanes:
         low, high = (self._float(x).astype(jnp.bfloat16).view(np.uint16) for x in (low, high))
         return np.stack([low, high], axis=1).view(np.uint32)[:, 0]

@@ -1,0 +1,127 @@
+"""The kernels of SiLU and unit length: lane by lane in NumPy, and lowered for a GPU."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_reference import rms_ratio
+from warp_in_numpy import Memory, WarpInNumpy
+
+from e88_jax.mixer import activate as activate_by_xla
+from pallas_kernels.activation import Split, activate, activate_rows, gradient_of_rows
+
+BOUNDS = {jnp.float32: 1e-6, jnp.bfloat16: 2.5e-3}
+"""Of ||x - reference|| / ||reference||: in bfloat16 what one rounding costs."""
+
+over_dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16"])
+
+
+def reference(split: Split, x: jax.Array) -> tuple[jax.Array, ...]:
+    """By XLA, of a product `[tokens, columns]`."""
+    keys = split.heads * split.n_state
+    q, k, v, rest = jnp.split(x, [keys, 2 * keys, split.columns], axis=-1)
+    q, k, v = (y.reshape(len(x), split.heads, -1) for y in (q, k, v))
+    unit = split.unit_length
+    return (
+        activate_by_xla(q, split.silu, unit),
+        activate_by_xla(k, split.silu, unit),
+        activate_by_xla(v, split.silu, False),
+        rest,
+    )
+
+
+def check(split: Split, n_tokens: int, dtype: Any, n_rest: int = 8) -> None:
+    """Results and gradients of the lanes' programs against the reference in float64."""
+    rng = np.random.default_rng([split.heads, split.n_state, n_tokens])
+    x = (2 * rng.normal(size=(n_tokens, split.columns + n_rest))).astype(dtype)
+    x[:, : split.n_state] = 0  # a head of zeros
+    with jax.enable_x64(True):
+        wide = jnp.asarray(x.astype(np.float64))
+        expected, pullback = jax.vjp(lambda x: reference(split, x), wide)
+        d = [rng.normal(size=y.shape).astype(dtype) for y in expected]
+        (d_x_expected,) = pullback(tuple(jnp.asarray(y.astype(np.float64)) for y in d))
+    product, d_x = Memory(x), Memory(np.full(x.shape, np.nan, dtype))
+    for stream, wanted, d_y in zip(split.streams(x.shape[1], x.itemsize), expected, d, strict=True):
+        own = slice(None), slice(stream.start, stream.stop)
+        y = Memory(np.full((n_tokens, stream.stop - stream.start), np.nan, dtype))
+        activate_rows(WarpInNumpy(), stream, product[own], y)
+        ratio = rms_ratio(y.array.reshape(wanted.shape), np.asarray(wanted))
+        assert ratio < BOUNDS[dtype], f"{stream.name} differs by {ratio}"
+        d_rows = Memory(np.ascontiguousarray(d_y.reshape(n_tokens, -1)))
+        gradient_of_rows(WarpInNumpy(), stream, product[own], d_rows, d_x[own])
+    # A row of zeros has so large a gradient that the others would not count.
+    rows = np.s_[:, split.n_state :]
+    ratio = rms_ratio(d_x.array[rows], np.asarray(d_x_expected)[rows])
+    assert ratio < BOUNDS[dtype], f"the gradient differs by {ratio}"
+    zeros = np.s_[:, : split.n_state]
+    ratio = rms_ratio(d_x.array[zeros], np.asarray(d_x_expected)[zeros])
+    assert ratio < BOUNDS[dtype], f"the gradient of zeros differs by {ratio}"
+
+
+@over_dtypes
+@pytest.mark.parametrize("n_state", [8, 16, 24, 32, 48, 64, 96, 128])
+def test_sizes(n_state: int, dtype: Any) -> None:
+    if Split(3, n_state, 32, True, True).unsupported(3 * (2 * n_state + 32) + 8, dtype):
+        pytest.skip("too many numbers for a lane")
+    check(Split(3, n_state, 32, True, True), 5, dtype)
+
+
+@over_dtypes
+@pytest.mark.parametrize("n_tokens", [1, 7, 40])
+def test_tokens(n_tokens: int, dtype: Any) -> None:
+    check(Split(5, 32, 16, True, True), n_tokens, dtype, n_rest=24)
+
+
+@over_dtypes
+@pytest.mark.parametrize(("silu", "unit_length"), [(True, False), (False, True), (False, False)])
+def test_options(silu: bool, unit_length: bool, dtype: Any) -> None:
+    check(Split(2, 16, 16, silu, unit_length), 3, dtype)
+
+
+def test_large_numbers() -> None:
+    """SiLU of what overflows its exponential is 0 or the number."""
+    x = np.repeat(np.float32([-500, -90, 90, 500]), 8)[None]
+    stream = Split(1, 32, 32, True, False).streams(96, 4)[0]
+    y, d_x = Memory(np.zeros_like(x)), Memory(np.zeros_like(x))
+    activate_rows(WarpInNumpy(), stream, Memory(x), y)
+    np.testing.assert_allclose(y.array, np.where(x > 0, x, 0), atol=1e-30)
+    gradient_of_rows(WarpInNumpy(), stream, Memory(x), Memory(np.ones_like(x)), d_x)
+    np.testing.assert_allclose(d_x.array, np.where(x > 0, 1, 0), atol=1e-30)
+
+
+@over_dtypes
+@pytest.mark.parametrize("n_rest", [0, 72])
+def test_lowering(n_rest: int, dtype: Any) -> None:
+    split = Split(72, 32, 32, True, True)
+    x = jax.ShapeDtypeStruct((3, 75, split.columns + n_rest), dtype)
+
+    def loss(x: jax.Array) -> jax.Array:
+        return sum((jnp.sum(y.astype(jnp.float32)) for y in activate(split, x)), jnp.float32(0))
+
+    lowered = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("e88_activation_backward") > 0
+    lowered = jax.jit(loss).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "e88_activation_backward" not in lowered
+    assert "e88_activation" in lowered
+
+
+@pytest.mark.parametrize(
+    ("split", "columns", "dtype", "fragments"),
+    [
+        (Split(2, 32, 32, True, True), 192, jnp.float16, ["float32 and bfloat16", "float16"]),
+        (Split(2, 20, 32, True, True), 144, jnp.bfloat16, ["N", "8", "20"]),
+        (Split(2, 32, 4, True, True), 136, jnp.bfloat16, ["V", "8", "4"]),
+        (Split(2, 32, 32, True, True), 194, jnp.bfloat16, ["columns", "8", "194"]),
+        (Split(2, 72, 32, True, True), 352, jnp.bfloat16, ["N", "32", "72"]),
+        (Split(2, 32, 72, True, True), 272, jnp.bfloat16, ["V", "32", "72"]),
+    ],
+)
+def test_refusals(split: Split, columns: int, dtype: Any, fragments: list[str]) -> None:
+    refusal = split.unsupported(columns, jnp.dtype(dtype))
+    assert refusal is not None
+    for fragment in fragments:
+        assert fragment in refusal
+    assert Split(2, 32, 32, True, True).unsupported(194, jnp.dtype(jnp.float32)) is not None
+    assert Split(2, 32, 32, True, True).unsupported(196, jnp.dtype(jnp.float32)) is None
