@@ -154,7 +154,7 @@ def h100_device() -> Any:
         )
     except NotImplementedError as error:
         raise UsageError(f"JAX has no CUDA plugin ({error}): pip install 'jax[cuda13]'.") from None
-    recurrence._unsupported_device = lambda: None  # it asks for the device that runs
+    recurrence.unsupported_device = lambda: None  # it asks for the device that runs
     return SingleDeviceSharding(topology.devices[0])
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.nn import initializers
 
+from e88_jax.activation import activate, activate_product
 from e88_jax.config import E88Config
 from e88_jax.precision import compute_dtype, wide, wide_dtype
 from e88_jax.projection import Projection
@@ -35,32 +36,6 @@ class MixerState(NamedTuple):
     """The heads' states, `[B, H, N, V]` float32."""
     conv: dict[str, Array]
     """The last inputs of each short convolution, `[B, conv_size - 1, channels]`; may be empty."""
-
-
-def l2_normalize(x: Array) -> Array:
-    """`x / (||x|| + 1e-6)` over the last axis, in float32 (float64 for float64), in x's dtype.
-
-    A row of zeros gives zeros and a finite gradient.
-    """
-    x_wide = wide(x)
-    square = jnp.sum(x_wide * x_wide, axis=-1, keepdims=True)
-    is_zero = square == 0  # the square root has no finite gradient there
-    norm = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
-    return (x_wide / (norm + 1e-6)).astype(x.dtype)
-
-
-def activate(x: Array, silu: bool, unit_length: bool) -> Array:
-    """SiLU, then unit length over the last axis, where asked for, in x's dtype.
-
-    In between it is float32 (float64 for float64): with nothing rounded there, XLA reads x twice
-    rather than write what is between.
-    """
-    y = wide(x)
-    if silu:
-        y = jax.nn.silu(y)
-    if unit_length:
-        y = l2_normalize(y)
-    return y.astype(x.dtype)
 
 
 def _init_a_log(key: Array, n_heads: int) -> Array:
@@ -179,8 +154,11 @@ class E88Mixer(nnx.Module):
             state = self.init_state(x.shape[0])
         else:
             self._check_state(state, x.shape[0])
-        read = self._read(x.astype(self.dtype))
-        q, k, v, conv_state = self._qkv(read, state.conv, segment_ids)
+        read, qkv = self._read(x.astype(self.dtype))
+        conv_state = {}
+        if qkv is None:
+            *qkv, conv_state = self._qkv(read, state.conv, segment_ids)
+        q, k, v = qkv
         out, recurrent = e88_recurrence(
             q,
             k,
@@ -197,26 +175,43 @@ class E88Mixer(nnx.Module):
         y = self.head_projs(mixed) if config.head_mix == "per_head" else self.o_proj(mixed)
         return y, MixerState(recurrent, conv_state)
 
-    def _read(self, x: Array) -> dict[str, Array]:
-        """What the layer reads from x `[B, T, dim]`, by the name of the projection.
+    def _read(self, x: Array) -> tuple[dict[str, Array], list[Array] | None]:
+        """What the layer reads from x `[B, T, dim]`, by the name of the projection; and q, k and v,
+        where a kernel makes them of the product that holds them.
 
         Projections are side by side in one product: alone, that of the decay, of one column a head,
         takes as long to read x as a wide one. In two products, as XLA joins at most 4 gradients
         well, and makes that of a gate alone together with that of what the gate multiplies. To put
         kernels side by side copies them, which is too much for few tokens.
         """
+        config = self.config
         read: dict[str, Array] = {}
+        qkv = None
         for names in _READ_THE_INPUT:
             parts = {name: getattr(self, name) for name in names if hasattr(self, name)}
-            if x.shape[0] * x.shape[1] < self.config.dim or len(parts) < 2:
+            if not parts or x.shape[0] * x.shape[1] < config.dim:
                 read |= {name: projection(x) for name, projection in parts.items()}
                 continue
             kernels = [projection.kernel[...].astype(self.dtype) for projection in parts.values()]
-            y = x.reshape(-1, self.config.dim) @ jnp.concatenate(kernels, axis=1)
-            ends = itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1])
-            streams = jnp.split(y.reshape(*x.shape[:2], -1), list(ends), axis=-1)
-            read |= zip(parts, streams, strict=True)
-        return read
+            joined = jnp.concatenate(kernels, axis=1) if len(kernels) > 1 else kernels[0]
+            y = (x.reshape(-1, config.dim) @ joined).reshape(*x.shape[:2], -1)
+            widths = {name: kernel.shape[1] for name, kernel in zip(parts, kernels, strict=True)}
+            if "qkv_proj" in parts and config.conv_size is None:
+                activated = activate_product(
+                    y,
+                    config.n_heads,
+                    config.n_state,
+                    config.n_value,
+                    silu=config.use_silu,
+                    unit_length=config.use_l2_norm,
+                    implementation=config.implementation,
+                )
+                if activated is not None:
+                    *qkv, y = activated
+                    del widths["qkv_proj"]
+            ends = list(itertools.accumulate(widths.values()))
+            read |= zip(widths, jnp.split(y, ends[:-1], axis=-1), strict=True) if widths else {}
+        return read, qkv
 
     def _check_state(self, state: MixerState, batch: int) -> None:
         fresh = jax.eval_shape(lambda: self.init_state(batch))

@@ -21,7 +21,7 @@ Implementation = Literal["scan", "mosaic_gpu"]
 _log = logging.getLogger(__name__)
 
 
-def _unsupported_device() -> str | None:
+def unsupported_device() -> str | None:
     """Why the kernels do not run on the default device, or None if they do."""
     device = jax.devices()[0]
     first, end = (".".join(map(str, x)) for x in (KERNELS_RUN_FROM, KERNELS_RUN_BELOW))
@@ -56,7 +56,7 @@ def _mosaic_gpu(
     linear_state: bool,
     checkpoint_every: int,
 ) -> tuple[Array, Array]:
-    _require(_unsupported_device())
+    _require(unsupported_device())
     import pallas_kernels  # not every platform's jaxlib has what the kernels import
 
     _require(pallas_kernels.unsupported(q.shape[-1], v.shape[-1], q.dtype))

@@ -13,9 +13,10 @@ from flax import nnx
 from numpy_reference import rms_ratio
 from recurrence_contract import QUICK_TO_COMPILE
 
+from e88_jax.activation import l2_normalize
 from e88_jax.config import E88Config
 from e88_jax.interop import mixer_from_torch, mixer_to_torch
-from e88_jax.mixer import E88Mixer, MixerState, l2_normalize
+from e88_jax.mixer import E88Mixer, MixerState
 
 # Every option alone, then those that act on each other.
 OPTIONS: list[dict[str, Any]] = [

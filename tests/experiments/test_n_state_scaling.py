@@ -195,7 +195,7 @@ def test_what_was_timed_before_an_interrupt_is_kept(
 
 def test_a_gpu_has_defaults_and_rules_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(e88_jax.recurrence, "_unsupported_device", lambda: None)
+    monkeypatch.setattr(e88_jax.recurrence, "unsupported_device", lambda: None)
     setting = n_state_scaling.resolve(n_state_scaling.ScalingConfig())
     assert (setting.implementation, setting.dtype) == ("mosaic_gpu", "bfloat16")
     assert (setting.batch_size, setting.seq_len, setting.dim) == (8, 2048, 2304)

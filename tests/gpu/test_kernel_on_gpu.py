@@ -27,7 +27,7 @@ from e88_jax import recurrence
 from e88_jax.recurrence import e88_recurrence
 from pallas_kernels import Geometry
 
-if refusal := recurrence._unsupported_device():
+if refusal := recurrence.unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
 
 # Of ||x - scan|| / ||scan||, per tensor; the scan in float32.

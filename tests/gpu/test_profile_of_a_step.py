@@ -12,7 +12,7 @@ from e88_jax import recurrence
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.model import E88LM
 
-if refusal := recurrence._unsupported_device():
+if refusal := recurrence.unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
 
 

@@ -9,7 +9,7 @@ from harness.step import xla_options
 from e88_jax import recurrence
 from e88_jax.sizing import PRESETS, training_memory
 
-if refusal := recurrence._unsupported_device():
+if refusal := recurrence.unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
 
 

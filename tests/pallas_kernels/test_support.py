@@ -51,7 +51,7 @@ def test_hopper_and_datacenter_blackwell_are_taken(
     capability: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [Gpu(capability)])
-    assert recurrence._unsupported_device() is None
+    assert recurrence.unsupported_device() is None
     x = jnp.zeros((1, 2, 1, 6))
     with pytest.raises(NotImplementedError, match=r"mosaic_gpu.*got 6.*scan"):
         e88_recurrence(x, x, x, jnp.zeros((1, 2, 1)), implementation="mosaic_gpu")
