@@ -62,7 +62,7 @@ def build(config: DecodeConfig) -> tuple[int, Any, Any, dict[int, Any]]:
     import jax
     from flax import nnx
 
-    from e88_jax.generate import inference_params
+    from e88_jax.generate import for_inference
     from e88_jax.model import E88LM, count_params
 
     model = E88LM(config.model, rngs=nnx.Rngs(0))
@@ -70,7 +70,7 @@ def build(config: DecodeConfig) -> tuple[int, Any, Any, dict[int, Any]]:
         batch: jax.eval_shape(lambda batch=batch: model.init_state(batch))
         for batch in config.batch_sizes
     }
-    return count_params(model), nnx.graphdef(model), inference_params(model), states
+    return count_params(model), *for_inference(model), states
 
 
 def main(args: Sequence[str]) -> None:

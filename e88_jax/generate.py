@@ -51,7 +51,7 @@ def read_and_draw(
     """Reads `tokens` `[B, T]` from `state` and draws one more.
 
     Args:
-        params: `inference_params` of the model.
+        graphdef, params: `for_inference` of the model.
 
     Returns:
         The state, the token drawn `[B]` int32 and the key for those to come.
@@ -115,24 +115,20 @@ def decode(
     return state, drawn.T, key
 
 
-def inference_params(model: E88LM) -> nnx.State:
-    """The model's parameters, those that are only multiplied with in the dtype of the products.
+def for_inference(model: E88LM) -> tuple[nnx.GraphDef[E88LM], nnx.State]:
+    """Graph and parameters of a model that computes the same, made to decode.
 
-    The results are the same; a step of decoding, which has to read all of them, reads half of the
-    bytes where that dtype is bfloat16.
+    What each layer reads from its input is one product, of one kernel for a token; and what is only
+    multiplied with is in the dtype of the products: a step of decoding, which has to read all of
+    it, reads half of the bytes where that is bfloat16.
     """
-    paths: dict[tuple[Any, ...], Any] = {
-        (*path, "kernel"): module.dtype
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, (Projection, nnx.Einsum))
-    }
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return nnx.from_flat_state(
-        [
-            (path, param.replace(param[...].astype(paths[path])) if path in paths else param)
-            for path, param in flat
-        ]
-    )
+    model = nnx.merge(*nnx.split(model))  # other variables, of the same arrays
+    for block in model.blocks:
+        block.mixer.join_projections()
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, (Projection, nnx.Einsum)):
+            module.kernel = nnx.Param(module.kernel[...].astype(module.dtype))
+    return nnx.split(model)
 
 
 def generate_stream(
@@ -191,7 +187,7 @@ def _tokens(
     top_k: int | None,
     top_p: float,
 ) -> Iterator[np.ndarray]:
-    graphdef, params = nnx.graphdef(model), inference_params(model)
+    graphdef, params = for_inference(model)
     greedy = temperature < 1e-6  # where dividing by it would overflow
     options: dict[str, Any] = {
         "temperature": jnp.float32(1 if greedy else temperature),

@@ -12,7 +12,7 @@ from jax.nn import initializers
 from e88_jax.activation import activate, activate_product
 from e88_jax.config import E88Config
 from e88_jax.precision import compute_dtype, wide, wide_dtype
-from e88_jax.projection import Projection
+from e88_jax.projection import Projection, multiply
 from e88_jax.recurrence import e88_recurrence
 from e88_jax.reference import document_starts
 from e88_jax.short_conv import ShortConv
@@ -69,9 +69,7 @@ class E88Mixer(nnx.Module):
         torch_default = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
         def linear(n_in: int, n_out: int, init: initializers.Initializer = xavier) -> Projection:
-            return Projection(
-                n_in, n_out, use_bias=False, dtype=self.dtype, kernel_init=init, rngs=rngs
-            )
+            return Projection(n_in, n_out, dtype=self.dtype, kernel_init=init, rngs=rngs)
 
         if config.tie_kv:
             self.q_proj = linear(dim, keys)
@@ -175,28 +173,53 @@ class E88Mixer(nnx.Module):
         y = self.head_projs(mixed) if config.head_mix == "per_head" else self.o_proj(mixed)
         return y, MixerState(recurrent, conv_state)
 
-    def _read(self, x: Array) -> tuple[dict[str, Array], list[Array] | None]:
-        """What the layer reads from x `[B, T, dim]`, by the name of the projection; and q, k and v,
-        where a kernel makes them of the product that holds them.
+    def join_projections(self) -> None:
+        """Makes one projection of those that read the input, for inference.
+
+        Products of few tokens then take one kernel. The parameters are no longer named as in the
+        original implementation.
+        """
+        names = [name for group in _READ_THE_INPUT for name in group if hasattr(self, name)]
+        kernels = [getattr(self, name).kernel[...] for name in names]
+        self.joined_widths = tuple(
+            (name, k.shape[1]) for name, k in zip(names, kernels, strict=True)
+        )
+        self.joined_kernel = nnx.Param(jnp.concatenate(kernels, axis=1).astype(self.dtype))
+        for name in names:
+            delattr(self, name)
+
+    def _products(self, n_tokens: int) -> list[tuple[dict[str, int], Array]]:
+        """The products that read the input: columns by the name of the projection, and the kernel.
 
         Projections are side by side in one product: alone, that of the decay, of one column a head,
-        takes as long to read x as a wide one. In two products, as XLA joins at most 4 gradients
-        well, and makes that of a gate alone together with that of what the gate multiplies. To put
-        kernels side by side copies them, which is too much for few tokens.
+        takes as long to read the input as a wide one. In two products, as XLA joins at most 4
+        gradients well, and makes that of a gate alone together with that of what the gate
+        multiplies. To put kernels side by side copies them, which is too much for few tokens.
         """
+        if hasattr(self, "joined_kernel"):
+            return [(dict(self.joined_widths), self.joined_kernel[...])]
+        groups = [[x for x in names if hasattr(self, x)] for names in _READ_THE_INPUT]
+        if n_tokens < self.config.dim:
+            groups = [[name] for names in groups for name in names]
+        products = []
+        for names in filter(None, groups):
+            kernels = [getattr(self, name).kernel[...].astype(self.dtype) for name in names]
+            joined = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
+            widths = {name: kernel.shape[1] for name, kernel in zip(names, kernels, strict=True)}
+            products.append((widths, joined))
+        return products
+
+    def _read(self, x: Array) -> tuple[dict[str, Array], list[Array] | None]:
+        """What the layer reads from x `[B, T, dim]`, by the name of the projection; and q, k and v,
+        where a kernel makes them of the product that holds them."""
         config = self.config
+        n_tokens = x.shape[0] * x.shape[1]
         read: dict[str, Array] = {}
         qkv = None
-        for names in _READ_THE_INPUT:
-            parts = {name: getattr(self, name) for name in names if hasattr(self, name)}
-            if not parts or x.shape[0] * x.shape[1] < config.dim:
-                read |= {name: projection(x) for name, projection in parts.items()}
-                continue
-            kernels = [projection.kernel[...].astype(self.dtype) for projection in parts.values()]
-            joined = jnp.concatenate(kernels, axis=1) if len(kernels) > 1 else kernels[0]
-            y = (x.reshape(-1, config.dim) @ joined).reshape(*x.shape[:2], -1)
-            widths = {name: kernel.shape[1] for name, kernel in zip(parts, kernels, strict=True)}
-            if "qkv_proj" in parts and config.conv_size is None:
+        for widths, kernel in self._products(n_tokens):
+            y = multiply(x, kernel)
+            activated = None
+            if "qkv_proj" in widths and config.conv_size is None and n_tokens >= config.dim:
                 activated = activate_product(
                     y,
                     config.n_heads,
@@ -206,11 +229,12 @@ class E88Mixer(nnx.Module):
                     unit_length=config.use_l2_norm,
                     implementation=config.implementation,
                 )
-                if activated is not None:
-                    *qkv, y = activated
-                    del widths["qkv_proj"]
-            ends = list(itertools.accumulate(widths.values()))
-            read |= zip(widths, jnp.split(y, ends[:-1], axis=-1), strict=True) if widths else {}
+            if activated is not None:
+                *qkv, y = activated
+                del widths["qkv_proj"]
+            ends = itertools.accumulate(widths.values())
+            parts = jnp.split(y, list(ends)[:-1], axis=-1)
+            read |= zip(widths, parts, strict=False)  # of no widths one part, of no columns
         return read, qkv
 
     def _check_state(self, state: MixerState, batch: int) -> None:

@@ -24,7 +24,7 @@ class ChannelMixer(nnx.Module):
     def __init__(self, dim: int, hidden: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         def linear(n_in: int, n_out: int) -> Projection:
             init = initializers.xavier_uniform()
-            return Projection(n_in, n_out, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
+            return Projection(n_in, n_out, dtype=dtype, kernel_init=init, rngs=rngs)
 
         self.gate_proj = linear(dim, hidden)
         self.up_proj = linear(dim, hidden)

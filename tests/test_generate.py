@@ -12,9 +12,9 @@ from e88_jax.config import E88Config, LMConfig
 from e88_jax.generate import (
     BLOCK,
     filter_logits,
+    for_inference,
     generate,
     generate_stream,
-    inference_params,
 )
 from e88_jax.model import E88LM
 
@@ -118,15 +118,39 @@ class TestGenerate:
     def test_weights_of_products_are_read_narrow(self) -> None:
         layer = E88Config(dim=12, n_heads=3, n_state=4, conv_size=3, dtype="bfloat16")
         model = E88LM(LMConfig(layer=layer, depth=1, vocab_size=VOCAB), rngs=nnx.Rngs(0))
-        params = inference_params(model)
+        graphdef, params = for_inference(model)
         dtypes = {"/".join(map(str, p)): str(x.dtype) for p, x in nnx.to_flat_state(params)}
         narrow = {path for path, dtype in dtypes.items() if dtype == "bfloat16"}
-        projections = ("qkv_proj", "g_proj", "a_proj", "o_proj")
-        assert narrow == {f"blocks/0/mixer/{name}/kernel" for name in projections}
+        assert narrow == {f"blocks/0/mixer/{name}" for name in ("joined_kernel", "o_proj/kernel")}
         assert set(dtypes.values()) == {"bfloat16", "float32"}
         logits, _ = run(model, jnp.asarray(PROMPT))
-        same, _ = run(nnx.merge(nnx.graphdef(model), params), jnp.asarray(PROMPT))
+        same, _ = run(nnx.merge(graphdef, params), jnp.asarray(PROMPT))
         np.testing.assert_array_equal(logits, same)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"output_gate": "none", "decay_mode": "none"},
+            {"tie_kv": True, "write_gate": True, "head_mix": "input_weighted"},
+            {"head_mix": "per_head", "decay_mode": "simple", "conv_size": 2},
+        ],
+        ids=str,
+    )
+    def test_a_model_made_to_decode_computes_the_same(self, options: dict[str, Any]) -> None:
+        layer = E88Config(dim=12, n_heads=3, n_state=4, dtype="float32", **options)
+        config = LMConfig(layer=layer, depth=2, vocab_size=VOCAB, channel_mixer_dim=8)
+        model = E88LM(config, rngs=nnx.Rngs(0))
+        same = nnx.merge(*for_inference(model))
+        for tokens in (PROMPT, PROMPT[:, :1]):
+            expected, state = run(model, jnp.asarray(tokens))
+            logits, its_state = run(same, jnp.asarray(tokens))
+            np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+                its_state,
+                state,
+            )
+        assert hasattr(model.blocks[0].mixer, "joined_kernel") is False
 
     def test_no_tokens(self, model: E88LM) -> None:
         assert draw(model, length=0).shape == (2, 0)
