@@ -15,7 +15,9 @@ def test_a_row_alone_has_company_on_a_gpu(
 
     def rows() -> int:
         (product,) = (
-            eqn for eqn in jax.make_jaxpr(multiply)(x, kernel).eqns if "dot" in str(eqn.primitive)
+            eqn
+            for eqn in jax.make_jaxpr(lambda *x: multiply(*x))(x, kernel).eqns
+            if "dot" in str(eqn.primitive)
         )
         return product.outvars[0].aval.shape[0]
 
