@@ -14,7 +14,7 @@ from e88_jax.activation import activate
 if refusal := recurrence.unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
 
-from pallas_kernels import activation  # noqa: E402  (needs the GPU's jaxlib)
+from pallas_kernels import activation
 
 BOUNDS = {"float32": 2e-6, "bfloat16": 3e-3}
 
