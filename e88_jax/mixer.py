@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.nn import initializers
 
+from e88_jax import recurrence
 from e88_jax.activation import activate, activate_product
 from e88_jax.config import E88Config
 from e88_jax.precision import compute_dtype, wide, wide_dtype
@@ -36,6 +37,13 @@ class MixerState(NamedTuple):
     """The heads' states, `[B, H, N, V]` float32."""
     conv: dict[str, Array]
     """The last inputs of each short convolution, `[B, conv_size - 1, channels]`; may be empty."""
+
+
+def _parts(y: Array, widths: dict[str, int]) -> dict[str, Array]:
+    """The columns of a product by name."""
+    ends = itertools.accumulate(widths.values())
+    parts = jnp.split(y, list(ends)[:-1], axis=-1)
+    return dict(zip(widths, parts, strict=False))  # of no widths one part, of no columns
 
 
 def _init_a_log(key: Array, n_heads: int) -> Array:
@@ -152,7 +160,11 @@ class E88Mixer(nnx.Module):
             state = self.init_state(x.shape[0])
         else:
             self._check_state(state, x.shape[0])
-        read, qkv = self._read(x.astype(self.dtype))
+        x = x.astype(self.dtype)
+        if x.shape[1] == 1 and (token := self._token(x, state)) is not None:
+            mixed, state = token
+            return self.o_proj(mixed), state
+        read, qkv = self._read(x)
         conv_state = {}
         if qkv is None:
             *qkv, conv_state = self._qkv(read, state.conv, segment_ids)
@@ -162,7 +174,7 @@ class E88Mixer(nnx.Module):
             k,
             v,
             self._decay(read, x.shape[:2]),
-            write_gate=jax.nn.sigmoid(wide(read["write_gate_proj"])) if config.write_gate else None,
+            write_gate=self._write_gate(read),
             initial_state=state.recurrent,
             segment_ids=segment_ids,
             linear_state=config.linear_state,
@@ -232,10 +244,55 @@ class E88Mixer(nnx.Module):
             if activated is not None:
                 *qkv, y = activated
                 del widths["qkv_proj"]
-            ends = itertools.accumulate(widths.values())
-            parts = jnp.split(y, list(ends)[:-1], axis=-1)
-            read |= zip(widths, parts, strict=False)  # of no widths one part, of no columns
+            read |= _parts(y, widths)
         return read, qkv
+
+    def _token(self, x: Array, state: MixerState) -> tuple[Array, MixerState] | None:
+        """For one token, all between the first product and the last by one kernel; None where there
+        is none for this device or this layer, or `join_projections` was not called.
+
+        Args:
+            x: `[B, 1, dim]`.
+
+        Returns:
+            What the last projection reads, `[B, 1, H * V]`, and the state.
+        """
+        config = self.config
+        beyond_it = config.tie_kv or config.conv_size or config.value_residual or config.output_norm
+        if (
+            not hasattr(self, "joined_kernel")
+            or beyond_it
+            or config.head_mix != "concat"
+            or config.implementation == "scan"
+            or recurrence.unsupported_device() is not None
+        ):
+            return None
+        from pallas_kernels.activation import Split
+        from pallas_kernels.decode_layer import Layer, decode_layer
+
+        widths = dict(self.joined_widths)
+        ends = dict(zip(widths, itertools.accumulate(widths.values()), strict=True))
+        layer = Layer(
+            Split(
+                config.n_heads, config.n_state, config.n_value, config.use_silu, config.use_l2_norm
+            ),
+            config.output_gate,
+            ends["g_proj"] - widths["g_proj"] if config.output_gate != "none" else 0,
+            config.linear_state,
+        )
+        if layer.unsupported(self.joined_kernel.shape[1], self.dtype) is not None:
+            return None
+        y = multiply(x, self.joined_kernel[...])
+        read = _parts(y, widths)
+        decay, write_gate = self._decay(read, x.shape[:2]), self._write_gate(read)
+        out, recurrent = decode_layer(
+            layer,
+            y[:, 0],
+            decay[:, 0],
+            None if write_gate is None else write_gate[:, 0],
+            state.recurrent,
+        )
+        return out[:, None], MixerState(recurrent, {})
 
     def _check_state(self, state: MixerState, batch: int) -> None:
         fresh = jax.eval_shape(lambda: self.init_state(batch))
@@ -291,6 +348,11 @@ class E88Mixer(nnx.Module):
                 return jnp.broadcast_to(decay, shape)
             case "none":
                 return jnp.ones(shape, dtype)
+
+    def _write_gate(self, read: dict[str, Array]) -> Array | None:
+        if not self.config.write_gate:
+            return None
+        return jax.nn.sigmoid(wide(read["write_gate_proj"]))
 
     def _mix_heads(self, out: Array, v: Array, read: dict[str, Array]) -> Array:
         """From the recurrence's outputs `[B, T, H, V]` to what the last projection reads."""

@@ -8,8 +8,10 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 GPU_ROWS = 8
-"""Fewest rows of a product on a GPU. Of one row XLA makes a multiplication, up to 10 million of
-them, that is written to memory and then summed."""
+"""Fewest rows of a product on a GPU, of a kernel of at most `ALONE` numbers."""
+ALONE = 10_000_000
+"""Most numbers of a kernel of which XLA makes, for one row on a GPU, a multiplication that is
+written to memory and then summed."""
 
 
 def multiply(x: Array, kernel: Array) -> Array:
@@ -20,8 +22,8 @@ def multiply(x: Array, kernel: Array) -> Array:
     """
     rows = x.reshape(-1, x.shape[-1])
     n_rows = rows.shape[0]
-    if n_rows == 1 and jax.default_backend() == "gpu":
-        rows = jnp.pad(rows, ((0, GPU_ROWS - 1), (0, 0)))
+    if n_rows == 1 and kernel.size <= ALONE and jax.default_backend() == "gpu":
+        rows = jnp.broadcast_to(rows, (GPU_ROWS, rows.shape[1]))
     return (rows @ kernel)[:n_rows].reshape(*x.shape[:-1], kernel.shape[-1])
 
 

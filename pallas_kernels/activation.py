@@ -178,37 +178,41 @@ def _store(w: Any, rows: Rows, memory: Any, addresses: list[Any], x: list[Any]) 
         w.store(memory, address, words[4 * i : 4 * i + 4])
 
 
-def _sum(w: Any, rows: Rows, x: list[Any], y: list[Any]) -> Any:
-    """Of x y over a row."""
+def _sum(w: Any, lanes: int, x: list[Any], y: list[Any]) -> Any:
+    """Of x y over a row that so many lanes share."""
     total = w.fmultiply(x[0], y[0])
     for a, b in zip(x[1:], y[1:], strict=True):
         total = w.fma(a, b, total)
     distance = 1
-    while distance < rows.lanes:
+    while distance < lanes:
         total = w.fadd(total, w.exchange(total, distance))
         distance *= 2
     return total
 
 
-def _after_silu(w: Any, activation: Activation, x: list[Any]) -> tuple[list[Any], list[Any]]:
+def sigmoid(w: Any, x: Any) -> Any:
+    power = w.exp2(w.fmultiply(x, w.number(-math.log2(math.e))))
+    return w.reciprocal(w.fadd(w.number(1.0), power))
+
+
+def after_silu(w: Any, activation: Activation, x: list[Any]) -> tuple[list[Any], list[Any]]:
     """x after SiLU, and the derivative of that."""
     if not activation.silu:
         return x, [w.number(1.0)] * len(x)
     one = w.number(1.0)
     results, derivatives = [], []
     for y in x:
-        power = w.exp2(w.fmultiply(y, w.number(-math.log2(math.e))))
-        sigmoid = w.reciprocal(w.fadd(one, power))
-        result = w.fmultiply(y, sigmoid)
+        s = sigmoid(w, y)
+        result = w.fmultiply(y, s)
         results.append(result)
         # s + y s (1 - s)
-        derivatives.append(w.fma(result, w.fma(w.negative(sigmoid), one, one), sigmoid))
+        derivatives.append(w.fma(result, w.fma(w.negative(s), one, one), s))
     return results, derivatives
 
 
-def _over_length(w: Any, rows: Rows, x: list[Any]) -> tuple[Any, Any]:
-    """What a row is multiplied with, and one over its length."""
-    square = _sum(w, rows, x, x)
+def over_length(w: Any, lanes: int, x: list[Any]) -> tuple[Any, Any]:
+    """What a row that so many lanes share is multiplied with, and one over its length."""
+    square = _sum(w, lanes, x, x)
     over = w.rsqrt(w.maximum(square, w.number(SMALLEST)))
     length = w.fmultiply(square, over)
     return w.reciprocal(w.fadd(length, w.number(NORM_EPSILON))), over
@@ -221,9 +225,9 @@ def activate_rows(w: Any, stream: Stream, x: Any, y: Any) -> None:
     def some(own: list[Any]) -> None:
         loaded = [_load(w, rows, x, _addresses(w, rows, stream.heads, x, row)) for row in own]
         for row, words in zip(own, loaded, strict=True):
-            a, _ = _after_silu(w, stream.activation, _wide(w, rows, words))
+            a, _ = after_silu(w, stream.activation, _wide(w, rows, words))
             if unit_length:
-                scale, _ = _over_length(w, rows, a)
+                scale, _ = over_length(w, rows.lanes, a)
                 a = [w.fmultiply(value, scale) for value in a]
             _store(w, rows, y, _addresses(w, rows, stream.heads, y, row), a)
 
@@ -241,12 +245,12 @@ def gradient_of_rows(w: Any, stream: Stream, x: Any, d_y: Any, d_x: Any) -> None
         ]
         for row, words in zip(own, loaded, strict=True):
             x_wide, d = (_wide(w, rows, z) for z in words)
-            a, derivatives = _after_silu(w, stream.activation, x_wide)
+            a, derivatives = after_silu(w, stream.activation, x_wide)
             if unit_length:
-                scale, over = _over_length(w, rows, a)
+                scale, over = over_length(w, rows.lanes, a)
                 # Of a (||a|| + e)^-1: d scale - a (a . d) scale^2 / ||a||.
                 along = w.fmultiply(w.fmultiply(scale, scale), over)
-                along = w.negative(w.fmultiply(_sum(w, rows, a, d), along))
+                along = w.negative(w.fmultiply(_sum(w, rows.lanes, a, d), along))
                 d = [
                     w.fma(value, along, w.fmultiply(of_value, scale))
                     for value, of_value in zip(a, d, strict=True)

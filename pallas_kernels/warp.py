@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, math, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, math, nvvm, scf, vector
 
 from pallas_kernels.layouts import THREADS
 
@@ -182,6 +182,12 @@ class Warp:
         """What the lane whose number differs in this bit gives."""
         return mgpu.utils.shfl_bfly(x, distance)
 
+    def from_lane(self, x: Any, lane: int) -> Any:
+        """What this lane gives."""
+        every, last = self._int(-1), self._int(31)
+        bits = nvvm.shfl_sync(every, self.as_bits(x), self._int(lane), last, nvvm.ShflKind.idx)
+        return self.as_float(bits)
+
     # Memory.
 
     def address(self, memory: Memory, *index: Any) -> Any:
@@ -214,6 +220,16 @@ class Warp:
             return [*words, llvm.load(self.i32, pointer)]
         loaded = llvm.load(ir.VectorType.get((n,), self.i32), pointer, alignment=4 * n)
         return words + [self._element(loaded, i) for i in range(n)]
+
+    def load_where(self, condition: Any, memory: Memory, address: Any) -> Any:
+        """A word, or 0 on lanes where the condition does not hold, whose address is not read."""
+        branch = scf.IfOp(condition, [self.i32], has_else=True)
+        loaded = [lambda: self.load(memory, address, 1), lambda: [self._int(0)]]
+        for block, words in zip((branch.then_block, branch.else_block), loaded, strict=True):
+            assert block is not None
+            with ir.InsertionPoint(block):
+                scf.yield_(words())
+        return branch.results[0]
 
     def _element(self, x: Any, i: int) -> Any:
         position = ir.DenseI64ArrayAttr.get([i])

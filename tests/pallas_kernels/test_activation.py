@@ -6,30 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from between_products import activated
 from numpy_reference import rms_ratio
 from warp_in_numpy import Memory, WarpInNumpy
 
-from e88_jax.activation import activate as activate_by_xla
 from pallas_kernels.activation import Split, activate, activate_rows, gradient_of_rows
 
 BOUNDS = {jnp.float32: 1e-6, jnp.bfloat16: 2.5e-3}
 """Of ||x - reference|| / ||reference||: in bfloat16 what one rounding costs."""
 
 over_dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16"])
-
-
-def reference(split: Split, x: jax.Array) -> tuple[jax.Array, ...]:
-    """By XLA, of a product `[tokens, columns]`."""
-    keys = split.heads * split.n_state
-    q, k, v, rest = jnp.split(x, [keys, 2 * keys, split.columns], axis=-1)
-    q, k, v = (y.reshape(len(x), split.heads, -1) for y in (q, k, v))
-    unit = split.unit_length
-    return (
-        activate_by_xla(q, split.silu, unit),
-        activate_by_xla(k, split.silu, unit),
-        activate_by_xla(v, split.silu, False),
-        rest,
-    )
 
 
 def check(split: Split, n_tokens: int, dtype: Any, n_rest: int = 8) -> None:
@@ -39,7 +25,7 @@ def check(split: Split, n_tokens: int, dtype: Any, n_rest: int = 8) -> None:
     x[:, : split.n_state] = 0  # a head of zeros
     with jax.enable_x64(True):
         wide = jnp.asarray(x.astype(np.float64))
-        expected, pullback = jax.vjp(lambda x: reference(split, x), wide)
+        expected, pullback = jax.vjp(lambda x: activated(split, x), wide)
         d = [rng.normal(size=y.shape).astype(dtype) for y in expected]
         (d_x_expected,) = pullback(tuple(jnp.asarray(y.astype(np.float64)) for y in d))
     product, d_x = Memory(x), Memory(np.full(x.shape, np.nan, dtype))

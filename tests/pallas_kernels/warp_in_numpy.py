@@ -181,6 +181,10 @@ class WarpInNumpy:
         self._check_convergence()
         return self._of(x.dtype, x)[self.thread ^ np.uint32(distance)]
 
+    def from_lane(self, x: Lanes, lane: int) -> Lanes:
+        self._check_convergence()
+        return self._of(x.dtype, x)[self.thread // 32 * 32 + lane]
+
     def _check_convergence(self) -> None:
         by_warp = self._active.reshape(-1, 32)
         assert np.all(by_warp == by_warp[:, :1]), "some lanes of a warp are elsewhere"
@@ -199,6 +203,11 @@ class WarpInNumpy:
         loaded = np.zeros((n, THREADS), np.uint32)
         loaded[:, self._active] = memory.words[index]
         return list(loaded)
+
+    def load_where(self, condition: Lanes, memory: Memory, address: Any) -> Lanes:
+        loaded: list[Lanes] = []
+        self.when(condition, lambda: loaded.extend(self.load(memory, address, 1)))
+        return loaded[0]
 
     def store(self, memory: Memory, address: Any, words: Sequence[Lanes]) -> None:
         index = self._index(memory, address, len(words))

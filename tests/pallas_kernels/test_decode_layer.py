@@ -1,0 +1,105 @@
+"""The kernel of a layer's step of decoding: lane by lane in NumPy, and lowered for a GPU."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from between_products import a_layer, decoded, inputs
+from numpy_reference import rms_ratio
+from warp_in_numpy import Memory, WarpInNumpy
+
+from pallas_kernels.decode_layer import Layer, decode_layer, step_of_row
+from pallas_kernels.layouts import WARPS
+
+BOUNDS = {jnp.float32: 2e-6, jnp.bfloat16: 2.5e-3}
+"""Of ||x - reference|| / ||reference||: in bfloat16 what rounding the outputs costs."""
+
+over_dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16"])
+
+
+def check(layer: Layer, dtype: Any, *, has_write_gate: bool = False) -> None:
+    """The lanes' program against the reference in float64, or with its state in float32."""
+    split = layer.split
+    arrays = inputs(layer, 1, dtype, has_write_gate)
+    wide = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
+    out, state = decoded(layer, **{"write_gate": None, **wide})
+    ref = {name: Memory(x[0].copy()) for name, x in arrays.items()}
+    ref["out"] = Memory(np.full(split.heads * split.n_value, np.nan, dtype))
+    for group in range(-(-layer.warps // WARPS)):
+        step_of_row(WarpInNumpy(), layer, group, ref)
+    for name, wanted, bound in (("out", out, BOUNDS[dtype]), ("state", state, 2e-6)):
+        ratio = rms_ratio(ref[name].array.astype(np.float64), np.asarray(wanted[0], np.float64))
+        assert ratio < bound, f"{name} differs by {ratio}"
+
+
+@over_dtypes
+@pytest.mark.parametrize(
+    ("heads", "n_state", "n_value"),
+    [(3, 32, 32), (5, 16, 16), (2, 48, 48), (2, 128, 128), (3, 4, 4), (2, 72, 36), (4, 20, 100)],
+)
+def test_sizes(heads: int, n_state: int, n_value: int, dtype: Any) -> None:
+    check(a_layer(heads, n_state, n_value), dtype)
+
+
+@over_dtypes
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gate": "sigmoid"},
+        {"gate": "none"},
+        {"silu": False},
+        {"unit_length": False},
+        {"linear_state": True},
+        {"n_between": 3},
+    ],
+    ids=str,
+)
+def test_options(options: dict[str, Any], dtype: Any) -> None:
+    check(a_layer(3, 16, 32, **options), dtype)
+    check(a_layer(3, 16, 32, **options), dtype, has_write_gate=True)
+
+
+@over_dtypes
+@pytest.mark.parametrize("mapped", [False, True], ids=["", "mapped"])
+@pytest.mark.parametrize("has_write_gate", [False, True], ids=["", "write_gate"])
+def test_lowering(has_write_gate: bool, mapped: bool, dtype: Any) -> None:
+    layer = a_layer(5, 32, 48)
+    arrays = {"write_gate": None, **inputs(layer, 3, dtype, has_write_gate)}
+    names = ("x", "decay", "write_gate", "state")
+
+    def run(*arguments: Any) -> Any:
+        return decode_layer(layer, *arguments)
+
+    arguments = [arrays[name] for name in names]
+    if mapped:
+        run = jax.vmap(run)
+        arguments = jax.tree.map(lambda x: np.stack([x, x]), arguments)
+    traced = jax.jit(run, donate_argnums=3).trace(*arguments)
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    (kernel,) = (line for line in lowered.splitlines() if "custom_call" in line)
+    # The state is updated where it lies.
+    assert f"output_tuple_indices = [1], operand_index = {2 + has_write_gate}" in kernel
+    out, state = traced.out_info
+    rows = (2, 3) if mapped else (3,)
+    assert out.shape == (*rows, 5 * 48)
+    assert out.dtype == dtype
+    assert state.shape == (*rows, 5, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("layer", "columns", "dtype", "fragments"),
+    [
+        (a_layer(2, 32, 32), 257, jnp.bfloat16, ["columns", "257"]),
+        (a_layer(2, 32, 30), 256, jnp.bfloat16, ["V", "30"]),
+        (a_layer(2, 132, 32), 256, jnp.bfloat16, ["N", "128", "132"]),
+        (a_layer(2, 32, 32), 256, jnp.float16, ["float32 and bfloat16", "float16"]),
+    ],
+)
+def test_refusals(layer: Layer, columns: int, dtype: Any, fragments: list[str]) -> None:
+    refusal = layer.unsupported(columns, dtype)
+    assert refusal is not None
+    for fragment in fragments:
+        assert fragment in refusal
+    assert a_layer(2, 32, 32).unsupported(256, jnp.bfloat16) is None
