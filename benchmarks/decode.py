@@ -118,12 +118,14 @@ def main(args: Sequence[str]) -> None:
             np.asarray(carry[1])
 
         def write() -> None:
-            nonlocal carry
+            # As a stream does, with the next program queued.
+            nonlocal carry, drawn
             state, block, key = decode(graphdef, params, *carry, **options, length=BLOCK)
             carry = state, block[:, -1], key
-            np.asarray(block)
+            np.asarray(drawn)
+            drawn = block
 
-        carry = start()
+        carry, drawn = start(), None
         prefill_seconds = seconds_of(read, config.repeats)
         carry, n_read = start(), 0
         for context in (config.prompt, config.context) if batch == 1 else (config.prompt,):

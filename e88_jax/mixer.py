@@ -188,50 +188,50 @@ class E88Mixer(nnx.Module):
     def join_projections(self) -> None:
         """Makes one projection of those that read the input, for inference.
 
-        Products of few tokens then take one kernel. The parameters are no longer named as in the
-        original implementation.
+        The parameters are no longer named as in the original implementation.
         """
         names = [name for group in _READ_THE_INPUT for name in group if hasattr(self, name)]
-        kernels = [getattr(self, name).kernel[...] for name in names]
+        kernels = [getattr(self, name).kernel[...].astype(self.dtype) for name in names]
         self.joined_widths = tuple(
             (name, k.shape[1]) for name, k in zip(names, kernels, strict=True)
         )
-        self.joined_kernel = nnx.Param(jnp.concatenate(kernels, axis=1).astype(self.dtype))
+        joined: Projection = getattr(self, names[0])
+        joined.kernel = nnx.Param(jnp.concatenate(kernels, axis=1))
         for name in names:
             delattr(self, name)
+        self.joined_proj = joined
 
-    def _products(self, n_tokens: int) -> list[tuple[dict[str, int], Array]]:
-        """The products that read the input: columns by the name of the projection, and the kernel.
+    def _products(self, x: Array) -> list[tuple[dict[str, int], Array]]:
+        """The products that read the input, with the columns of each projection by its name.
 
         Projections are side by side in one product: alone, that of the decay, of one column a head,
         takes as long to read the input as a wide one. In two products, as XLA joins at most 4
         gradients well, and makes that of a gate alone together with that of what the gate
         multiplies. To put kernels side by side copies them, which is too much for few tokens.
         """
-        if hasattr(self, "joined_kernel"):
-            return [(dict(self.joined_widths), self.joined_kernel[...])]
-        groups = [[x for x in names if hasattr(self, x)] for names in _READ_THE_INPUT]
-        if n_tokens < self.config.dim:
+        if hasattr(self, "joined_proj"):
+            return [(dict(self.joined_widths), self.joined_proj(x))]
+        groups = [[name for name in names if hasattr(self, name)] for names in _READ_THE_INPUT]
+        if x.shape[0] * x.shape[1] < self.config.dim:
             groups = [[name] for names in groups for name in names]
         products = []
         for names in filter(None, groups):
             kernels = [getattr(self, name).kernel[...].astype(self.dtype) for name in names]
             joined = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
             widths = {name: kernel.shape[1] for name, kernel in zip(names, kernels, strict=True)}
-            products.append((widths, joined))
+            products.append((widths, multiply(x, joined)))
         return products
 
     def _read(self, x: Array) -> tuple[dict[str, Array], list[Array] | None]:
         """What the layer reads from x `[B, T, dim]`, by the name of the projection; and q, k and v,
         where a kernel makes them of the product that holds them."""
         config = self.config
-        n_tokens = x.shape[0] * x.shape[1]
         read: dict[str, Array] = {}
         qkv = None
-        for widths, kernel in self._products(n_tokens):
-            y = multiply(x, kernel)
+        many = x.shape[0] * x.shape[1] >= config.dim
+        for widths, y in self._products(x):
             activated = None
-            if "qkv_proj" in widths and config.conv_size is None and n_tokens >= config.dim:
+            if "qkv_proj" in widths and config.conv_size is None and many:
                 activated = activate_product(
                     y,
                     config.n_heads,
@@ -260,7 +260,7 @@ class E88Mixer(nnx.Module):
         config = self.config
         beyond_it = config.tie_kv or config.conv_size or config.value_residual or config.output_norm
         if (
-            not hasattr(self, "joined_kernel")
+            not hasattr(self, "joined_proj")
             or beyond_it
             or config.head_mix != "concat"
             or config.implementation == "scan"
@@ -280,9 +280,9 @@ class E88Mixer(nnx.Module):
             ends["g_proj"] - widths["g_proj"] if config.output_gate != "none" else 0,
             config.linear_state,
         )
-        if layer.unsupported(self.joined_kernel.shape[1], self.dtype) is not None:
+        if layer.unsupported(sum(widths.values()), self.dtype) is not None:
             return None
-        y = multiply(x, self.joined_kernel[...])
+        ((_, y),) = self._products(x)
         read = _parts(y, widths)
         decay, write_gate = self._decay(read, x.shape[:2]), self._write_gate(read)
         out, recurrent = decode_layer(

@@ -7,11 +7,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-GPU_ROWS = 8
-"""Fewest rows of a product on a GPU, of a kernel of at most `ALONE` numbers."""
-ALONE = 10_000_000
-"""Most numbers of a kernel of which XLA makes, for one row on a GPU, a multiplication that is
-written to memory and then summed."""
+from e88_jax.precision import wide
 
 
 def multiply(x: Array, kernel: Array) -> Array:
@@ -21,10 +17,19 @@ def multiply(x: Array, kernel: Array) -> Array:
     into other layouts and takes three times as long; from `[B * T, dim]` it is one product.
     """
     rows = x.reshape(-1, x.shape[-1])
-    n_rows = rows.shape[0]
-    if n_rows == 1 and kernel.size <= ALONE and jax.default_backend() == "gpu":
-        rows = jnp.broadcast_to(rows, (GPU_ROWS, rows.shape[1]))
-    return (rows @ kernel)[:n_rows].reshape(*x.shape[:-1], kernel.shape[-1])
+    return (rows @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def multiply_transposed(x: Array, kernel: Array) -> Array:
+    """`x @ kernel.T` over the last axis, for inference.
+
+    For one row on a GPU as the sum that it is: XLA reads a kernel `[n_out, n_in]` in one pass then,
+    at the speed of memory, which its matrix products of few rows do not reach.
+    """
+    if x.size > x.shape[-1] or jax.default_backend() != "gpu":
+        return multiply(x, kernel.T)
+    y = jnp.sum(wide(kernel) * wide(x.reshape(1, -1)), axis=1)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 class Projection(nnx.Module):
@@ -39,7 +44,14 @@ class Projection(nnx.Module):
         self, n_in: int, n_out: int, *, dtype: DTypeLike, kernel_init: Initializer, rngs: nnx.Rngs
     ):
         self.dtype = dtype
+        self.transposed = False
         self.kernel = nnx.Param(kernel_init(rngs.params(), (n_in, n_out), jnp.float32))
 
     def __call__(self, x: Array) -> Array:
-        return multiply(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return multiply_transposed(x, kernel) if self.transposed else multiply(x, kernel)
+
+    def transpose(self) -> None:
+        """For inference: the kernel becomes `[n_out, n_in]`, in the dtype of the product."""
+        self.kernel = nnx.Param(self.kernel[...].astype(self.dtype).T)
+        self.transposed = True

@@ -121,7 +121,9 @@ class TestGenerate:
         graphdef, params = for_inference(model)
         dtypes = {"/".join(map(str, p)): str(x.dtype) for p, x in nnx.to_flat_state(params)}
         narrow = {path for path, dtype in dtypes.items() if dtype == "bfloat16"}
-        assert narrow == {f"blocks/0/mixer/{name}" for name in ("joined_kernel", "o_proj/kernel")}
+        assert narrow == {
+            f"blocks/0/mixer/{name}" for name in ("joined_proj/kernel", "o_proj/kernel")
+        }
         assert set(dtypes.values()) == {"bfloat16", "float32"}
         logits, _ = run(model, jnp.asarray(PROMPT))
         same, _ = run(nnx.merge(graphdef, params), jnp.asarray(PROMPT))
@@ -150,7 +152,7 @@ class TestGenerate:
                 its_state,
                 state,
             )
-        assert hasattr(model.blocks[0].mixer, "joined_kernel") is False
+        assert hasattr(model.blocks[0].mixer, "joined_proj") is False
 
     def test_no_tokens(self, model: E88LM) -> None:
         assert draw(model, length=0).shape == (2, 0)
