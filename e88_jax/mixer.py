@@ -280,7 +280,7 @@ class E88Mixer(nnx.Module):
             ends["g_proj"] - widths["g_proj"] if config.output_gate != "none" else 0,
             config.linear_state,
         )
-        if layer.unsupported(sum(widths.values()), self.dtype) is not None:
+        if layer.unsupported(self.dtype) is not None:
             return None
         ((_, y),) = self._products(x)
         read = _parts(y, widths)

@@ -42,10 +42,8 @@ class Layer:
     gate_start: int
     linear_state: bool
 
-    def unsupported(self, columns: int, dtype: Any) -> str | None:
-        """Why the kernel does not take a product of so many columns, or None if it does."""
-        if columns % 2:
-            return f"takes an even number of columns, got {columns}"
+    def unsupported(self, dtype: Any) -> str | None:
+        """Why the kernel does not take a product of this dtype, or None if it does."""
         return support.unsupported(self.split.n_state, self.split.n_value, jnp.dtype(dtype))
 
     @property
@@ -61,12 +59,10 @@ class Layer:
 
 def _number(w: Any, memory: Any, index: Any) -> Any:
     """Element `index` of a row in memory, in float32."""
+    address = w.address(memory, index)
     if memory.itemsize == 4:
-        return w.as_float(w.load(memory, w.address(memory, index), 1)[0])
-    pair, odd = w.divide(index, 2)
-    (word,) = w.load(memory, w.multiply(pair, 4), 1)
-    is_odd = w.equal(odd, 1)
-    return w.as_float(w.select(is_odd, w.bits_and(word, 0xFFFF0000), w.shift_left(word, 16)))
+        return w.as_float(w.load(memory, address, 1)[0])
+    return w.as_float(w.shift_left(w.load_half(memory, address), 16))
 
 
 def _over_lanes(w: Any, memory: Any, first: Any, n: int, activation: Activation) -> list[Any]:

@@ -221,6 +221,11 @@ class Warp:
         loaded = llvm.load(ir.VectorType.get((n,), self.i32), pointer, alignment=4 * n)
         return words + [self._element(loaded, i) for i in range(n)]
 
+    def load_half(self, memory: Memory, address: Any) -> Any:
+        """16 bits, in the low half of a word."""
+        half = llvm.load(ir.IntegerType.get_signless(16), self._pointer(memory, address))
+        return arith.extui(self.i32, half)
+
     def load_where(self, condition: Any, memory: Memory, address: Any) -> Any:
         """A word, or 0 on lanes where the condition does not hold, whose address is not read."""
         branch = scf.IfOp(condition, [self.i32], has_else=True)

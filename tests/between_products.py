@@ -67,7 +67,7 @@ def inputs(layer: Layer, rows: int, dtype: Any, has_write_gate: bool) -> dict[st
     split = layer.split
     rng = np.random.default_rng([split.heads, split.n_state, split.n_value])
     columns = layer.gate_start + split.heads * split.n_value
-    x = (2 * rng.normal(size=(rows, columns + columns % 2))).astype(dtype)
+    x = (2 * rng.normal(size=(rows, columns))).astype(dtype)
     x[:, : split.n_state] = 0  # a head of zeros
     shape = (rows, split.heads)
     arrays = {"x": x, "decay": rng.uniform(0.5, 1, shape).astype(np.float32)}

@@ -25,7 +25,10 @@ def check(layer: Layer, dtype: Any, *, has_write_gate: bool = False) -> None:
     arrays = inputs(layer, 1, dtype, has_write_gate)
     wide = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
     out, state = decoded(layer, **{"write_gate": None, **wide})
-    ref = {name: Memory(x[0].copy()) for name, x in arrays.items()}
+    # In words of 4 bytes, of which an odd row of bfloat16 leaves half of one.
+    ref = {name: Memory(x[0].copy()) for name, x in arrays.items() if name != "x"}
+    row = arrays["x"][0]
+    ref["x"] = Memory(np.pad(row, (0, row.size % 2)))[: row.size]
     ref["out"] = Memory(np.full(split.heads * split.n_value, np.nan, dtype))
     for group in range(-(-layer.warps // WARPS)):
         step_of_row(WarpInNumpy(), layer, group, ref)
@@ -89,17 +92,16 @@ def test_lowering(has_write_gate: bool, mapped: bool, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "columns", "dtype", "fragments"),
+    ("layer", "dtype", "fragments"),
     [
-        (a_layer(2, 32, 32), 257, jnp.bfloat16, ["columns", "257"]),
-        (a_layer(2, 32, 30), 256, jnp.bfloat16, ["V", "30"]),
-        (a_layer(2, 132, 32), 256, jnp.bfloat16, ["N", "128", "132"]),
-        (a_layer(2, 32, 32), 256, jnp.float16, ["float32 and bfloat16", "float16"]),
+        (a_layer(2, 32, 30), jnp.bfloat16, ["V", "30"]),
+        (a_layer(2, 132, 32), jnp.bfloat16, ["N", "128", "132"]),
+        (a_layer(2, 32, 32), jnp.float16, ["float32 and bfloat16", "float16"]),
     ],
 )
-def test_refusals(layer: Layer, columns: int, dtype: Any, fragments: list[str]) -> None:
-    refusal = layer.unsupported(columns, dtype)
+def test_refusals(layer: Layer, dtype: Any, fragments: list[str]) -> None:
+    refusal = layer.unsupported(dtype)
     assert refusal is not None
     for fragment in fragments:
         assert fragment in refusal
-    assert a_layer(2, 32, 32).unsupported(256, jnp.bfloat16) is None
+    assert a_layer(2, 32, 32).unsupported(jnp.bfloat16) is None

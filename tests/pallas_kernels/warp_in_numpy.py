@@ -204,6 +204,14 @@ class WarpInNumpy:
         loaded[:, self._active] = memory.words[index]
         return list(loaded)
 
+    def load_half(self, memory: Memory, address: Any) -> Lanes:
+        address = self._int(address) + np.uint32(memory.start)  # of a word from now on
+        pair, high = address // np.uint32(4), address // np.uint32(2) % np.uint32(2)
+        whole = Memory(memory.words, memory)
+        (word,) = self.load(whole, pair * np.uint32(4), 1)
+        assert np.all(address[self._active] % 2 == 0), "misaligned"
+        return word >> np.uint32(16) * high & np.uint32(0xFFFF)
+
     def load_where(self, condition: Lanes, memory: Memory, address: Any) -> Lanes:
         loaded: list[Lanes] = []
         self.when(condition, lambda: loaded.extend(self.load(memory, address, 1)))
