@@ -12,6 +12,7 @@ from jax import Array
 
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.model import Block, weight_decay_mask
+from harness.step import xla_options
 
 LEARNING_RATE = 1e-4
 """So small that a timing's hundreds of steps leave the layer much as it was."""
@@ -31,7 +32,7 @@ def make_layer_step(
     graphdef, params = nnx.split(Block(LMConfig(layer=config, depth=1), rngs=nnx.Rngs(0)))
     optimizer = optax.adamw(LEARNING_RATE, mask=weight_decay_mask)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=xla_options())
     def step(state: Any, x: Array) -> tuple[Any, Array]:
         params, opt_state = state
 
