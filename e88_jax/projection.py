@@ -23,13 +23,18 @@ def multiply(x: Array, kernel: Array) -> Array:
 def multiply_transposed(x: Array, kernel: Array) -> Array:
     """`x @ kernel.T` over the last axis, for inference.
 
-    For one row on a GPU as the sum that it is: XLA reads a kernel `[n_out, n_in]` in one pass then,
-    at the speed of memory, which its matrix products of few rows do not reach.
+    One row on a GPU is multiplied as the sum that it is: XLA reads a kernel `[n_out, n_in]` in one
+    pass then, at the speed of memory, which its matrix products of few rows do not reach. On a CPU
+    the kernel times a vector is faster than a matrix of one row times the kernel's transpose.
     """
-    if x.size > x.shape[-1] or jax.default_backend() != "gpu":
+    if x.size > x.shape[-1]:
         return multiply(x, kernel.T)
-    y = jnp.sum(wide(kernel) * wide(x.reshape(1, -1)), axis=1)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    row = x.reshape(-1)
+    if jax.default_backend() == "gpu":
+        y = jnp.sum(wide(kernel) * wide(row)[None], axis=1).astype(x.dtype)
+    else:
+        y = kernel @ row
+    return y.reshape(*x.shape[:-1], -1)
 
 
 class Projection(nnx.Module):
