@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from e88_jax import recurrence
 from e88_jax.precision import wide
-from e88_jax.recurrence import Implementation
+
+LENGTH_EPSILON = 1e-6
+"""Added to the length that a row is divided by, as in the original implementation."""
 
 
 def l2_normalize(x: Array) -> Array:
@@ -18,7 +19,7 @@ def l2_normalize(x: Array) -> Array:
     square = jnp.sum(x_wide * x_wide, axis=-1, keepdims=True)
     is_zero = square == 0  # the square root has no finite gradient there
     norm = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
-    return (x_wide / (norm + 1e-6)).astype(x.dtype)
+    return (x_wide / (norm + LENGTH_EPSILON)).astype(x.dtype)
 
 
 def activate(x: Array, silu: bool, unit_length: bool) -> Array:
@@ -33,32 +34,3 @@ def activate(x: Array, silu: bool, unit_length: bool) -> Array:
     if unit_length:
         y = l2_normalize(y)
     return y.astype(x.dtype)
-
-
-def activate_product(
-    y: Array,
-    n_heads: int,
-    n_state: int,
-    n_value: int,
-    *,
-    silu: bool,
-    unit_length: bool,
-    implementation: Implementation | None,
-) -> tuple[Array, Array, Array, Array] | None:
-    """`activate` for q, k and v side by side, by a kernel that reads them once; None where there is
-    none for this device or these sizes, or `implementation` is "scan".
-
-    Args:
-        y: `[B, T, columns]`: q and k of all heads, v of all, and whatever else.
-
-    Returns:
-        q and k `[B, T, H, N]`, v `[B, T, H, V]` and the columns after theirs, in y's dtype.
-    """
-    if implementation == "scan" or recurrence.unsupported_device() is not None:
-        return None
-    from pallas_kernels import activation  # not every platform's jaxlib has what it imports
-
-    split = activation.Split(n_heads, n_state, n_value, silu, unit_length)
-    if split.unsupported(y.shape[-1], y.dtype) is not None:
-        return None
-    return activation.activate(split, y)

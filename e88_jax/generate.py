@@ -121,14 +121,15 @@ def for_inference(model: E88LM) -> tuple[nnx.GraphDef[E88LM], nnx.State]:
 
     What each layer reads from its input is one product. What is only multiplied with is in the
     dtype of the products, so that a step of decoding, which has to read all of it, reads half of
-    the bytes where that is bfloat16; and transposed, which a step reads faster.
+    the bytes where that is bfloat16; and on a GPU transposed, which a step reads faster. There a
+    step of one token may be by a kernel that cannot be differentiated.
     """
     model = nnx.merge(*nnx.split(model))  # other variables, of the same arrays
     for block in model.blocks:
         block.mixer.join_projections()
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Projection):
-            module.transpose()
+            module.prepare_for_inference()
         elif isinstance(module, nnx.Einsum):
             module.kernel = nnx.Param(module.kernel[...].astype(module.dtype))
     return nnx.split(model)
@@ -226,7 +227,7 @@ def _tokens(
     top_k: int | None,
     top_p: float,
 ) -> Iterator[np.ndarray]:
-    """Of length None without end; else some more than so many."""
+    """Without end for a length of None; else in whole blocks, so that some are too many."""
     graphdef, params = for_inference(model)
     greedy = temperature < 1e-6  # where dividing by it would overflow
     options: dict[str, Any] = {
@@ -241,7 +242,10 @@ def _tokens(
     queued = decode(graphdef, params, state, drawn, key, **options, length=BLOCK)
     for n_drawn in itertools.count(1 + BLOCK, BLOCK):
         state, block, key = queued
-        if length is None or n_drawn < length:
+        is_last = length is not None and n_drawn >= length
+        if not is_last:
             # The device goes on while the host reads what it has drawn.
             queued = decode(graphdef, params, state, block[:, -1], key, **options, length=BLOCK)
         yield from np.asarray(block).T
+        if is_last:
+            return

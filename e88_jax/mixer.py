@@ -9,9 +9,9 @@ from flax import nnx
 from jax import Array
 from jax.nn import initializers
 
-from e88_jax import recurrence
-from e88_jax.activation import activate, activate_product
+from e88_jax.activation import activate
 from e88_jax.config import E88Config
+from e88_jax.fused import activate_product, decode_product
 from e88_jax.precision import compute_dtype, wide, wide_dtype
 from e88_jax.projection import Projection, multiply
 from e88_jax.recurrence import e88_recurrence
@@ -30,6 +30,26 @@ _READ_THE_INPUT = (
 """
 
 
+COLUMNS_MULTIPLE = 8
+"""Of a product of several projections: 16 bytes of bfloat16, the most that a GPU's thread loads at
+once, and what cuBLAS's fast kernels need rows to begin at."""
+
+
+class Product(NamedTuple):
+    """A product that several projections share."""
+
+    widths: dict[str, int]
+    """Columns of each, by its name."""
+    y: Array
+    """`[B, T, columns]`."""
+
+    def parts(self) -> dict[str, Array]:
+        """The columns of each projection."""
+        ends = itertools.accumulate(self.widths.values())
+        parts = jnp.split(self.y, list(ends)[:-1], axis=-1)
+        return dict(zip(self.widths, parts, strict=False))  # of no widths one part, of no columns
+
+
 class MixerState(NamedTuple):
     """What a layer carries from one call to the next."""
 
@@ -37,13 +57,6 @@ class MixerState(NamedTuple):
     """The heads' states, `[B, H, N, V]` float32."""
     conv: dict[str, Array]
     """The last inputs of each short convolution, `[B, conv_size - 1, channels]`; may be empty."""
-
-
-def _parts(y: Array, widths: dict[str, int]) -> dict[str, Array]:
-    """The columns of a product by name."""
-    ends = itertools.accumulate(widths.values())
-    parts = jnp.split(y, list(ends)[:-1], axis=-1)
-    return dict(zip(widths, parts, strict=False))  # of no widths one part, of no columns
 
 
 def _init_a_log(key: Array, n_heads: int) -> Array:
@@ -151,58 +164,51 @@ class E88Mixer(nnx.Module):
             `(y, state)`: y `[B, T, dim]` in the dtype of the matrix products.
 
         Raises:
-            ValueError: x is not `[B, T, dim]`, or the state or the ids do not go with it.
+            ValueError: x is not `[B, T, dim]` or empty, or the state or the ids do not go with it.
         """
         config = self.config
-        if x.ndim != 3 or x.shape[-1] != config.dim:
-            raise ValueError(f"x must be [B, T, {config.dim}], got shape {x.shape}.")
+        if x.ndim != 3 or x.shape[-1] != config.dim or x.size == 0:
+            raise ValueError(f"x must be [B, T, {config.dim}], B and T not 0, got shape {x.shape}.")
         if state is None:
             state = self.init_state(x.shape[0])
         else:
             self._check_state(state, x.shape[0])
-        x = x.astype(self.dtype)
-        if x.shape[1] == 1 and (token := self._token(x, state)) is not None:
+        products = self._products(x.astype(self.dtype))
+        if segment_ids is None and (token := self._token(products, state)) is not None:
             mixed, state = token
-            return self.o_proj(mixed), state
-        read, qkv = self._read(x)
-        conv_state = {}
-        if qkv is None:
-            *qkv, conv_state = self._qkv(read, state.conv, segment_ids)
-        q, k, v = qkv
-        out, recurrent = e88_recurrence(
-            q,
-            k,
-            v,
-            self._decay(read, x.shape[:2]),
-            write_gate=self._write_gate(read),
-            initial_state=state.recurrent,
-            segment_ids=segment_ids,
-            linear_state=config.linear_state,
-            checkpoint_every=config.checkpoint_every,
-            implementation=config.implementation,
-        )
-        mixed = self._mix_heads(out, v, read)
+        else:
+            mixed, state = self._mix(products, state, segment_ids)
         y = self.head_projs(mixed) if config.head_mix == "per_head" else self.o_proj(mixed)
-        return y, MixerState(recurrent, conv_state)
+        return y, state
 
     def join_projections(self) -> None:
         """Makes one projection of those that read the input, for inference.
 
         The parameters are no longer named as in the original implementation.
         """
+        if hasattr(self, "joined_proj"):
+            return
         names = [name for group in _READ_THE_INPUT for name in group if hasattr(self, name)]
-        kernels = [getattr(self, name).kernel[...].astype(self.dtype) for name in names]
-        self.joined_widths = tuple(
-            (name, k.shape[1]) for name, k in zip(names, kernels, strict=True)
-        )
-        joined: Projection = getattr(self, names[0])
-        joined.kernel = nnx.Param(jnp.concatenate(kernels, axis=1))
+        widths, kernel = self._side_by_side(names)
+        self.joined_widths = tuple(widths.items())
+        self.joined_proj: Projection = getattr(self, names[0])
+        self.joined_proj.kernel = nnx.Param(kernel)
         for name in names:
             delattr(self, name)
-        self.joined_proj = joined
 
-    def _products(self, x: Array) -> list[tuple[dict[str, int], Array]]:
-        """The products that read the input, with the columns of each projection by its name.
+    def _side_by_side(self, names: list[str]) -> tuple[dict[str, int], Array]:
+        """The kernels of projections as one, and the columns of each by its name."""
+        kernels = {name: getattr(self, name).kernel[...].astype(self.dtype) for name in names}
+        if len(names) == 1:
+            return {name: kernel.shape[1] for name, kernel in kernels.items()}, kernels[names[0]]
+        short = -sum(kernel.shape[1] for kernel in kernels.values()) % COLUMNS_MULTIPLE
+        if short:
+            kernels["padding"] = jnp.zeros((self.config.dim, short), self.dtype)
+        widths = {name: kernel.shape[1] for name, kernel in kernels.items()}
+        return widths, jnp.concatenate(list(kernels.values()), axis=1)
+
+    def _products(self, x: Array) -> list[Product]:
+        """The products that read the input.
 
         Projections are side by side in one product: alone, that of the decay, of one column a head,
         takes as long to read the input as a wide one. In two products, as XLA joins at most 4
@@ -210,89 +216,65 @@ class E88Mixer(nnx.Module):
         multiplies. To put kernels side by side copies them, which is too much for few tokens.
         """
         if hasattr(self, "joined_proj"):
-            return [(dict(self.joined_widths), self.joined_proj(x))]
+            return [Product(dict(self.joined_widths), self.joined_proj(x))]
         groups = [[name for name in names if hasattr(self, name)] for names in _READ_THE_INPUT]
         if x.shape[0] * x.shape[1] < self.config.dim:
             groups = [[name] for names in groups for name in names]
         products = []
         for names in filter(None, groups):
-            kernels = [getattr(self, name).kernel[...].astype(self.dtype) for name in names]
-            joined = kernels[0] if len(kernels) == 1 else jnp.concatenate(kernels, axis=1)
-            widths = {name: kernel.shape[1] for name, kernel in zip(names, kernels, strict=True)}
-            products.append((widths, multiply(x, joined)))
+            widths, kernel = self._side_by_side(names)
+            products.append(Product(widths, multiply(x, kernel)))
         return products
 
-    def _read(self, x: Array) -> tuple[dict[str, Array], list[Array] | None]:
-        """What the layer reads from x `[B, T, dim]`, by the name of the projection; and q, k and v,
-        where a kernel makes them of the product that holds them."""
-        config = self.config
-        read: dict[str, Array] = {}
-        qkv = None
-        many = x.shape[0] * x.shape[1] >= config.dim
-        for widths, y in self._products(x):
-            activated = None
-            if "qkv_proj" in widths and config.conv_size is None and many:
-                activated = activate_product(
-                    y,
-                    config.n_heads,
-                    config.n_state,
-                    config.n_value,
-                    silu=config.use_silu,
-                    unit_length=config.use_l2_norm,
-                    implementation=config.implementation,
-                )
-            if activated is not None:
-                *qkv, y = activated
-                del widths["qkv_proj"]
-            read |= _parts(y, widths)
-        return read, qkv
-
-    def _token(self, x: Array, state: MixerState) -> tuple[Array, MixerState] | None:
-        """For one token, all between the first product and the last by one kernel; None where there
-        is none for this device or this layer, or `join_projections` was not called.
-
-        Args:
-            x: `[B, 1, dim]`.
-
-        Returns:
-            What the last projection reads, `[B, 1, H * V]`, and the state.
-        """
-        config = self.config
-        beyond_it = config.tie_kv or config.conv_size or config.value_residual or config.output_norm
-        if (
-            not hasattr(self, "joined_proj")
-            or beyond_it
-            or config.head_mix != "concat"
-            or config.implementation == "scan"
-            or recurrence.unsupported_device() is not None
-        ):
+    def _token(self, products: list[Product], state: MixerState) -> tuple[Array, MixerState] | None:
+        """As `_mix`, by one kernel, for one token after `join_projections`; None where there is no
+        such kernel."""
+        widths, y = products[0]
+        if y.shape[1] > 1 or not hasattr(self, "joined_proj"):
             return None
-        from pallas_kernels.activation import Split
-        from pallas_kernels.decode_layer import Layer, decode_layer
-
-        widths = dict(self.joined_widths)
+        read = products[0].parts()
         ends = dict(zip(widths, itertools.accumulate(widths.values()), strict=True))
-        layer = Layer(
-            Split(
-                config.n_heads, config.n_state, config.n_value, config.use_silu, config.use_l2_norm
-            ),
-            config.output_gate,
-            ends["g_proj"] - widths["g_proj"] if config.output_gate != "none" else 0,
-            config.linear_state,
-        )
-        if layer.unsupported(self.dtype) is not None:
+        gate_start = ends["g_proj"] - widths["g_proj"] if "g_proj" in widths else 0
+        decay, write_gate = self._decay(read, y.shape[:2]), self._write_gate(read)
+        decoded = decode_product(self.config, y, gate_start, decay, write_gate, state.recurrent)
+        if decoded is None:
             return None
-        ((_, y),) = self._products(x)
-        read = _parts(y, widths)
-        decay, write_gate = self._decay(read, x.shape[:2]), self._write_gate(read)
-        out, recurrent = decode_layer(
-            layer,
-            y[:, 0],
-            decay[:, 0],
-            None if write_gate is None else write_gate[:, 0],
-            state.recurrent,
+        mixed, recurrent = decoded
+        return mixed, MixerState(recurrent, {})
+
+    def _mix(
+        self, products: list[Product], state: MixerState, segment_ids: Array | None
+    ) -> tuple[Array, MixerState]:
+        """From the first products to what the last one reads, and the new state."""
+        config = self.config
+        shape = products[0].y.shape[:2]
+        read: dict[str, Array] = {}
+        qkv, conv_state = None, {}
+        for product in products:
+            # A kernel is too much for single tokens.
+            if "qkv_proj" in product.widths and shape[1] > 1:
+                activated = activate_product(config, product.y)
+                if activated is not None:
+                    *qkv, rest = activated
+                    widths = {k: n for k, n in product.widths.items() if k != "qkv_proj"}
+                    product = Product(widths, rest)
+            read |= product.parts()
+        if qkv is None:
+            *qkv, conv_state = self._qkv(read, state.conv, segment_ids)
+        q, k, v = qkv
+        out, recurrent = e88_recurrence(
+            q,
+            k,
+            v,
+            self._decay(read, shape),
+            write_gate=self._write_gate(read),
+            initial_state=state.recurrent,
+            segment_ids=segment_ids,
+            linear_state=config.linear_state,
+            checkpoint_every=config.checkpoint_every,
+            implementation=config.implementation,
         )
-        return out[:, None], MixerState(recurrent, {})
+        return self._mix_heads(out, v, read), MixerState(recurrent, conv_state)
 
     def _check_state(self, state: MixerState, batch: int) -> None:
         fresh = jax.eval_shape(lambda: self.init_state(batch))

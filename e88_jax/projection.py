@@ -21,20 +21,15 @@ def multiply(x: Array, kernel: Array) -> Array:
 
 
 def multiply_transposed(x: Array, kernel: Array) -> Array:
-    """`x @ kernel.T` over the last axis, for inference.
+    """`x @ kernel.T` over the last axis, for inference on a GPU.
 
-    One row on a GPU is multiplied as the sum that it is: XLA reads a kernel `[n_out, n_in]` in one
-    pass then, at the speed of memory, which its matrix products of few rows do not reach. On a CPU
-    the kernel times a vector is faster than a matrix of one row times the kernel's transpose.
+    One row is multiplied as the sum that it is: XLA reads a kernel `[n_out, n_in]` in one pass
+    then, at the speed of memory, which its matrix products of few rows do not reach.
     """
-    if x.size > x.shape[-1]:
+    if x.size != x.shape[-1]:
         return multiply(x, kernel.T)
-    row = x.reshape(-1)
-    if jax.default_backend() == "gpu":
-        y = jnp.sum(wide(kernel) * wide(row)[None], axis=1).astype(x.dtype)
-    else:
-        y = kernel @ row
-    return y.reshape(*x.shape[:-1], -1)
+    y = jnp.sum(wide(kernel) * wide(x.reshape(1, -1)), axis=1)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 class Projection(nnx.Module):
@@ -56,7 +51,12 @@ class Projection(nnx.Module):
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         return multiply_transposed(x, kernel) if self.transposed else multiply(x, kernel)
 
-    def transpose(self) -> None:
-        """For inference: the kernel becomes `[n_out, n_in]`, in the dtype of the product."""
-        self.kernel = nnx.Param(self.kernel[...].astype(self.dtype).T)
-        self.transposed = True
+    def prepare_for_inference(self) -> None:
+        """Keeps the kernel in the dtype of the product, and on a GPU as `[n_out, n_in]`.
+
+        On a CPU a product of several rows takes longer so.
+        """
+        kernel = self.kernel[...].astype(self.dtype)
+        if jax.default_backend() == "gpu" and not self.transposed:
+            kernel, self.transposed = kernel.T, True
+        self.kernel = nnx.Param(kernel)

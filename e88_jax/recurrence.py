@@ -1,7 +1,7 @@
 """The E88 recurrence: one function, several implementations.
 
 This module checks the arguments and chooses who computes; the mathematics is in `reference.py`. It
-is the only place that knows which implementations exist.
+is the only place that knows which implementations exist, and on which devices the kernels run.
 """
 
 import functools
@@ -34,6 +34,11 @@ def unsupported_device() -> str | None:
     if is_number and KERNELS_RUN_FROM <= tuple(map(int, capability)) < KERNELS_RUN_BELOW:
         return None
     return f"{needs}, got {device.device_kind} of {device.compute_capability}"
+
+
+def kernels_run(implementation: Implementation | None) -> bool:
+    """Whether what surrounds the recurrence may be computed by kernels too."""
+    return implementation != "scan" and unsupported_device() is None
 
 
 def _require(refusal: str | None) -> None:
@@ -89,7 +94,8 @@ def _fastest_first() -> tuple[str, ...]:
 
 
 @functools.cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Warns, the first time."""
     _log.warning(message)
 
 
@@ -176,7 +182,7 @@ def e88_recurrence(
         try:
             return run(name)
         except NotImplementedError as error:
-            _log_once(f"e88_recurrence falls back to {last!r}: {error}")
+            log_once(f"e88_recurrence falls back to {last!r}: {error}")
     return run(last)
 
 

@@ -31,7 +31,7 @@ AT_ONCE = 2
 PIECES_OF_A_THREAD = 16
 """About how many a thread works on: few blocks have little ado, and little is done twice at the end
 of each; more of them fill the GPU."""
-NORM_EPSILON = 1e-6
+LENGTH_EPSILON = 1e-6
 """Added to the length that a row is divided by, as in the original implementation."""
 SMALLEST = 1.2e-38
 """Nearly the smallest normal float32, for a row of zeros."""
@@ -73,7 +73,7 @@ class Rows:
         return max(1, AT_ONCE // self.pieces)
 
 
-class Stream(NamedTuple):
+class Part(NamedTuple):
     """Neighbouring columns of the product: `heads` rows of each token."""
 
     name: str
@@ -107,7 +107,7 @@ class Split:
         """Of q, k and v."""
         return self.heads * (2 * self.n_state + self.n_value)
 
-    def streams(self, columns: int, itemsize: int) -> list[Stream]:
+    def parts(self, columns: int, itemsize: int) -> list[Part]:
         """Of a product with so many columns."""
         unit = Activation(self.silu, self.unit_length)
         vector = PIECE_BYTES // itemsize
@@ -117,13 +117,13 @@ class Split:
             "v": (self.heads, self.n_value, Activation(self.silu, False)),
             "rest": ((columns - self.columns) // vector, vector, Activation(False, False)),
         }
-        streams: list[Stream] = []
+        parts: list[Part] = []
         start = 0
         for name, (heads, size, activation) in sizes.items():
             if heads:
-                streams.append(Stream(name, start, heads, Rows(size, itemsize), activation))
-                start = streams[-1].stop
-        return streams
+                parts.append(Part(name, start, heads, Rows(size, itemsize), activation))
+                start = parts[-1].stop
+        return parts
 
     def unsupported(self, columns: int, dtype: Any) -> str | None:
         """Why the kernels do not take a product of so many columns, or None if they do."""
@@ -133,10 +133,10 @@ class Split:
         for name, size in (("N", self.n_state), ("V", self.n_value), ("columns", columns)):
             if size % vector:
                 return f"takes {name} a multiple of {vector}, got {size}"
-        for stream in self.streams(columns, jnp.dtype(dtype).itemsize):
-            most = stream.rows.pieces * vector
+        for part in self.parts(columns, jnp.dtype(dtype).itemsize):
+            most = part.rows.pieces * vector
             if most > MOST_OF_A_LANE:
-                size, name = stream.rows.size, "V" if stream.name == "v" else "N"
+                size, name = part.rows.size, "V" if part.name == "v" else "N"
                 return f"takes {name} of at most {MOST_OF_A_LANE} numbers a lane, got {size}"
         return None
 
@@ -215,37 +215,37 @@ def over_length(w: Any, lanes: int, x: list[Any]) -> tuple[Any, Any]:
     square = _sum(w, lanes, x, x)
     over = w.rsqrt(w.maximum(square, w.number(SMALLEST)))
     length = w.fmultiply(square, over)
-    return w.reciprocal(w.fadd(length, w.number(NORM_EPSILON))), over
+    return w.reciprocal(w.fadd(length, w.number(LENGTH_EPSILON))), over
 
 
-def activate_rows(w: Any, stream: Stream, x: Any, y: Any) -> None:
+def activate_rows(w: Any, part: Part, x: Any, y: Any) -> None:
     """From rows of the product `[tokens, heads * size]` to those of q, k or v, for this lane."""
-    rows, (_, unit_length) = stream.rows, stream.activation
+    rows, (_, unit_length) = part.rows, part.activation
 
     def some(own: list[Any]) -> None:
-        loaded = [_load(w, rows, x, _addresses(w, rows, stream.heads, x, row)) for row in own]
+        loaded = [_load(w, rows, x, _addresses(w, rows, part.heads, x, row)) for row in own]
         for row, words in zip(own, loaded, strict=True):
-            a, _ = after_silu(w, stream.activation, _wide(w, rows, words))
+            a, _ = after_silu(w, part.activation, _wide(w, rows, words))
             if unit_length:
                 scale, _ = over_length(w, rows.lanes, a)
                 a = [w.fmultiply(value, scale) for value in a]
-            _store(w, rows, y, _addresses(w, rows, stream.heads, y, row), a)
+            _store(w, rows, y, _addresses(w, rows, part.heads, y, row), a)
 
-    _over_all(w, stream, x.shape[0], some)
+    _over_all(w, part, x.shape[0], some)
 
 
-def gradient_of_rows(w: Any, stream: Stream, x: Any, d_y: Any, d_x: Any) -> None:
+def gradient_of_rows(w: Any, part: Part, x: Any, d_y: Any, d_x: Any) -> None:
     """The gradient of `activate_rows`: of rows of the product, from that of q, k or v."""
-    rows, (_, unit_length) = stream.rows, stream.activation
+    rows, (_, unit_length) = part.rows, part.activation
 
     def some(own: list[Any]) -> None:
         loaded = [
-            [_load(w, rows, z, _addresses(w, rows, stream.heads, z, row)) for z in (x, d_y)]
+            [_load(w, rows, z, _addresses(w, rows, part.heads, z, row)) for z in (x, d_y)]
             for row in own
         ]
         for row, words in zip(own, loaded, strict=True):
             x_wide, d = (_wide(w, rows, z) for z in words)
-            a, derivatives = after_silu(w, stream.activation, x_wide)
+            a, derivatives = after_silu(w, part.activation, x_wide)
             if unit_length:
                 scale, over = over_length(w, rows.lanes, a)
                 # Of a (||a|| + e)^-1: d scale - a (a . d) scale^2 / ||a||.
@@ -256,14 +256,14 @@ def gradient_of_rows(w: Any, stream: Stream, x: Any, d_y: Any, d_x: Any) -> None
                     for value, of_value in zip(a, d, strict=True)
                 ]
             d = [w.fmultiply(of_value, s) for of_value, s in zip(d, derivatives, strict=True)]
-            _store(w, rows, d_x, _addresses(w, rows, stream.heads, d_x, row), d)
+            _store(w, rows, d_x, _addresses(w, rows, part.heads, d_x, row), d)
 
-    _over_all(w, stream, x.shape[0], some)
+    _over_all(w, part, x.shape[0], some)
 
 
-def _over_all(w: Any, stream: Stream, tokens: int, some: Callable[[list[Any]], None]) -> None:
+def _over_all(w: Any, part: Part, tokens: int, some: Callable[[list[Any]], None]) -> None:
     """`some(rows)` for all rows that this lane works on."""
-    rows, n_rows = stream.rows, tokens * stream.heads
+    rows, n_rows = part.rows, tokens * part.heads
     n = -(-n_rows * rows.lanes // (THREADS * rows.at_once))
 
     def body(i: Any, carry: Any) -> Any:
@@ -277,28 +277,28 @@ def _over_all(w: Any, stream: Stream, tokens: int, some: Callable[[list[Any]], N
 def _kernel(
     name: str,
     program: Callable[..., None],
-    streams: list[Stream],
+    parts: list[Part],
     tokens: int,
-    of_block: Callable[[Stream, dict[str, Any], Any], list[Any]],
+    of_block: Callable[[Part, dict[str, Any], Any], list[Any]],
     inputs: dict[str, Any],
     outputs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Runs `program(w, stream, *refs)` for blocks of tokens of each stream; `of_block(stream, refs,
+    """Runs `program(w, part, *refs)` for blocks of tokens of each part; `of_block(part, refs,
     tokens)` are their refs."""
-    sizes = [stream.tokens(tokens) for stream in streams]
+    sizes = [part.tokens(tokens) for part in parts]
     counts = [-(-tokens // size) for size in sizes]
 
     def body(index: Any, _: Any, ref: dict[str, Any]) -> None:
         start = 0
-        for stream, size, count in zip(streams, sizes, counts, strict=True):
+        for part, size, count in zip(parts, sizes, counts, strict=True):
 
             @pl.when((index >= start) & (index < start + count))
-            def _(stream: Stream = stream, size: int = size, start: int = start) -> None:
+            def _(part: Part = part, size: int = size, start: int = start) -> None:
                 # The last block has as many tokens as the others, some of them again.
                 first = jnp.minimum((index - start) * size, tokens - size)
-                refs = of_block(stream, ref, pl.ds(first, size))
+                refs = of_block(part, ref, pl.ds(first, size))
                 inline(
-                    lambda _, *refs: program(Warp(), stream, *(Memory(x) for x in refs)),
+                    lambda _, *refs: program(Warp(), part, *(Memory(x) for x in refs)),
                     *refs,
                     arg_types=(plgpu.RefType(),) * len(refs),
                 )
@@ -327,25 +327,25 @@ def _flat(x: Array) -> Array:
 def _forward_call(split: Split) -> Callable[[Array], tuple[Array, ...]]:
     def call(x: Array) -> tuple[Array, ...]:
         batch, time, columns = x.shape
-        streams = [s for s in split.streams(columns, x.dtype.itemsize) if s.name != "rest"]
+        parts = [s for s in split.parts(columns, x.dtype.itemsize) if s.name != "rest"]
 
-        def of_block(stream: Stream, ref: dict[str, Any], tokens: Any) -> list[Any]:
-            own = pl.ds(stream.start, stream.stop - stream.start)
-            return [ref["x"].at[tokens, own], ref[stream.name].at[tokens]]
+        def of_block(part: Part, ref: dict[str, Any], tokens: Any) -> list[Any]:
+            own = pl.ds(part.start, part.stop - part.start)
+            return [ref["x"].at[tokens, own], ref[part.name].at[tokens]]
 
         results = _kernel(
             "e88_activation",
             activate_rows,
-            streams,
+            parts,
             batch * time,
             of_block,
             {"x": _flat(x)},
             {
                 s.name: jax.ShapeDtypeStruct((batch * time, s.stop - s.start), x.dtype)
-                for s in streams
+                for s in parts
             },
         )
-        return tuple(results[s.name].reshape(batch, time, s.heads, -1) for s in streams)
+        return tuple(results[s.name].reshape(batch, time, s.heads, -1) for s in parts)
 
     return over_rows(call, ("b t c",), lambda *_: ("b t h n", "b t h n", "b t h v"), True)
 
@@ -353,14 +353,14 @@ def _forward_call(split: Split) -> Callable[[Array], tuple[Array, ...]]:
 @functools.cache
 def _backward_call(split: Split, has_rest: bool) -> Callable[..., Array]:
     def call(x: Array, *d: Array) -> Array:
-        streams = split.streams(x.shape[2], x.dtype.itemsize)
-        given = {s.name: _flat(d_y) for s, d_y in zip(streams, d, strict=True)}
+        parts = split.parts(x.shape[2], x.dtype.itemsize)
+        given = {s.name: _flat(d_y) for s, d_y in zip(parts, d, strict=True)}
 
-        def of_block(stream: Stream, ref: dict[str, Any], tokens: Any) -> list[Any]:
-            own = pl.ds(stream.start, stream.stop - stream.start)
+        def of_block(part: Part, ref: dict[str, Any], tokens: Any) -> list[Any]:
+            own = pl.ds(part.start, part.stop - part.start)
             return [
                 ref["x"].at[tokens, own],
-                ref[stream.name].at[tokens],
+                ref[part.name].at[tokens],
                 ref["d_x"].at[tokens, own],
             ]
 
@@ -368,7 +368,7 @@ def _backward_call(split: Split, has_rest: bool) -> Callable[..., Array]:
         results = _kernel(
             "e88_activation_backward",
             gradient_of_rows,
-            streams,
+            parts,
             flat.shape[0],
             of_block,
             {"x": flat, **given},

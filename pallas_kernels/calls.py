@@ -1,8 +1,8 @@
 """The kernels as functions of the op's arrays, which `jax.vmap` and sharded programs can take.
 
 Rows of the batch and heads are independent: a mapped axis is folded into the batch, and a shard of
-the batch or of the heads runs where it lies. Neither function can be differentiated; `vjp.py` joins
-them.
+the batch or of the heads runs where it lies. No function here can be differentiated; `vjp.py` joins
+the recurrence's.
 """
 
 import dataclasses
@@ -30,6 +30,11 @@ from pallas_kernels.operands import (
     prepare_values,
     resized,
     row_major,
+)
+
+ONCE = (
+    "implementation='mosaic_gpu' differentiates once; use implementation='scan' for derivatives of "
+    "higher order."
 )
 
 # The names of the axes of what the calls take and give.
@@ -164,7 +169,11 @@ def backward_call(
 
 
 def over_rows(
-    call: Callable[..., Any], arguments: Any, results: Callable[..., Any], partition: bool
+    call: Callable[..., Any],
+    arguments: Any,
+    results: Callable[..., Any],
+    partition: bool,
+    no_derivative: str = ONCE,
 ) -> Any:
     """`call` for mapped and sharded arrays.
 
@@ -173,19 +182,17 @@ def over_rows(
         arguments: the names of the axes of its arguments, in trees like theirs.
         results: from those of the arguments that are given to those of its results.
         partition: whether it can be sharded.
+        no_derivative: the error of whoever differentiates it.
     """
     # The interpreter has side effects, which a partitioned function cannot have.
     call = _fold_mapped(_partitioned(call, arguments, results) if partition else call)
     call = jax.custom_jvp(call)
-    call.defjvp(_refuse_to_differentiate)
+
+    @call.defjvp
+    def _(*_: Any) -> Any:
+        raise NotImplementedError(no_derivative)
+
     return call
-
-
-def _refuse_to_differentiate(*_: Any) -> Any:
-    raise NotImplementedError(
-        "implementation='mosaic_gpu' differentiates once; use implementation='scan' for "
-        "derivatives of higher order."
-    )
 
 
 def _fold_mapped(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -208,7 +208,11 @@ def _call(layer: Layer) -> Callable[..., tuple[Array, Array]]:
         return run(*inputs.values(), updated), jax.freeze(updated)
 
     return over_rows(
-        call, ("b c", "b h", "b h", "b h n v"), lambda *_: ("b d", "b h n v"), partition=True
+        call,
+        ("b c", "b h", "b h", "b h n v"),
+        lambda *_: ("b d", "b h n v"),
+        partition=True,
+        no_derivative="a token of a model made for inference cannot be differentiated.",
     )
 
 
@@ -226,5 +230,13 @@ def decode_layer(
 
     Returns:
         The gated outputs `[B, H * V]` in x's dtype, and the state after the token.
+
+    Raises:
+        ValueError: an empty batch, or another dtype.
     """
+    if len(x) == 0:
+        raise ValueError(f"no axis may be empty, got x of shape {x.shape}.")
+    for name, array in (("decay", decay), ("write_gate", write_gate), ("state", state)):
+        if array is not None and array.dtype != jnp.float32:
+            raise ValueError(f"{name} must be float32, got {array.dtype}.")
     return _call(layer)(x, decay, write_gate, state)

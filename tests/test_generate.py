@@ -93,6 +93,14 @@ class TestGenerate:
         first = np.stack(list(itertools.islice(tokens, 12)), axis=1)
         np.testing.assert_array_equal(first, draw(model))
 
+    @pytest.mark.parametrize("length", [1, 2, 1 + BLOCK, 2 + BLOCK])
+    def test_tokens_of_a_length_end(self, model: E88LM, length: int) -> None:
+        """After whole blocks."""
+        options = (jax.random.key(KEY), 0.8, 40, 1.0)
+        tokens = list(generate_module._checked(model, PROMPT, length, *options))
+        assert len(tokens) == 1 + BLOCK * max(1, -(-(length - 1) // BLOCK))
+        np.testing.assert_array_equal(np.stack(tokens[:length], axis=1), draw(model, length=length))
+
     def test_memory_and_programs_are_constant(
         self, model: E88LM, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -143,6 +151,7 @@ class TestGenerate:
         config = LMConfig(layer=layer, depth=2, vocab_size=VOCAB, channel_mixer_dim=8)
         model = E88LM(config, rngs=nnx.Rngs(0))
         same = nnx.merge(*for_inference(model))
+        same = nnx.merge(*for_inference(same))  # as it is already
         for tokens in (PROMPT, PROMPT[:, :1]):
             expected, state = run(model, jnp.asarray(tokens))
             logits, its_state = run(same, jnp.asarray(tokens))
@@ -152,7 +161,7 @@ class TestGenerate:
                 its_state,
                 state,
             )
-        assert hasattr(model.blocks[0].mixer, "joined_proj") is False
+        assert not hasattr(model.blocks[0].mixer, "joined_proj")
 
     def test_no_tokens(self, model: E88LM) -> None:
         assert draw(model, length=0).shape == (2, 0)

@@ -122,7 +122,7 @@ class TestChoice:
         table = {"picky": picky, **recurrence._IMPLEMENTATIONS}
         monkeypatch.setattr(recurrence, "_IMPLEMENTATIONS", table)
         monkeypatch.setattr(recurrence, "_fastest_first", lambda: ("picky", "scan"))
-        recurrence._log_once.cache_clear()
+        recurrence.log_once.cache_clear()
 
     def call(self, time: int, **options: Any) -> Any:
         return e88_recurrence(**tensors(make_inputs(time, 4, 6), "float32"), **options)

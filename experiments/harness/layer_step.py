@@ -12,7 +12,8 @@ from jax import Array
 
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.model import Block, weight_decay_mask
-from harness.step import xla_options
+
+from .step import xla_options
 
 LEARNING_RATE = 1e-4
 """So small that a timing's hundreds of steps leave the layer much as it was."""

@@ -26,6 +26,8 @@ GPU_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_triton_gemm": False,
     # Graphs of kernels are filled in anew for each step, as its arrays move.
     "xla_gpu_enable_command_buffer": "",
+    # XLA would join a layer's two products where they are small, and copy the parts.
+    "xla_gpu_dot_merger_threshold_mb": "0",
 }
 """XLA's options for the training step on a GPU; flags of the same name in `XLA_FLAGS` win. What
 each gains is in `benchmarks/README.md`."""

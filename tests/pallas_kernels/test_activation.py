@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from between_products import activated
+from layer_by_xla import activated
 from numpy_reference import rms_ratio
 from warp_in_numpy import Memory, WarpInNumpy
 
@@ -29,14 +29,14 @@ def check(split: Split, n_tokens: int, dtype: Any, n_rest: int = 8) -> None:
         d = [rng.normal(size=y.shape).astype(dtype) for y in expected]
         (d_x_expected,) = pullback(tuple(jnp.asarray(y.astype(np.float64)) for y in d))
     product, d_x = Memory(x), Memory(np.full(x.shape, np.nan, dtype))
-    for stream, wanted, d_y in zip(split.streams(x.shape[1], x.itemsize), expected, d, strict=True):
-        own = slice(None), slice(stream.start, stream.stop)
-        y = Memory(np.full((n_tokens, stream.stop - stream.start), np.nan, dtype))
-        activate_rows(WarpInNumpy(), stream, product[own], y)
+    for part, wanted, d_y in zip(split.parts(x.shape[1], x.itemsize), expected, d, strict=True):
+        own = slice(None), slice(part.start, part.stop)
+        y = Memory(np.full((n_tokens, part.stop - part.start), np.nan, dtype))
+        activate_rows(WarpInNumpy(), part, product[own], y)
         ratio = rms_ratio(y.array.reshape(wanted.shape), np.asarray(wanted))
-        assert ratio < BOUNDS[dtype], f"{stream.name} differs by {ratio}"
+        assert ratio < BOUNDS[dtype], f"{part.name} differs by {ratio}"
         d_rows = Memory(np.ascontiguousarray(d_y.reshape(n_tokens, -1)))
-        gradient_of_rows(WarpInNumpy(), stream, product[own], d_rows, d_x[own])
+        gradient_of_rows(WarpInNumpy(), part, product[own], d_rows, d_x[own])
     # A row of zeros has so large a gradient that the others would not count.
     rows = np.s_[:, split.n_state :]
     ratio = rms_ratio(d_x.array[rows], np.asarray(d_x_expected)[rows])
@@ -67,11 +67,11 @@ def test_options(silu: bool, unit_length: bool, dtype: Any) -> None:
 def test_large_numbers() -> None:
     """SiLU of what overflows its exponential is 0 or the number."""
     x = np.repeat(np.float32([-500, -90, 90, 500]), 8)[None]
-    stream = Split(1, 32, 32, True, False).streams(96, 4)[0]
+    part = Split(1, 32, 32, True, False).parts(96, 4)[0]
     y, d_x = Memory(np.zeros_like(x)), Memory(np.zeros_like(x))
-    activate_rows(WarpInNumpy(), stream, Memory(x), y)
+    activate_rows(WarpInNumpy(), part, Memory(x), y)
     np.testing.assert_allclose(y.array, np.where(x > 0, x, 0), atol=1e-30)
-    gradient_of_rows(WarpInNumpy(), stream, Memory(x), Memory(np.ones_like(x)), d_x)
+    gradient_of_rows(WarpInNumpy(), part, Memory(x), Memory(np.ones_like(x)), d_x)
     np.testing.assert_allclose(d_x.array, np.where(x > 0, 1, 0), atol=1e-30)
 
 

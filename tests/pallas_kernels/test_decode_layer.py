@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from between_products import a_layer, decoded, inputs
+from layer_by_xla import a_layer, decoded, inputs
 from numpy_reference import rms_ratio
 from warp_in_numpy import Memory, WarpInNumpy
 
@@ -20,7 +20,7 @@ over_dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16
 
 
 def check(layer: Layer, dtype: Any, *, has_write_gate: bool = False) -> None:
-    """The lanes' program against the reference in float64, or with its state in float32."""
+    """The lanes' program against XLA in float32."""
     split = layer.split
     arrays = inputs(layer, 1, dtype, has_write_gate)
     wide = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
@@ -31,7 +31,9 @@ def check(layer: Layer, dtype: Any, *, has_write_gate: bool = False) -> None:
     ref["x"] = Memory(np.pad(row, (0, row.size % 2)))[: row.size]
     ref["out"] = Memory(np.full(split.heads * split.n_value, np.nan, dtype))
     for group in range(-(-layer.warps // WARPS)):
-        step_of_row(WarpInNumpy(), layer, group, ref)
+        w = WarpInNumpy()
+        step_of_row(w, layer, group, ref)
+        assert w.tanhs == (set() if layer.linear_state else {dtype == jnp.bfloat16})
     for name, wanted, bound in (("out", out, BOUNDS[dtype]), ("state", state, 2e-6)):
         ratio = rms_ratio(ref[name].array.astype(np.float64), np.asarray(wanted[0], np.float64))
         assert ratio < bound, f"{name} differs by {ratio}"
@@ -89,6 +91,24 @@ def test_lowering(has_write_gate: bool, mapped: bool, dtype: Any) -> None:
     assert out.shape == (*rows, 5 * 48)
     assert out.dtype == dtype
     assert state.shape == (*rows, 5, 32, 48)
+
+
+def test_errors() -> None:
+    layer = a_layer(2, 32, 32)
+    arrays = inputs(layer, 3, jnp.bfloat16, True)
+    names = ("x", "decay", "write_gate", "state")
+    for name in names[1:]:
+        narrow = {**arrays, name: arrays[name].astype(jnp.bfloat16)}
+        with pytest.raises(ValueError, match=f"{name} must be float32, got bfloat16"):
+            decode_layer(layer, *(narrow[n] for n in names))
+    with pytest.raises(ValueError, match=r"empty.*\(0, 256\)"):
+        decode_layer(layer, *(arrays[n][:0] for n in names))
+
+    def loss(*arguments: Any) -> Any:
+        return jnp.sum(decode_layer(layer, *arguments)[1])
+
+    with pytest.raises(NotImplementedError, match="inference cannot be differentiated"):
+        jax.grad(loss)(*(arrays[n] for n in names))
 
 
 @pytest.mark.parametrize(

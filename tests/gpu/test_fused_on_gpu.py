@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from between_products import a_layer, decoded, inputs
-from between_products import activated as activated_by_xla
 from flax import nnx
+from layer_by_xla import a_layer, decoded, inputs
+from layer_by_xla import activated as activated_by_xla
 from numpy_reference import rms_ratio
 
 from e88_jax import recurrence
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.generate import for_inference
+from e88_jax.mixer import E88Mixer
 from e88_jax.model import E88LM
 
 if refusal := recurrence.unsupported_device():
@@ -169,3 +170,30 @@ def test_a_model_for_inference(options: dict[str, Any], batch: int) -> None:
             actual.append(logits)
     np.testing.assert_allclose(jnp.concatenate(actual, axis=1), expected, atol=1e-4)
     assert "e88_decode_layer" in str(jax.make_jaxpr(lambda x: same(x, state))(tokens[:, :1]))
+
+
+@pytest.mark.parametrize("n_heads", [5, 8])
+def test_gradients_of_a_layer(n_heads: int) -> None:
+    """Of weights and inputs, with kernels for all between the products, against the scan."""
+    x = jax.random.normal(jax.random.key(0), (3, 50, 64))
+
+    def gradients(implementation: Any) -> Any:
+        config = E88Config(
+            dim=64, n_heads=n_heads, n_state=32, dtype="float32", implementation=implementation
+        )
+        graphdef, params = nnx.split(E88Mixer(config, rngs=nnx.Rngs(0)))
+
+        def loss(params: Any, x: jax.Array) -> jax.Array:
+            y, state = nnx.merge(graphdef, params)(x)
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(state.recurrent))
+
+        function = jax.grad(loss, argnums=(0, 1))
+        has_kernel = "e88_activation_backward" in str(jax.make_jaxpr(function)(params, x))
+        assert has_kernel is (implementation is None)
+        return jax.jit(function)(params, x)
+
+    with jax.default_matmul_precision("highest"):
+        actual, expected = gradients(None), gradients("scan")
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert rms_ratio(np.asarray(a), np.asarray(b)) < 2e-5
+'''

@@ -1,0 +1,121 @@
+"""Layers that are computed by fused kernels, with XLA in the place of what a kernel computes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import layer_by_xla
+import numpy as np
+import pytest
+from flax import nnx
+from numpy_reference import rms_ratio
+from test_mixer import OPTIONS, name_of
+
+import pallas_kernels.activation
+import pallas_kernels.decode_layer
+from e88_jax import recurrence
+from e88_jax.config import E88Config
+from e88_jax.mixer import E88Mixer
+
+over_options = pytest.mark.parametrize("options", OPTIONS, ids=name_of)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that were called."""
+    called: list[str] = []
+
+    def replace(module: Any, name: str, function: Any) -> None:
+        def recorded(*arguments: Any) -> Any:
+            called.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, recorded)
+
+    monkeypatch.setattr(recurrence, "unsupported_device", lambda: None)
+    replace(pallas_kernels.activation, "activate", layer_by_xla.activated)
+    replace(pallas_kernels.decode_layer, "decode_layer", layer_by_xla.decoded)
+    return called
+
+
+def build(options: dict[str, Any], implementation: Any = None, **more: Any) -> E88Mixer:
+    options = {"n_state": 8, "dtype": "float32", "implementation": implementation, **options}
+    config = E88Config(dim=10, n_heads=3, **options, **more)
+    return E88Mixer(config, rngs=nnx.Rngs(0))
+
+
+def numbers(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(shape).normal(size=shape), jnp.float32)
+
+
+def check(actual: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape
+        assert rms_ratio(a, b) < 1e-5
+
+
+@over_options
+def test_many_tokens(options: dict[str, Any], calls: list[str]) -> None:
+    """Outputs, states and gradients, in which each layer is its own reference without kernels."""
+    x, d_y = numbers(2, 7, 10), numbers(7, 2, 10).swapaxes(0, 1)
+    results = []
+    for implementation in (None, "scan"):
+        graphdef, params = nnx.split(build(options, implementation))
+
+        def loss(params: Any, x: Any, graphdef: Any = graphdef) -> Any:
+            y, state = nnx.merge(graphdef, params)(x)
+            return jnp.sum(y * d_y), (y, state)
+
+        results.append(jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x))
+    check(*results)
+    has_kernel = not (options.get("tie_kv") or options.get("conv_size"))
+    assert calls == ["activate"] * has_kernel
+
+
+@over_options
+def test_a_token(options: dict[str, Any], calls: list[str]) -> None:
+    """From a state, after `join_projections`; the reference is the layer as it is trained."""
+    mixer, reference = build(options), build(options, "scan")
+    mixer.join_projections()
+    x = numbers(2, 8, 10)
+    _, state = reference(x[:, :7])
+    check(mixer(x[:, 7:], state), reference(x[:, 7:], state))
+    beyond_it = {"tie_kv", "conv_size", "value_residual", "output_norm"} & options.keys()
+    has_kernel = not beyond_it and options.get("head_mix", "concat") == "concat"
+    assert calls == ["decode_layer"] * has_kernel
+
+
+def test_tokens_that_the_kernel_does_not_take(calls: list[str]) -> None:
+    mixer = build({})
+    x = numbers(2, 1, 10)
+    mixer(x)
+    assert calls == []  # projections are not joined
+    mixer.join_projections()
+    ids = jnp.zeros((2, 1), jnp.int32)
+    np.testing.assert_allclose(mixer(x, segment_ids=ids)[0], mixer(x)[0], rtol=1e-5, atol=1e-6)
+    assert calls == ["decode_layer"]
+    with pytest.raises(ValueError, match="segment_ids"):
+        mixer(x, segment_ids=ids[:1])
+    with pytest.raises(ValueError, match=r"not 0.*\(0, 1, 10\)"):
+        mixer(x[:0])
+
+
+def test_a_fallback_says_so_once(calls: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    recurrence.log_once.cache_clear()
+    mixer = build({"n_state": 6})
+    for _ in range(2):
+        mixer(numbers(2, 7, 10))
+    assert calls == []
+    (record,) = caplog.records
+    assert "N a multiple of 4, got 6" in record.getMessage()
+
+
+@pytest.mark.parametrize("n_heads", [3, 8])
+def test_columns_are_whole_pieces(n_heads: int, calls: list[str]) -> None:
+    """With any number of heads the product of several projections has rows that are aligned."""
+    config = E88Config(dim=10, n_heads=n_heads, n_state=8, dtype="bfloat16")
+    mixer = E88Mixer(config, rngs=nnx.Rngs(0))
+    products = mixer._products(jnp.ones((2, 7, 10), jnp.bfloat16))
+    assert all(product.y.shape[2] % 8 == 0 for product in products)
+    mixer(numbers(2, 7, 10))
+    assert calls == ["activate"]
