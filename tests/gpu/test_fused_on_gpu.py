@@ -196,4 +196,3 @@ def test_gradients_of_a_layer(n_heads: int) -> None:
         actual, expected = gradients(None), gradients("scan")
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert rms_ratio(np.asarray(a), np.asarray(b)) < 2e-5
-'''
