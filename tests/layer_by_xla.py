@@ -11,6 +11,16 @@ from pallas_kernels import single_step
 from pallas_kernels.activation import Split
 from pallas_kernels.decode_layer import Layer
 
+OPTIONS: list[dict[str, Any]] = [
+    {"gate": "sigmoid"},
+    {"gate": "none"},
+    {"silu": False},
+    {"unit_length": False},
+    {"linear_state": True},
+    {"n_between": 3},
+]
+"""Of `a_layer`."""
+
 
 def a_layer(
     heads: int,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from layer_by_xla import a_layer, decoded, inputs
+from layer_by_xla import OPTIONS, a_layer, decoded, inputs
 from layer_by_xla import activated as activated_by_xla
 from numpy_reference import rms_ratio
 
@@ -110,18 +110,7 @@ def test_token_against_xla(sizes: tuple[int, int, int], rows: int, dtype: str) -
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gate": "sigmoid"},
-        {"gate": "none"},
-        {"silu": False},
-        {"unit_length": False},
-        {"linear_state": True},
-        {"n_between": 3},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options_of_a_token(options: dict[str, Any], dtype: str) -> None:
     check_token(a_layer(5, 32, 64, **options), 2, dtype, has_write_gate=True)
 

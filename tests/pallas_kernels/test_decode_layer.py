@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layer_by_xla import a_layer, decoded, inputs
+from layer_by_xla import OPTIONS, a_layer, decoded, inputs
 from numpy_reference import rms_ratio
 from warp_in_numpy import Memory, WarpInNumpy
 
@@ -49,18 +49,7 @@ def test_sizes(heads: int, n_state: int, n_value: int, dtype: Any) -> None:
 
 
 @over_dtypes
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gate": "sigmoid"},
-        {"gate": "none"},
-        {"silu": False},
-        {"unit_length": False},
-        {"linear_state": True},
-        {"n_between": 3},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(options: dict[str, Any], dtype: Any) -> None:
     check(a_layer(3, 16, 32, **options), dtype)
     check(a_layer(3, 16, 32, **options), dtype, has_write_gate=True)
