@@ -4,6 +4,8 @@ Each function gives None where there is none: for this device, these sizes or op
 `implementation="scan"`. Then XLA computes the same.
 """
 
+from typing import Any
+
 from jax import Array
 
 from e88_jax import recurrence
@@ -68,7 +70,8 @@ def decode_product(
     return out[:, None], state
 
 
-def _split(config: E88Config):
+def _split(config: E88Config) -> Any:
+    """How q, k and v lie in the product."""
     from pallas_kernels.activation import Split
 
     return Split(

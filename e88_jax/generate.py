@@ -196,6 +196,7 @@ def _checked(
     top_k: int | None,
     top_p: float,
 ) -> Iterator[np.ndarray]:
+    """`_tokens`, of arguments that are checked before any of them is asked for."""
     prompt = np.asarray(prompt)
     if prompt.ndim != 2 or prompt.size == 0 or not np.issubdtype(prompt.dtype, np.integer):
         raise ValueError(
@@ -214,28 +215,21 @@ def _checked(
         raise ValueError(f"top_k must be at least 1, got {top_k}.")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
-    prompt = jnp.asarray(prompt, jnp.int32)
-    return _tokens(model, prompt, length, key, temperature, top_k, top_p)
-
-
-def _tokens(
-    model: E88LM,
-    tokens: Array,
-    length: int | None,
-    key: Array,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-) -> Iterator[np.ndarray]:
-    """Without end for a length of None; else in whole blocks, so that some are too many."""
-    graphdef, params = for_inference(model)
     greedy = temperature < 1e-6  # where dividing by it would overflow
-    options: dict[str, Any] = {
+    options = {
         "temperature": jnp.float32(1 if greedy else temperature),
         "top_p": jnp.float32(top_p),
         "top_k": top_k,
         "greedy": greedy,
     }
+    return _tokens(model, jnp.asarray(prompt, jnp.int32), length, key, options)
+
+
+def _tokens(
+    model: E88LM, tokens: Array, length: int | None, key: Array, options: dict[str, Any]
+) -> Iterator[np.ndarray]:
+    """Without end for a length of None; else in whole blocks, so that some are too many."""
+    graphdef, params = for_inference(model)
     state = model.init_state(tokens.shape[0])
     state, drawn, key = prefill(graphdef, params, state, tokens, key, **options)
     yield np.asarray(drawn)

@@ -199,10 +199,8 @@ class E88Mixer(nnx.Module):
     def _side_by_side(self, names: list[str]) -> tuple[dict[str, int], Array]:
         """The kernels of projections as one, and the columns of each by its name."""
         kernels = {name: getattr(self, name).kernel[...].astype(self.dtype) for name in names}
-        if len(names) == 1:
-            return {name: kernel.shape[1] for name, kernel in kernels.items()}, kernels[names[0]]
         short = -sum(kernel.shape[1] for kernel in kernels.values()) % COLUMNS_MULTIPLE
-        if short:
+        if short and len(names) > 1:
             kernels["padding"] = jnp.zeros((self.config.dim, short), self.dtype)
         widths = {name: kernel.shape[1] for name, kernel in kernels.items()}
         return widths, jnp.concatenate(list(kernels.values()), axis=1)

@@ -1,4 +1,4 @@
-"""The recurrence as Pallas kernels for Hopper GPUs and datacenter Blackwell."""
+"""The recurrence, and what surrounds it, as Pallas kernels for Hopper and datacenter Blackwell."""
 
 from pallas_kernels.decode import single_step
 from pallas_kernels.geometry import Geometry
