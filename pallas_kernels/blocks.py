@@ -41,7 +41,10 @@ class Block(NamedTuple):
         b, head_block = _divmod(index, sizes.heads // geometry.heads)
         heads = pl.ds(head_block * geometry.heads, geometry.heads)
         values = pl.ds(value_block * geometry.values, geometry.values)
-        return cls(b, heads, values, pl.ds(0, sizes.keys), head_block, value_block)
+        # No start is a Python int: JAX 0.12 refuses slices that it can see to pass the array's end,
+        # where the copy engine reads zeros.
+        keys = pl.ds(jnp.int32(0), sizes.keys)
+        return cls(b, heads, values, keys, head_block, value_block)
 
     def steps(self, ref: Any, axes: tuple[int, ...], t: Any) -> Any:
         """Steps t of an array `[B, T, H, ...]`, or `[B, H, scalars, T]` for HEADS."""
