@@ -11,11 +11,11 @@ from jax.nn import initializers
 
 from e88_jax.activation import activate
 from e88_jax.config import E88Config
+from e88_jax.documents import document_starts
 from e88_jax.fused import activate_product, decode_product
 from e88_jax.precision import compute_dtype, wide, wide_dtype
 from e88_jax.projection import Projection, multiply
 from e88_jax.recurrence import e88_recurrence
-from e88_jax.reference import document_starts
 from e88_jax.short_conv import ShortConv
 
 NORM_EPSILON = 1e-5

@@ -7,13 +7,15 @@ is the only place that knows which implementations exist, and on which devices t
 import functools
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from e88_jax.documents import Inputs, document_starts, keep_apart, live_steps
 from e88_jax.hardware import KERNELS_RUN_BELOW, KERNELS_RUN_FROM
+from e88_jax.meshes import varying_alike, with_automatic_axes
 from e88_jax.reference import scan_recurrence
 
 Implementation = Literal["scan", "mosaic_gpu"]
@@ -56,7 +58,8 @@ def _mosaic_gpu(
     decay: Array,
     write_gate: Array | None,
     initial_state: Array | None,
-    segment_ids: Array | None,
+    starts: Array | None,
+    live: Array | None,
     *,
     linear_state: bool,
     checkpoint_every: int,
@@ -67,7 +70,7 @@ def _mosaic_gpu(
     _require(pallas_kernels.unsupported(q.shape[-1], v.shape[-1], q.dtype))
     if q.shape[1] == 1:
         return pallas_kernels.single_step(
-            q, k, v, decay, write_gate, initial_state, linear_state=linear_state
+            q, k, v, decay, write_gate, initial_state, live, linear_state=linear_state
         )
     return pallas_kernels.recurrence(
         q,
@@ -76,7 +79,8 @@ def _mosaic_gpu(
         decay,
         write_gate,
         initial_state,
-        segment_ids,
+        starts,
+        live,
         linear_state=linear_state,
         checkpoint_every=checkpoint_every,
     )
@@ -108,6 +112,7 @@ def e88_recurrence(
     write_gate: Array | None = None,
     initial_state: Array | None = None,
     segment_ids: Array | None = None,
+    lengths: Array | None = None,
     linear_state: bool = False,
     checkpoint_every: int = 32,
     implementation: Implementation | None = None,
@@ -122,9 +127,11 @@ def e88_recurrence(
         o_t = S_t^T q_t                            # read after the write
 
     Running T steps equals running any split of them with the state handed over, outputs and
-    gradients alike; decoding is T = 1 of the same function. Differentiable (reverse mode; by the
-    GPU kernel once, by the scan to any order) in every array argument, through both results.
-    Programs with the batch or the heads sharded run without moving data between devices.
+    gradients alike; decoding is T = 1 of the same function. Differentiable in every array argument,
+    through both results: by the scan in both modes and to any order, by the GPU kernel once and in
+    reverse mode. Programs with the batch or the heads sharded, over Auto, Explicit or (inside
+    `jax.shard_map`) manual mesh axes, run without moving data between devices; a sharded time is
+    gathered, as no step can begin before the one before it has ended.
 
     Args:
         q: queries `[B, T, H, N]`, float32, bfloat16 or (scan only) float64; used as given, so the
@@ -135,7 +142,12 @@ def e88_recurrence(
         write_gate: strength of the correction per head and step, `[B, T, H]` float32; None is 1.
         initial_state: `[B, H, N, V]` float32; None is zeros.
         segment_ids: packed documents, `[B, T]` int32: where the id changes from t-1 to t, step t
-            starts from a zero state. Token 0 continues `initial_state`.
+            starts from a zero state. Token 0 continues `initial_state`. Documents are apart even
+            where one is not finite: from there to its end its outputs are NaN and have no gradient,
+            and the others are as without it.
+        lengths: steps of each row, `[B]` int32 from 0 to T, of a batch padded on the right: the
+            final state is that after a row's own last step, outputs after it are zeros, and what
+            the arrays hold there is not read. None: every row has T.
         linear_state: leave out the tanh.
         checkpoint_every: the backward pass keeps one state every so many steps and recomputes
             those between: memory grows with `T / checkpoint_every`. The GPU kernel rounds it up
@@ -155,35 +167,61 @@ def e88_recurrence(
         ValueError: a shape, dtype or option that no implementation could take.
         NotImplementedError: the named implementation cannot take this call.
     """
-    _validate(q, k, v, decay, write_gate, initial_state, segment_ids, checkpoint_every)
+    _validate(q, k, v, decay, write_gate, initial_state, segment_ids, lengths, checkpoint_every)
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(_IMPLEMENTATIONS)}, "
             f"got {implementation!r}."
         )
+    inputs = Inputs(q, k, v, decay, write_gate, initial_state)
+    axes = Inputs("b t h n", "b t h n", "b t h v", "b t h", "b t h", "b h n v")  # pyright: ignore[reportArgumentType]
 
-    def run(name: str) -> tuple[Array, Array]:
-        return _IMPLEMENTATIONS[name](
-            q,
-            k,
-            v,
-            decay,
-            write_gate,
-            initial_state,
+    def run(*arrays: Any) -> tuple[Array, Array]:
+        inputs, segment_ids, lengths = varying_alike(*arrays)
+        return _of_rows(
+            inputs,
             segment_ids,
+            lengths,
+            implementation,
             linear_state=linear_state,
             checkpoint_every=checkpoint_every,
         )
 
+    arrays = inputs, segment_ids, lengths
+    return with_automatic_axes(run, arrays, (axes, "b t", "b"), (axes.v, axes.initial_state))
+
+
+def _of_rows(
+    x: Inputs,
+    segment_ids: Array | None,
+    lengths: Array | None,
+    implementation: Implementation | None,
+    **options: Any,
+) -> tuple[Array, Array]:
+    """`e88_recurrence`, where rows may hold several documents or end before T."""
+    if segment_ids is None and lengths is None:
+        return _run(implementation, *x, None, None, **options)
+    starts = None if segment_ids is None else document_starts(segment_ids)
+    live = None if lengths is None else live_steps(lengths, x.q.shape[1])
+    x, spoilt = keep_apart(x, starts, live)
+    out, state = _run(implementation, *x, starts, live, **options)
+    out = jnp.where(spoilt.out[..., None], jnp.nan, out)
+    if live is not None:
+        out = jnp.where(live[:, :, None, None], out, jnp.zeros_like(out))
+    return out, jnp.where(spoilt.final_state[..., None, None], jnp.nan, state)
+
+
+def _run(implementation: Implementation | None, *arrays: Array | None, **options: Any) -> Any:
+    """By the implementation named, or the fastest that takes the call."""
     if implementation is not None:
-        return run(implementation)
+        return _IMPLEMENTATIONS[implementation](*arrays, **options)
     *faster, last = _fastest_first()
     for name in faster:
         try:
-            return run(name)
+            return _IMPLEMENTATIONS[name](*arrays, **options)
         except NotImplementedError as error:
             log_once(f"e88_recurrence falls back to {last!r}: {error}")
-    return run(last)
+    return _IMPLEMENTATIONS[last](*arrays, **options)
 
 
 def _validate(
@@ -194,6 +232,7 @@ def _validate(
     write_gate: Array | None,
     initial_state: Array | None,
     segment_ids: Array | None,
+    lengths: Array | None,
     checkpoint_every: int,
 ) -> None:
     if q.ndim != 4:
@@ -213,6 +252,7 @@ def _validate(
         "write_gate": (write_gate, per_step),
         "initial_state": (initial_state, (batch, heads, n_state, n_value)),
         "segment_ids": (segment_ids, (batch, time)),
+        "lengths": (lengths, (batch,)),
     }
     for name, (array, shape) in expected_shapes.items():
         if array is not None and array.shape != shape:
@@ -236,7 +276,8 @@ def _validate(
         if array is not None and array.dtype not in wide:
             allowed = " or ".join(jnp.dtype(dtype).name for dtype in wide)
             raise ValueError(f"{name} must be {allowed}, got {array.dtype}.")
-    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids must be integers, got {segment_ids.dtype}.")
+    for name, array in (("segment_ids", segment_ids), ("lengths", lengths)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got {array.dtype}.")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}.")

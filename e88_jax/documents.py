@@ -1,0 +1,78 @@
+"""Rows that hold several documents, or end early: where, and how each is kept from the others."""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Inputs(NamedTuple):
+    """The arrays of the op that are differentiated."""
+
+    q: Array  # [B, T, H, N]
+    k: Array  # [B, T, H, N]
+    v: Array  # [B, T, H, V]
+    decay: Array  # [B, T, H]
+    write_gate: Array | None  # [B, T, H]
+    initial_state: Array | None  # [B, H, N, V]
+
+
+class Spoilt(NamedTuple):
+    """What is NaN because a number that it depends on was not finite."""
+
+    out: Array  # [B, T, H] bool
+    final_state: Array  # [B, H] bool
+
+
+def document_starts(segment_ids: Array) -> Array:
+    """Where the id changes from the step before, `[B, T]` bool; never at step 0."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changes, ((0, 0), (1, 0)))
+
+
+def live_steps(lengths: Array, time: int) -> Array:
+    """Steps before the end of their row, `[B, T]` bool."""
+    return jnp.arange(time, dtype=jnp.int32)[None, :] < lengths[:, None]
+
+
+def keep_apart(x: Inputs, starts: Array | None, live: Array | None) -> tuple[Inputs, Spoilt]:
+    """The inputs, with zeros for what is not finite or past the end of its row.
+
+    A gradient of zero times a NaN is a NaN, and would go on through the border of a document whose
+    state was cleared. So a number that is not finite is taken out before the recurrence, with all
+    that follows it in its document and head; the op puts NaN into the results that depended on it.
+    """
+    steps = jnp.arange(x.q.shape[1], dtype=jnp.int32)[None, :]
+    reads_bad = _not_finite(x.q, 3)
+    written = (y for y in (x.k, x.v, x.decay, x.write_gate) if y is not None)
+    writes_bad = functools.reduce(jnp.logical_or, (_not_finite(y, 3) for y in written))
+    past_end = jnp.zeros_like(writes_bad) if live is None else ~live[:, :, None]
+    reads_bad, writes_bad = reads_bad & ~past_end, writes_bad & ~past_end
+    initial_state = x.initial_state
+    if initial_state is not None:
+        bad = _not_finite(initial_state, 2)
+        writes_bad = jnp.concatenate([writes_bad[:, :1] | bad[:, None], writes_bad[:, 1:]], axis=1)
+        initial_state = _zero_where(bad, initial_state)
+
+    latest_bad = lax.cummax(jnp.where(writes_bad, steps[:, :, None], -1), axis=1)
+    begins = jnp.zeros_like(steps) if starts is None else jnp.where(starts, steps, 0)
+    state_bad = latest_bad >= lax.cummax(begins, axis=1)[:, :, None]
+    out_bad = state_bad | reads_bad
+    k, v, decay, write_gate = (
+        None if y is None else _zero_where(state_bad | past_end, y) for y in x[1:5]
+    )
+    q = _zero_where(out_bad | past_end, x.q)
+    inputs = Inputs(q, k, v, decay, write_gate, initial_state)  # pyright: ignore[reportArgumentType]
+    return inputs, Spoilt(out_bad, state_bad[:, -1])
+
+
+def _not_finite(x: Array, n_axes: int) -> Array:
+    """Whether any number is not finite, over all axes but the first so many."""
+    return jnp.any(~jnp.isfinite(x), axis=tuple(range(n_axes, x.ndim)))
+
+
+def _zero_where(gone: Array, x: Array) -> Array:
+    """x, with zeros where `gone`, of its first axes, holds."""
+    gone = gone.reshape(*gone.shape, *(1,) * (x.ndim - gone.ndim))
+    return jnp.where(gone, jnp.zeros_like(x), x)

@@ -1,0 +1,75 @@
+"""Arrays over Explicit and manual mesh axes (`jax.make_mesh`, `jax.shard_map`).
+
+The op, the layer and the model compute as under automatic axes, where XLA divides the work:
+`with_automatic_axes` takes Explicit axes off what they are called with and puts them on what they
+return. Inside `jax.shard_map` each device computes on its own part; there `varying_alike` gives
+arrays one type.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")
+
+
+def with_automatic_axes(
+    function: Callable[..., Any], arguments: tuple[Any, ...], axes: tuple[Any, ...], results: Any
+) -> Any:
+    """`function(*arguments)`, where Explicit mesh axes are automatic inside.
+
+    Args:
+        function: of trees of arrays.
+        arguments: what it is called with; leaves may be None.
+        axes: for each argument a string, or a tree prefix of strings, that names the first axes of
+            its arrays: "b" the rows of the batch, "h" the heads, anything else what is not divided.
+        results: the same for what the function returns. Rows and heads of results are divided as
+            the first argument's that are; all else is gathered.
+    """
+    names_of_all = jax.tree.leaves(jax.tree.broadcast(axes, arguments))
+    leaves = list(zip(jax.tree.leaves(arguments), names_of_all, strict=True))
+    mesh = next((mesh for x, _ in leaves if (mesh := _explicit_mesh(x)) is not None), None)
+    if mesh is None:
+        return function(*arguments)
+    divided: dict[str, Any] = {}
+    for x, names in leaves:
+        for name, part in zip(names.split(), jax.typeof(x).sharding.spec, strict=False):
+            free = _mesh_axes(part).isdisjoint(*map(_mesh_axes, divided.values()))
+            if name in ("b", "h") and name not in divided and part is not None and free:
+                divided[name] = part
+
+    def sharding(names: str) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*map(divided.get, names.split())))
+
+    automatic = jax.sharding.auto_axes(
+        function, axes=mesh.explicit_axes, out_sharding=jax.tree.map(sharding, results)
+    )
+    return automatic(*arguments)
+
+
+def _explicit_mesh(x: Any) -> Any:
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh if mesh.explicit_axes else None
+
+
+def _mesh_axes(part: Any) -> set[str]:
+    """The mesh axes in an entry of a PartitionSpec."""
+    return set() if part is None else {part} if isinstance(part, str) else set(part)
+
+
+def varying_alike(*trees: Any) -> Any:
+    """The trees, their arrays varying over every manual mesh axis that one of them varies over."""
+    axes = frozenset().union(*map(_varying, jax.tree.leaves(trees)))
+
+    def cast(x: Array) -> Array:
+        missing = axes - _varying(x)
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(cast, trees)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
