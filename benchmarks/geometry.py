@@ -62,7 +62,6 @@ def milliseconds(
         pallas_kernels.recurrence,
         write_gate=None,
         initial_state=None,
-        segment_ids=None,
         linear_state=False,
         checkpoint_every=options.checkpoint_every,
         **{PASSES[name].argument: geometry},

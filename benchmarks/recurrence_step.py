@@ -24,7 +24,7 @@ import pallas_kernels
 
 WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "plain JAX": pallas_kernels.single_step,
-    "kernel": functools.partial(pallas_kernels.recurrence, segment_ids=None, checkpoint_every=32),
+    "kernel": functools.partial(pallas_kernels.recurrence, checkpoint_every=32),
 }
 
 

@@ -1,6 +1,7 @@
 """Rows that hold several documents, or end early: where, and how each is kept from the others."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,11 +19,39 @@ class Inputs(NamedTuple):
     initial_state: Array | None  # [B, H, N, V]
 
 
-class Spoilt(NamedTuple):
+class _Spoilt(NamedTuple):
     """What is NaN because a number that it depends on was not finite."""
 
     out: Array  # [B, T, H] bool
     final_state: Array  # [B, H] bool
+
+
+def of_rows(
+    recurrence: Callable[..., tuple[Array, Array]],
+    x: Inputs,
+    segment_ids: Array | None,
+    lengths: Array | None,
+) -> tuple[Array, Array]:
+    """The op, by a recurrence that takes what segment ids and lengths come to.
+
+    Args:
+        recurrence: from the inputs, `starts` and `live`, `[B, T]` bool or None, to
+            `(out, final_state)`. Where `starts` holds, the step starts from a zero state; where
+            `live` does not, the state stays, inputs are zeros and outputs mean nothing.
+        x, segment_ids, lengths: as `e88_recurrence` takes them.
+    """
+    if segment_ids is None and lengths is None:
+        return recurrence(*x, None, None)
+    starts = None if segment_ids is None else document_starts(segment_ids)
+    live = None if lengths is None else live_steps(lengths, x.q.shape[1])
+    if starts is not None and live is not None:
+        starts &= live
+    x, spoilt = _keep_apart(x, starts, live)
+    out, state = recurrence(*x, starts, live)
+    out = jnp.where(spoilt.out[..., None], jnp.nan, out)
+    if live is not None:
+        out = _zero_where(~live, out)
+    return out, jnp.where(spoilt.final_state[..., None, None], jnp.nan, state)
 
 
 def document_starts(segment_ids: Array) -> Array:
@@ -36,7 +65,7 @@ def live_steps(lengths: Array, time: int) -> Array:
     return jnp.arange(time, dtype=jnp.int32)[None, :] < lengths[:, None]
 
 
-def keep_apart(x: Inputs, starts: Array | None, live: Array | None) -> tuple[Inputs, Spoilt]:
+def _keep_apart(x: Inputs, starts: Array | None, live: Array | None) -> tuple[Inputs, _Spoilt]:
     """The inputs, with zeros for what is not finite or past the end of its row.
 
     A gradient of zero times a NaN is a NaN, and would go on through the border of a document whose
@@ -64,7 +93,7 @@ def keep_apart(x: Inputs, starts: Array | None, live: Array | None) -> tuple[Inp
     )
     q = _zero_where(out_bad | past_end, x.q)
     inputs = Inputs(q, k, v, decay, write_gate, initial_state)  # pyright: ignore[reportArgumentType]
-    return inputs, Spoilt(out_bad, state_bad[:, -1])
+    return inputs, _Spoilt(out_bad, state_bad[:, -1])
 
 
 def _not_finite(x: Array, n_axes: int) -> Array:

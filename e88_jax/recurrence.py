@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from e88_jax.documents import Inputs, document_starts, keep_apart, live_steps
+from e88_jax.documents import Inputs, of_rows
 from e88_jax.hardware import KERNELS_RUN_BELOW, KERNELS_RUN_FROM
 from e88_jax.meshes import varying_alike, with_automatic_axes
 from e88_jax.reference import scan_recurrence
@@ -177,38 +177,13 @@ def e88_recurrence(
     axes = Inputs("b t h n", "b t h n", "b t h v", "b t h", "b t h", "b h n v")  # pyright: ignore[reportArgumentType]
 
     def run(*arrays: Any) -> tuple[Array, Array]:
-        inputs, segment_ids, lengths = varying_alike(*arrays)
-        return _of_rows(
-            inputs,
-            segment_ids,
-            lengths,
-            implementation,
-            linear_state=linear_state,
-            checkpoint_every=checkpoint_every,
+        recurrence = functools.partial(
+            _run, implementation, linear_state=linear_state, checkpoint_every=checkpoint_every
         )
+        return of_rows(recurrence, *varying_alike(*arrays))
 
     arrays = inputs, segment_ids, lengths
     return with_automatic_axes(run, arrays, (axes, "b t", "b"), (axes.v, axes.initial_state))
-
-
-def _of_rows(
-    x: Inputs,
-    segment_ids: Array | None,
-    lengths: Array | None,
-    implementation: Implementation | None,
-    **options: Any,
-) -> tuple[Array, Array]:
-    """`e88_recurrence`, where rows may hold several documents or end before T."""
-    if segment_ids is None and lengths is None:
-        return _run(implementation, *x, None, None, **options)
-    starts = None if segment_ids is None else document_starts(segment_ids)
-    live = None if lengths is None else live_steps(lengths, x.q.shape[1])
-    x, spoilt = keep_apart(x, starts, live)
-    out, state = _run(implementation, *x, starts, live, **options)
-    out = jnp.where(spoilt.out[..., None], jnp.nan, out)
-    if live is not None:
-        out = jnp.where(live[:, :, None, None], out, jnp.zeros_like(out))
-    return out, jnp.where(spoilt.final_state[..., None, None], jnp.nan, state)
 
 
 def _run(implementation: Implementation | None, *arrays: Array | None, **options: Any) -> Any:

@@ -94,7 +94,7 @@ def backward(
     exact = dtype != jnp.bfloat16
     value_blocks, head_blocks = sizes.values // geometry.values, sizes.heads // geometry.heads
     chunks = Chunks(x.time, geometry.chunk)
-    kind = StepKind(x.has_write_gate, x.has_keep, linear_state)
+    kind = StepKind(x.has_write_gate, x.has_keep, x.has_live, linear_state)
     steps = Steps(kind, geometry, sizes.keys, exact, interpret is not None)
 
     inputs = {

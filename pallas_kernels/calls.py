@@ -38,7 +38,7 @@ ONCE = (
 )
 
 # The names of the axes of what the calls take and give.
-INPUTS: Any = Inputs._make(["b t h n", "b t h n", "b t h v", "b t h", "b t h", "b t"])
+INPUTS: Any = Inputs._make(["b t h n", "b t h n", "b t h v", "b t h", "b t h", "b t", "b t"])
 STATE = "b h n v"
 # Keys and columns with their padding: to cut them and pad them again takes time. Heads without, as
 # they may be sharded.
@@ -121,11 +121,12 @@ def backward_call(
     def call(
         x: Inputs, checkpoints: Array, d_out: Array, d_final_state: Array
     ) -> tuple[Inputs, Array]:
-        has_write_gate, has_starts = x.write_gate is not None, x.starts is not None
+        has_write_gate = x.write_gate is not None
+        n_scalars = sum(row is not None for row in (x.decay, x.write_gate, x.starts, x.live))
         geometry = options.backward_geometry or _geometry(
             tuning.backward_geometry,
             x._replace(v=d_out),
-            1 + has_write_gate + has_starts,
+            n_scalars,
             has_write_gate,
         )
         d = backward(
@@ -158,11 +159,12 @@ def backward_call(
             decay=d_decay,
             write_gate=d_write_gate[0] if d_write_gate else None,
             starts=None,
+            live=None,
         )
         return d_inputs, jnp.swapaxes(cut(d.d_initial_state, heads, n_value, n_state), 2, 3)
 
     def results(x: Inputs, *_: Any) -> Any:
-        return x._replace(v=INPUTS.v, starts=None), STATE
+        return x._replace(v=INPUTS.v, starts=None, live=None), STATE
 
     arguments = INPUTS._replace(v=KEPT.errors), KEPT.checkpoints, INPUTS.v, STATE
     return over_rows(call, arguments, results, options.interpret is None)

@@ -19,6 +19,7 @@ class Step(NamedTuple):
     decay: Array  # HEADS, float32; 0 where a document starts
     write_gate: Array | None  # HEADS, float32
     keep: Array | None  # HEADS, float32; 0 where a document starts, else 1
+    live: Array | None  # HEADS, float32; 0 past the end of the row, else 1
 
 
 class Update(NamedTuple):
@@ -41,5 +42,9 @@ def update(registers: Registers, state: Array, read: Array, x: Step, linear_stat
     k = registers.spread(registers.wide(x.k, KEYS), KEYS)
     error = registers.wide(x.v, VALUES) - _times(registers, read, x.keep)
     correction = _times(registers, error, x.write_gate)
-    state = state * registers.spread(x.decay, HEADS) + k * registers.spread(correction, VALUES)
-    return Update(state if linear_state else jnp.tanh(state), error)
+    after = state * registers.spread(x.decay, HEADS) + k * registers.spread(correction, VALUES)
+    if not linear_state:
+        after = jnp.tanh(after)
+    if x.live is not None:
+        after = jnp.where(registers.spread(x.live, HEADS) > 0, after, state)
+    return Update(after, error)

@@ -11,6 +11,7 @@ def single_step(
     decay: Array,
     write_gate: Array | None,
     initial_state: Array | None,
+    live: Array | None = None,
     *,
     linear_state: bool,
 ) -> tuple[Array, Array]:
@@ -26,4 +27,6 @@ def single_step(
         correction = write_gate[:, 0, :, None] * correction
     state = decay[:, 0, :, None, None] * initial_state + key * correction[:, :, None]
     state = state if linear_state else jnp.tanh(state)
+    if live is not None:
+        state = jnp.where(live[:, :, None, None], state, initial_state)
     return jnp.sum(state * query, axis=2)[:, None].astype(v.dtype), state

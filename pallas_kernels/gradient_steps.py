@@ -10,8 +10,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from pallas_kernels.fragments import STEPS, Fragments
 from pallas_kernels.layouts import THREADS, WARPS
+
+
+_ONE = 0x3F800000
+"""The bits of 1.0 in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +26,7 @@ class StepKind:
 
     has_write_gate: bool
     has_keep: bool  # a document may start at a step
+    has_live: bool  # a row may have ended before a step
     linear_state: bool
 
 
@@ -37,6 +44,10 @@ class _Scalars:
         self.decay = load(0)
         self.write_gate = load(1) if kind.has_write_gate else None
         self._keep = load(1 + kind.has_write_gate) if kind.has_keep else None
+        self._is_live = None
+        if kind.has_live:
+            live = load(1 + kind.has_write_gate + kind.has_keep)
+            self._is_live = w.equal(w.as_bits(live), _ONE)
 
     def _times(self, scalar: Any, columns: Any) -> Any:
         if scalar is None:
@@ -51,6 +62,11 @@ class _Scalars:
 
     def decayed(self, state: Any) -> Any:
         return [[[self.w.fmultiply(x, self.decay) for x in m] for m in unit] for unit in state]
+
+    def if_live(self, state: Any, otherwise: Any) -> Any:
+        if self._is_live is None:
+            return state
+        return jax.tree.map(lambda x, y: self.w.select(self._is_live, x, y), state, otherwise)
 
 
 def _activated(f: Fragments, kind: StepKind, state: Any) -> Any:
@@ -78,8 +94,8 @@ class _Replay:
         loaded = self.load(w.minimum(w.add(t, 1), self.n - 1))
         f.store_words(self.at["states"], f.narrow(state), t)
         error = scalars.gated(error)
-        state = f.add_outer(scalars.decayed(state), f.wide_keys(keys), error)
-        return _activated(f, self.kind, state), loaded
+        after = f.add_outer(scalars.decayed(state), f.wide_keys(keys), error)
+        return scalars.if_live(_activated(f, self.kind, after), state), loaded
 
 
 def replay(
@@ -184,7 +200,7 @@ def _walk_back(
         between(n - 1 - t)
         d_v = scalars.gated(d_correction)
         d_read = [[w.negative(x) for x in unit] for unit in scalars.within_document(d_v)]
-        d_after = scalars.decayed(d_sum)
+        d_after = scalars.if_live(scalars.decayed(d_sum), d_after)
         d_o = None
         if t:
             d_o = f.load_d_out(at["d_out"], t - 1)

@@ -25,15 +25,17 @@ class Inputs(NamedTuple):
     decay: Array  # [B, T, H] float32
     write_gate: Array | None  # [B, T, H] float32
     starts: Array | None  # [B, T] bool: the step starts from a zero state
+    live: Array | None  # [B, T] bool: where it does not hold, the state stays
 
 
 class Operands(NamedTuple):
     q: Array  # [B, T, H, N]
     k: Array  # [B, T, H, N]
     v: Array  # [B, T, H, V]; for the backward kernel the errors, float32
-    scalars: Array  # [B, H, S, T] float32: decay, then the write gate and keep where given; padded
+    scalars: Array  # [B, H, S, T] float32: decay, then those given of the write gate, keep and live
     has_write_gate: bool
     has_keep: bool
+    has_live: bool
     time: int  # steps; the arrays may have more, which the kernels skip
 
 
@@ -64,7 +66,10 @@ def prepare(x: Inputs, geometry: Geometry, interpret: Any) -> Operands:
         starts = jnp.broadcast_to(x.starts[:, :, None], decay.shape)
         decay = jnp.where(starts, jnp.zeros_like(decay), decay)
         keep = 1 - starts.astype(jnp.float32)
-    rows = [row_major(row) for row in (decay, x.write_gate, keep) if row is not None]
+    live = None
+    if x.live is not None:
+        live = jnp.broadcast_to(x.live[:, :, None], decay.shape).astype(jnp.float32)
+    rows = [row_major(row) for row in (decay, x.write_gate, keep, live) if row is not None]
     scalars = _padded(jnp.transpose(jnp.stack(rows), (1, 3, 0, 2)), 1, geometry.heads, 1, 1)
     # The last chunk's copy begins inside the array and must end there.
     ends = round_up(time, geometry.chunk) + scalars_at_once(geometry.chunk)
@@ -76,6 +81,7 @@ def prepare(x: Inputs, geometry: Geometry, interpret: Any) -> Operands:
         scalars,
         has_write_gate=x.write_gate is not None,
         has_keep=keep is not None,
+        has_live=live is not None,
         time=time,
     )
 
@@ -126,4 +132,5 @@ def load_step(
         decay=scalar(0),
         write_gate=scalar(1) if x.has_write_gate else None,
         keep=scalar(1 + x.has_write_gate) if x.has_keep else None,
+        live=scalar(1 + x.has_write_gate + x.has_keep) if x.has_live else None,
     )

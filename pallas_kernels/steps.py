@@ -199,27 +199,25 @@ def _packed(state: Any, like: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
 # In terms of arrays, for the interpreter.
 
 
-def _per_step(kind: StepKind, scalars: Array) -> tuple[Array, Array, Array]:
-    """Decay, write gate and keep, `[steps, heads]`, from `[heads, scalars, steps]`."""
+def _per_step(kind: StepKind, scalars: Array) -> tuple[Array, Array, Array, Array]:
+    """Decay, write gate, keep and live, `[steps, heads]`, from `[heads, scalars, steps]`."""
     rows = jnp.moveaxis(scalars, 2, 0)
     one = jnp.ones_like(rows[..., 0])
     gate = rows[..., 1] if kind.has_write_gate else one
     keep = rows[..., 1 + kind.has_write_gate] if kind.has_keep else one
-    return rows[..., 0], gate, keep
-
-
-def _after(kind: StepKind, state: Array, decay: Array, k: Array, correction: Array) -> Array:
-    state = state * decay[:, None, None] + correction[:, :, None] * k[:, None, :]
-    return state if kind.linear_state else jnp.tanh(state)
+    live = rows[..., 1 + kind.has_write_gate + kind.has_keep] if kind.has_live else one
+    return rows[..., 0], gate, keep, live
 
 
 def _replay_in_jax(
     kind: StepKind, state: Array, *, k: Any, scalars: Any, errors: Any, states: Any
 ) -> Array:
     def step(state: Array, x: Any) -> Any:
-        k, error, (decay, gate, _) = x
-        after = _after(kind, state, decay, k, gate[:, None] * error)
-        return after, state
+        k, error, (decay, gate, _, live) = x
+        after = state * decay[:, None, None] + (gate[:, None] * error)[:, :, None] * k[:, None, :]
+        if not kind.linear_state:
+            after = jnp.tanh(after)
+        return jnp.where(live[:, None, None] > 0, after, state), state
 
     x = k[...].astype(jnp.float32), errors[...], _per_step(kind, scalars[...])
     after, rows = lax.scan(step, state, x)
@@ -245,7 +243,7 @@ def _walk_back_in_jax(
     """The gradients of q and k, `[2, n, heads, keys]`, then what `walk_back` returns."""
 
     def step(d_after: Array, x: Any) -> Any:
-        k, q, d_o, (decay, gate, keep), error, before, after = x
+        k, q, d_o, (decay, gate, keep, live), error, before, after = x
         d_after = d_after + d_o[:, :, None] * q[:, None, :]
         d_q = jnp.einsum("hvn,hv->hn", after, d_o)
         d_sum = d_after if kind.linear_state else d_after * (1 - after * after)
@@ -255,6 +253,7 @@ def _walk_back_in_jax(
         d_k = jnp.einsum("hvn,hv->hn", before, d_read)
         d_k = d_k + jnp.einsum("hvn,hv->hn", d_sum, gate[:, None] * error)
         d_before = decay[:, None, None] * d_sum + d_read[:, :, None] * k[:, None, :]
+        d_before = jnp.where(live[:, None, None] > 0, d_before, d_after)
         d_decay = jnp.sum(d_sum * before, axis=(1, 2))
         return d_before, (d_q, d_k, d_v, d_decay, d_correction)
 

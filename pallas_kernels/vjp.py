@@ -24,7 +24,8 @@ def recurrence(
     decay: Array,
     write_gate: Array | None,
     initial_state: Array | None,
-    segment_ids: Array | None,
+    starts: Array | None = None,
+    live: Array | None = None,
     *,
     linear_state: bool,
     checkpoint_every: int,
@@ -44,8 +45,11 @@ def recurrence(
         decay: `[B, T, H]` float32.
         write_gate: `[B, T, H]` float32, or None for 1.
         initial_state: `[B, H, N, V]` float32, or None for zeros.
-        segment_ids: `[B, T]` integers, or None: a step whose id is not the one before starts from
-            a zero state.
+        starts: `[B, T]` bool, or None: the step starts from a zero state. A state that is not
+            finite is not cleared: callers give finite inputs.
+        live: `[B, T]` bool, or None: where it does not hold, the state stays as it is. Of such
+            steps q, k, v and the gradient of out must be zeros; their outputs, and their gradients
+            of decay and the write gate, mean nothing.
         linear_state: leave out the tanh.
         checkpoint_every: steps between the states that are kept, as above; T counts if it is less.
         forward_geometry, backward_geometry: how the kernels cut up the work; chosen by the
@@ -58,32 +62,17 @@ def recurrence(
     options = Options(linear_state, forward_geometry, backward_geometry, interpret)
     every = min(checkpoint_every, q.shape[1])
     every = GROUP if every <= KEEPS_GROUPS else round_up(every, KEEPS_GROUPS)
-    return _recurrence(options, every, q, k, v, decay, write_gate, initial_state, segment_ids)
-
-
-def _inputs(
-    q: Array,
-    k: Array,
-    v: Array,
-    decay: Array,
-    write_gate: Array | None,
-    segment_ids: Array | None,
-) -> Inputs:
-    starts = None
-    if segment_ids is not None:
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return Inputs(q, k, v, decay, write_gate, starts)
+    inputs = Inputs(q, k, v, decay, write_gate, starts, live)
+    return _recurrence(options, every, inputs, initial_state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _recurrence(options, every, q, k, v, decay, write_gate, initial_state, segment_ids):
-    x = _inputs(q, k, v, decay, write_gate, segment_ids)
+def _recurrence(options, every, x, initial_state):
     out, final_state, _ = forward_call(options, None, False)(x, initial_state)
     return out, final_state
 
 
-def _recurrence_forward(options, every, q, k, v, decay, write_gate, initial_state, segment_ids):
-    x = _inputs(q, k, v, decay, write_gate, segment_ids)
+def _recurrence_forward(options, every, x, initial_state):
     keep_errors = every == GROUP
     out, final_state, kept = forward_call(options, every, keep_errors)(x, initial_state)
     if keep_errors:
@@ -100,7 +89,7 @@ def _recurrence_backward(options, every, residuals, d_results):
     d, d_initial_state = backward(x, checkpoints, *d_results)
     if initial_state is None:
         d_initial_state = None
-    return d.q, d.k, d.v, d.decay, d.write_gate, d_initial_state, None
+    return d, d_initial_state
 
 
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)

@@ -21,6 +21,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy_reference import Inputs, rms_ratio
 
+from e88_jax import documents
 from e88_jax.recurrence import e88_recurrence
 
 # Of ||x - reference|| / ||reference||, per tensor.
@@ -117,6 +118,16 @@ def assert_tensors_close(actual: Tensors, expected: Tensors, bound: float) -> No
     assert all(ratio < bound for ratio in ratios.values()), ratios
 
 
+def rows_by(
+    recurrence: Any, arrays: Tensors, segment_ids: Any = None, lengths: Any = None, **options: Any
+) -> Any:
+    """The op, as `e88_recurrence` makes it of a recurrence alone."""
+    x = documents.Inputs(**{"write_gate": None, "initial_state": None, **arrays})
+    lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
+    options = {"linear_state": False, "checkpoint_every": 32, **options}
+    return documents.of_rows(functools.partial(recurrence, **options), x, segment_ids, lengths)
+
+
 @functools.cache  # one compilation for each set of shapes
 def _evaluator(test_class: "type[RecurrenceContract]", options: tuple[Any, ...], dtype: str) -> Any:
     compiler_options = QUICK_TO_COMPILE if dtype in test_class.quick_to_compile else None
@@ -153,9 +164,15 @@ class RecurrenceContract:
 
     # How each test calls the implementation.
 
-    def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
+    def call(
+        self, arrays: Tensors, segment_ids: Any = None, lengths: Any = None, **options: Any
+    ) -> Any:
         return e88_recurrence(
-            **arrays, segment_ids=segment_ids, implementation=self.implementation, **options
+            **arrays,
+            segment_ids=segment_ids,
+            lengths=None if lengths is None else jnp.array(lengths, jnp.int32),
+            implementation=self.implementation,
+            **options,
         )
 
     def evaluate(
@@ -340,6 +357,77 @@ class RecurrenceContract:
                     per_step.setdefault(name, []).append(x)
             separate = final | {name: np.concatenate(x, 1) for name, x in per_step.items()}
         assert_tensors_close(packed, separate, BOUNDS[self.best_dtype])
+
+    @pytest.mark.parametrize("linear_state", [False, True])
+    def test_rows_that_end(self, linear_state: bool) -> None:
+        """Each row is as if alone, whatever lies after its end, NaN included."""
+        time, lengths = 33, (33, 18, 5, 0)
+        rows = {"batch": 4, "heads": self.rows["heads"]}
+        inputs = self.inputs(time, EVERY_OPTION, **rows)._replace(linear_state=linear_state)
+        d_out, d_final_state = make_cotangents(inputs)
+        past_end = np.arange(time)[None, :] >= np.array(lengths)[:, None]
+        names = ("q", "k", "v", "decay", "write_gate")
+        padded = inputs._replace(
+            **{name: np.array(getattr(inputs, name)) for name in names},
+        )
+        for name in names:
+            getattr(padded, name)[past_end] = np.nan
+        dtype = self.best_dtype
+        with jax.enable_x64(dtype == "float64"):
+            actual = self.evaluate(padded, (d_out, d_final_state), dtype, lengths=lengths)
+        for row, length in enumerate(lengths):
+            own = {name: x[row] for name, x in actual.items()}
+            for name in own.keys() - {"final_state", "d_initial_state"}:
+                assert not np.any(own[name][length:]), name
+            if not length:
+                np.testing.assert_array_equal(
+                    own["final_state"], tensors(inputs, dtype)["initial_state"][row]
+                )
+                np.testing.assert_allclose(own["d_initial_state"], d_final_state[row], rtol=1e-6)
+                continue
+            alone = Inputs(
+                *(x[row : row + 1, :length] for x in inputs[:5]),  # pyright: ignore[reportOptionalSubscript]
+                initial_state=inputs.initial_state[row : row + 1],  # pyright: ignore[reportOptionalSubscript]
+                segment_ids=inputs.segment_ids[row : row + 1, :length],  # pyright: ignore[reportOptionalSubscript]
+                linear_state=linear_state,
+            )
+            cotangents = d_out[row : row + 1, :length], d_final_state[row : row + 1]
+            expected = numpy_reference.run(alone)
+            wanted: Tensors = {"out": expected.out, "final_state": expected.final_state}
+            for name, x in numpy_reference.gradients(alone, *cotangents)._asdict().items():
+                if isinstance(x, np.ndarray):
+                    wanted[f"d_{name}"] = x
+            got = {
+                name: x[None] if name in ("final_state", "d_initial_state") else x[None, :length]
+                for name, x in own.items()
+            }
+            assert_tensors_close(got, wanted, BOUNDS[dtype])
+
+    @pytest.mark.parametrize("spoil", ["q", "k", "v", "decay", "write_gate", "initial_state"])
+    def test_documents_are_apart_where_one_is_not_finite(self, spoil: str) -> None:
+        inputs = self.inputs(20, EVERY_OPTION)
+        ids = np.zeros((inputs.q.shape[0], 20), np.int32)
+        ids[:, 7:13], ids[:, 13:] = 1, 2
+        inputs = inputs._replace(segment_ids=ids)
+        cotangents = make_cotangents(inputs)
+        spoilt = np.array(getattr(inputs, spoil))
+        # The second document from its third step on, or the first from its start.
+        first, step, stop = (0, 0, 7) if spoil == "initial_state" else (7, 9, 13)
+        spoilt[(0, 0) if spoil == "initial_state" else (0, step)] = np.inf
+        clean = self.evaluate(inputs, cotangents, "float32")
+        dirty = self.evaluate(inputs._replace(**{spoil: spoilt}), cotangents, "float32")
+        out = dirty.pop("out")
+        last = step + 1 if spoil == "q" else stop
+        assert np.all(np.isnan(out[0, step:last, 0]))
+        out[0, step:last, 0] = clean["out"][0, step:last, 0]
+        np.testing.assert_array_equal(out, clean.pop("out"))
+        for name, x in dirty.items():
+            assert np.all(np.isfinite(x)), name
+            if name not in ("final_state", "d_initial_state"):
+                x[0, first:stop] = clean[name][0, first:stop]
+            elif name == "d_initial_state" and spoil == "initial_state":
+                x[0] = clean[name][0]
+            np.testing.assert_array_equal(x, clean[name], err_msg=name)
 
     @pytest.mark.parametrize("linear_state", [False, True])
     def test_nothing_leaks_through_a_restart(self, linear_state: bool) -> None:

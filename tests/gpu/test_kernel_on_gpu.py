@@ -19,6 +19,7 @@ from recurrence_contract import (
     Tensors,
     make_cotangents,
     make_inputs,
+    rows_by,
     tensors,
 )
 
@@ -57,10 +58,8 @@ class TestTheKernelsAlone(RecurrenceContract):
     kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     n_value = 8
 
-    def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
-        arguments = {"write_gate": None, "initial_state": None, **arrays}
-        options = {"linear_state": False, "checkpoint_every": 32, **options}
-        return pallas_kernels.recurrence(**arguments, segment_ids=segment_ids, **options)
+    def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
+        return rows_by(pallas_kernels.recurrence, arrays, *rows, **options)
 
 
 @jax.jit

@@ -30,7 +30,7 @@ def _steps(x: Operands, sizes: Sizes) -> Steps:
     heads, values, keys = sizes
     q, k = (_rows(a, x.time, heads, keys) for a in (x.q, x.k))
     v = _rows(x.v, x.time, heads, values)
-    assert x.scalars.shape[1:3] == (heads, 1 + x.has_write_gate + x.has_keep)
+    assert x.scalars.shape[1:3] == (heads, 1 + x.has_write_gate + x.has_keep + x.has_live)
     assert x.scalars.shape[3] % 4 == 0
     return q, k, v, jnp.moveaxis(x.scalars, 3, 0)[: x.time]
 
@@ -38,7 +38,7 @@ def _steps(x: Operands, sizes: Sizes) -> Steps:
 def _read(x: Operands, state: Array, k: Array, scalars: Array) -> Array:
     """S^T k, zero where a document starts, `[B, H, V]`."""
     read = jnp.sum(state * k[:, :, None], axis=3)
-    return read * scalars[:, :, -1, None] if x.has_keep else read
+    return read * scalars[:, :, 1 + x.has_write_gate, None] if x.has_keep else read
 
 
 def _after(
@@ -46,8 +46,9 @@ def _after(
 ) -> Array:
     """The state after a step, given the error that it corrects."""
     correction = error * scalars[:, :, 1, None] if x.has_write_gate else error
-    state = scalars[:, :, 0, None, None] * state + correction[..., None] * k[:, :, None]
-    return state if linear_state else jnp.tanh(state)
+    after = scalars[:, :, 0, None, None] * state + correction[..., None] * k[:, :, None]
+    after = after if linear_state else jnp.tanh(after)
+    return jnp.where(scalars[:, :, -1, None, None] > 0, after, state) if x.has_live else after
 
 
 def _run(x: Operands, linear_state: bool, state: Array, steps: Steps) -> tuple[Array, Steps]:

@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from recurrence_contract import OPTIONS, RecurrenceContract, Tensors, make_inputs
+from recurrence_contract import OPTIONS, RecurrenceContract, Tensors, make_inputs, rows_by
 
 from pallas_kernels import single_step
 
@@ -10,9 +10,12 @@ class SingleStep(RecurrenceContract):
     implementation = "single step"
     dtypes = ("float32", "bfloat16")
 
-    def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
-        arguments = {"write_gate": None, "initial_state": None, **arrays}
-        return single_step(**arguments, linear_state=options["linear_state"])
+    def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
+        def step(*x: Any, checkpoint_every: int, linear_state: bool) -> Any:
+            *x, starts, live = x
+            return single_step(*x, live, linear_state=linear_state)
+
+        return rows_by(step, arrays, *rows, **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids="+".join)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_reference import Inputs
-from recurrence_contract import EVERY_OPTION, RecurrenceContract, Tensors, make_inputs
+from recurrence_contract import EVERY_OPTION, RecurrenceContract, Tensors, make_inputs, rows_by
 
 from pallas_kernels import Geometry, recurrence
 from pallas_kernels.compat import InterpretGPUParams, reset_interpreter
@@ -33,10 +33,8 @@ class TestInterpreted(RecurrenceContract):
     supports_sharding = False  # `test_vjp.py` does that
     uses_xla_memory = False
 
-    def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
-        arguments = {"write_gate": None, "initial_state": None, **arrays}
-        options = {"linear_state": False, "checkpoint_every": 32, **options}
-        return recurrence(**arguments, segment_ids=segment_ids, interpret=RACES, **options)
+    def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
+        return rows_by(recurrence, arrays, *rows, interpret=RACES, **options)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("heads", [1, 2, 4])

@@ -55,26 +55,29 @@ def lower(
             array(batch, heads, n_state, n_value) if "initial_state" in options else None
         ),
     }
-    ids = array(batch, time, dtype="int32") if "segment_ids" in options else None
+    marks = {
+        name: array(batch, time, dtype="bool") if option in options else None
+        for name, option in {"starts": "segment_ids", "live": "lengths"}.items()
+    }
     cotangents = arrays["v"], array(batch, heads, n_state, n_value)
 
-    def results(arrays: Any, ids: Any) -> Any:
+    def results(arrays: Any, marks: Any) -> Any:
         return recurrence(
             **arrays,
-            segment_ids=ids,
+            **marks,
             linear_state="linear_state" in options,
             checkpoint_every=checkpoint_every,
             forward_geometry=geometry,
             backward_geometry=geometry,
         )
 
-    def program(arrays: Any, ids: Any, cotangents: Any) -> Any:
+    def program(arrays: Any, marks: Any, cotangents: Any) -> Any:
         if not gradient:
-            return results(arrays, ids)
-        both, pullback = jax.vjp(lambda arrays: results(arrays, ids), arrays)
+            return results(arrays, marks)
+        both, pullback = jax.vjp(lambda arrays: results(arrays, marks), arrays)
         return both, pullback(cotangents)
 
-    traced = jax.jit(program).trace(arrays, ids, cotangents)
+    traced = jax.jit(program).trace(arrays, marks, cotangents)
     return traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu")
 
 
@@ -96,7 +99,8 @@ def test_odd_shapes(name: str, dtype: str) -> None:
         ("write_gate",),
         ("initial_state",),
         ("segment_ids",),
-        ("write_gate", "initial_state", "segment_ids", "linear_state"),
+        ("lengths",),
+        ("write_gate", "initial_state", "segment_ids", "lengths", "linear_state"),
     ],
     ids="+".join,
 )

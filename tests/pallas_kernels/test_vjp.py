@@ -1,5 +1,6 @@
 """The op around the kernels, with their functions in plain JAX in their place."""
 
+import functools
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
@@ -10,14 +11,19 @@ import kernels_in_jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from recurrence_contract import EVERY_OPTION, RecurrenceContract, Tensors, make_inputs, tensors
+from recurrence_contract import (
+    EVERY_OPTION,
+    RecurrenceContract,
+    Tensors,
+    make_inputs,
+    rows_by,
+    tensors,
+)
 
 from pallas_kernels import Geometry, calls, recurrence
 
 
-def call(arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
-    arguments = {"write_gate": None, "initial_state": None, **arrays, "segment_ids": segment_ids}
-    return recurrence(**arguments, **{"linear_state": False, "checkpoint_every": 32, **options})
+call = functools.partial(rows_by, recurrence)
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +47,8 @@ class TestAroundTheKernels(RecurrenceContract):
     kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     quick_to_compile = dtypes
 
-    def call(self, arrays: Tensors, segment_ids: Any = None, **options: Any) -> Any:
-        return call(arrays, segment_ids, **options)
+    def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
+        return call(arrays, *rows, **options)
 
     def test_heads_may_be_sharded_too(self) -> None:
         arrays = tensors(make_inputs(9, 4, 6, EVERY_OPTION, batch=2, heads=4), "float32")
