@@ -7,12 +7,13 @@ is the only place that knows which implementations exist, and on which devices t
 import functools
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from e88_jax import kernels
 from e88_jax.hardware import KERNELS_RUN_BELOW, KERNELS_RUN_FROM
 from e88_jax.reference import scan_recurrence
 
@@ -41,12 +42,12 @@ def kernels_run(implementation: Implementation | None) -> bool:
     return implementation != "scan" and unsupported_device() is None
 
 
-def _require(refusal: str | None) -> None:
+def _require(refusal: str | Exception | None) -> None:
     if refusal is not None:
         raise NotImplementedError(
             f"implementation='mosaic_gpu' {refusal}; use implementation='scan', which takes every "
             "size and dtype on every platform."
-        )
+        ) from (refusal if isinstance(refusal, Exception) else None)
 
 
 def _mosaic_gpu(
@@ -62,24 +63,18 @@ def _mosaic_gpu(
     checkpoint_every: int,
 ) -> tuple[Array, Array]:
     _require(unsupported_device())
-    import pallas_kernels  # not every platform's jaxlib has what the kernels import
+    _require(kernels.import_refusal())
+    import pallas_kernels
 
     _require(pallas_kernels.unsupported(q.shape[-1], v.shape[-1], q.dtype))
     if q.shape[1] == 1:
         return pallas_kernels.single_step(
             q, k, v, decay, write_gate, initial_state, linear_state=linear_state
         )
-    return pallas_kernels.recurrence(
-        q,
-        k,
-        v,
-        decay,
-        write_gate,
-        initial_state,
-        segment_ids,
-        linear_state=linear_state,
-        checkpoint_every=checkpoint_every,
-    )
+    arguments = q, k, v, decay, write_gate, initial_state, segment_ids
+    options: Any = {"linear_state": linear_state, "checkpoint_every": checkpoint_every}
+    _require(kernels.lowering_refusal(pallas_kernels.recurrence, *arguments, **options))
+    return pallas_kernels.recurrence(*arguments, **options)
 
 
 # An implementation raises NotImplementedError for a call that it cannot take.
