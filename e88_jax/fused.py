@@ -1,14 +1,14 @@
 """What a layer computes between its matrix products by one kernel, where there is one.
 
-Each function gives None where there is none: for this device, these sizes or options, or for
-`implementation="scan"`. Then XLA computes the same.
+Each function gives None where there is none: for this device, this version of JAX, these sizes or
+options, or for `implementation="scan"`. Then XLA computes the same.
 """
 
 from typing import Any
 
 from jax import Array
 
-from e88_jax import recurrence
+from e88_jax import kernels, recurrence
 from e88_jax.config import E88Config
 
 
@@ -23,12 +23,14 @@ def activate_product(config: E88Config, y: Array) -> tuple[Array, Array, Array, 
     """
     if config.tie_kv or config.conv_size or not recurrence.kernels_run(config.implementation):
         return None
-    from pallas_kernels import activation  # not every platform's jaxlib has what it imports
+    if refusal := kernels.import_refusal():
+        return _left_to_xla("SiLU and unit length", refusal)
+    from pallas_kernels import activation
 
     split = _split(config)
-    if (refusal := split.unsupported(y.shape[-1], y.dtype)) is not None:
-        recurrence.log_once(f"XLA computes SiLU and unit length: the kernel {refusal}")
-        return None
+    refusal = split.unsupported(y.shape[-1], y.dtype)
+    if refusal := refusal or kernels.lowering_refusal(activation.activate, split, y):
+        return _left_to_xla("SiLU and unit length", refusal)
     return activation.activate(split, y)
 
 
@@ -60,14 +62,24 @@ def decode_product(
         or not recurrence.kernels_run(config.implementation)
     ):
         return None
+    if refusal := kernels.import_refusal():
+        return _left_to_xla("a layer's token", refusal)
     from pallas_kernels import decode_layer
 
     layer = decode_layer.Layer(_split(config), config.output_gate, gate_start, config.linear_state)
-    if layer.unsupported(y.dtype) is not None:
-        return None
     write_gate = None if write_gate is None else write_gate[:, 0]
-    out, state = decode_layer.decode_layer(layer, y[:, 0], decay[:, 0], write_gate, state)
+    token = layer, y[:, 0], decay[:, 0], write_gate, state
+    refusal = layer.unsupported(y.dtype)
+    if refusal := refusal or kernels.lowering_refusal(
+        decode_layer.decode_layer, *token, gradient=False
+    ):
+        return _left_to_xla("a layer's token", refusal)
+    out, state = decode_layer.decode_layer(*token)
     return out[:, None], state
+
+
+def _left_to_xla(what: str, refusal: str | Exception) -> None:
+    recurrence.log_once(f"XLA computes {what}: the kernel {refusal}")
 
 
 def _split(config: E88Config) -> Any:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from e88_jax import kernels
 from e88_jax.documents import Inputs, of_rows
 from e88_jax.hardware import KERNELS_RUN_BELOW, KERNELS_RUN_FROM
 from e88_jax.meshes import varying_alike, with_automatic_axes
@@ -43,12 +44,12 @@ def kernels_run(implementation: Implementation | None) -> bool:
     return implementation != "scan" and unsupported_device() is None
 
 
-def _require(refusal: str | None) -> None:
+def _require(refusal: str | Exception | None) -> None:
     if refusal is not None:
         raise NotImplementedError(
             f"implementation='mosaic_gpu' {refusal}; use implementation='scan', which takes every "
             "size and dtype on every platform."
-        )
+        ) from (refusal if isinstance(refusal, Exception) else None)
 
 
 def _mosaic_gpu(
@@ -65,25 +66,18 @@ def _mosaic_gpu(
     checkpoint_every: int,
 ) -> tuple[Array, Array]:
     _require(unsupported_device())
-    import pallas_kernels  # not every platform's jaxlib has what the kernels import
+    _require(kernels.import_refusal())
+    import pallas_kernels
 
     _require(pallas_kernels.unsupported(q.shape[-1], v.shape[-1], q.dtype))
     if q.shape[1] == 1:
         return pallas_kernels.single_step(
             q, k, v, decay, write_gate, initial_state, live, linear_state=linear_state
         )
-    return pallas_kernels.recurrence(
-        q,
-        k,
-        v,
-        decay,
-        write_gate,
-        initial_state,
-        starts,
-        live,
-        linear_state=linear_state,
-        checkpoint_every=checkpoint_every,
-    )
+    arguments = q, k, v, decay, write_gate, initial_state, starts, live
+    options: Any = {"linear_state": linear_state, "checkpoint_every": checkpoint_every}
+    _require(kernels.lowering_refusal(pallas_kernels.recurrence, *arguments, **options))
+    return pallas_kernels.recurrence(*arguments, **options)
 
 
 # An implementation raises NotImplementedError for a call that it cannot take.

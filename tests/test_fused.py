@@ -13,7 +13,7 @@ from test_mixer import OPTIONS, name_of
 
 import pallas_kernels.activation
 import pallas_kernels.decode_layer
-from e88_jax import recurrence
+from e88_jax import kernels, recurrence
 from e88_jax.config import E88Config
 from e88_jax.mixer import E88Mixer
 
@@ -33,6 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, name, recorded)
 
     monkeypatch.setattr(recurrence, "unsupported_device", lambda: None)
+    monkeypatch.setattr(kernels, "lowering_refusal", lambda *_, **__: None)
     replace(pallas_kernels.activation, "activate", layer_by_xla.activated)
     replace(pallas_kernels.decode_layer, "decode_layer", layer_by_xla.decoded)
     return called
