@@ -15,7 +15,6 @@ import jax
 from pallas_kernels.fragments import STEPS, Fragments
 from pallas_kernels.layouts import THREADS, WARPS
 
-
 _ONE = 0x3F800000
 """The bits of 1.0 in float32."""
 

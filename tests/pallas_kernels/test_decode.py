@@ -12,7 +12,7 @@ class SingleStep(RecurrenceContract):
 
     def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
         def step(*x: Any, checkpoint_every: int, linear_state: bool) -> Any:
-            *x, starts, live = x
+            *x, _, live = x
             return single_step(*x, live, linear_state=linear_state)
 
         return rows_by(step, arrays, *rows, **options)

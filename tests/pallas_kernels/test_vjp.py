@@ -22,7 +22,6 @@ from recurrence_contract import (
 
 from pallas_kernels import Geometry, calls, recurrence
 
-
 call = functools.partial(rows_by, recurrence)
 
 
