@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -29,17 +30,16 @@ def with_automatic_axes(
         results: the same for what the function returns. Rows and heads of results are divided as
             the first argument's that are; all else is gathered.
     """
-    names_of_all = jax.tree.leaves(jax.tree.broadcast(axes, arguments))
-    leaves = list(zip(jax.tree.leaves(arguments), names_of_all, strict=True))
-    mesh = next((mesh for x, _ in leaves if (mesh := _explicit_mesh(x)) is not None), None)
+    mesh = explicit_mesh(arguments)
     if mesh is None:
         return function(*arguments)
     divided: dict[str, Any] = {}
-    for x, names in leaves:
+    names_of_all = jax.tree.leaves(jax.tree.broadcast(axes, arguments))
+    for x, names in zip(jax.tree.leaves(arguments), names_of_all, strict=True):
         for name, part in zip(names.split(), jax.typeof(x).sharding.spec, strict=False):
-            free = _mesh_axes(part).isdisjoint(*map(_mesh_axes, divided.values()))
-            if name in ("b", "h") and name not in divided and part is not None and free:
-                divided[name] = part
+            taken = set().union(*map(_mesh_axes, divided.values()))
+            if name in ("b", "h") and name not in divided and not _mesh_axes(part) & taken:
+                divided |= {} if part is None else {name: part}
 
     def sharding(names: str) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*map(divided.get, names.split())))
@@ -50,9 +50,27 @@ def with_automatic_axes(
     return automatic(*arguments)
 
 
-def _explicit_mesh(x: Any) -> Any:
-    mesh = jax.typeof(x).sharding.mesh
-    return mesh if mesh.explicit_axes else None
+def explicit_mesh(arrays: Any) -> Any:
+    """The mesh with Explicit axes that one of the arrays is on, or None."""
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays))
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+
+
+def call_with_automatic_axes(
+    method: Callable[..., Any],
+    module: nnx.Module,
+    arguments: tuple[Any, ...],
+    axes: tuple[Any, ...],
+    results: Any,
+) -> Any:
+    """`method(module, *arguments)` by `with_automatic_axes`; the module's parameters are arguments
+    too, wherever they are."""
+    graphdef, variables = nnx.split(module)
+
+    def call(variables: nnx.State, *arguments: Any) -> Any:
+        return method(nnx.merge(graphdef, variables), *arguments)
+
+    return with_automatic_axes(call, (variables, *arguments), ("", *axes), results)
 
 
 def _mesh_axes(part: Any) -> set[str]:

@@ -11,8 +11,9 @@ from jax.nn import initializers
 
 from e88_jax.activation import activate
 from e88_jax.config import E88Config
-from e88_jax.documents import document_starts
+from e88_jax.documents import document_starts, live_steps
 from e88_jax.fused import activate_product, decode_product
+from e88_jax.meshes import call_with_automatic_axes, explicit_mesh
 from e88_jax.precision import compute_dtype, wide, wide_dtype
 from e88_jax.projection import Projection, multiply
 from e88_jax.recurrence import e88_recurrence
@@ -150,7 +151,12 @@ class E88Mixer(nnx.Module):
         )
 
     def __call__(
-        self, x: Array, state: MixerState | None = None, segment_ids: Array | None = None
+        self,
+        x: Array,
+        state: MixerState | None = None,
+        segment_ids: Array | None = None,
+        *,
+        lengths: Array | None = None,
     ) -> tuple[Array, MixerState]:
         """Mixes over time.
 
@@ -159,12 +165,15 @@ class E88Mixer(nnx.Module):
             state: what the call before returned; None starts from zeros.
             segment_ids: packed documents, `[B, T]` int32; where the id changes, nothing is carried
                 over. Token 0 continues `state`.
+            lengths: tokens of each row, `[B]` int32 from 0 to T, of a batch padded on the right:
+                the state is that after a row's own last token, and y after it is zeros. None: T.
 
         Returns:
             `(y, state)`: y `[B, T, dim]` in the dtype of the matrix products.
 
         Raises:
-            ValueError: x is not `[B, T, dim]` or empty, or the state or the ids do not go with it.
+            ValueError: x is not `[B, T, dim]` or empty, or the state, the ids or the lengths do not
+                go with it.
         """
         config = self.config
         if x.ndim != 3 or x.shape[-1] != config.dim or x.size == 0:
@@ -173,13 +182,29 @@ class E88Mixer(nnx.Module):
             state = self.init_state(x.shape[0])
         else:
             self._check_state(state, x.shape[0])
+        out_kernel = (self.head_projs if config.head_mix == "per_head" else self.o_proj).kernel
+        if explicit_mesh((x, state, segment_ids, lengths, out_kernel[...])) is None:
+            return self._compute(x, state, segment_ids, lengths)
+        of_state = MixerState("b h", "b")  # pyright: ignore[reportArgumentType]
+        arguments, axes = (x, state, segment_ids, lengths), ("b t", of_state, "b t", "b")
+        return call_with_automatic_axes(
+            E88Mixer._compute, self, arguments, axes, results=("b t", of_state)
+        )
+
+    def _compute(
+        self, x: Array, state: MixerState, segment_ids: Array | None, lengths: Array | None
+    ) -> tuple[Array, MixerState]:
+        """As `__call__`, of arguments that are checked."""
+        if lengths is not None:
+            live = live_steps(lengths, x.shape[1])
+            x = jnp.where(live[..., None], x, jnp.zeros_like(x))
         products = self._products(x.astype(self.dtype))
-        if segment_ids is None and (token := self._token(products, state)) is not None:
-            mixed, state = token
-        else:
-            mixed, state = self._mix(products, state, segment_ids)
-        y = self.head_projs(mixed) if config.head_mix == "per_head" else self.o_proj(mixed)
-        return y, state
+        token = None
+        if segment_ids is None and lengths is None:
+            token = self._token(products, state)
+        mixed, state = token or self._mix(products, state, segment_ids, lengths)
+        per_head = self.config.head_mix == "per_head"
+        return self.head_projs(mixed) if per_head else self.o_proj(mixed), state
 
     def join_projections(self) -> None:
         """Makes one projection of those that read the input, for inference.
@@ -241,7 +266,11 @@ class E88Mixer(nnx.Module):
         return mixed, MixerState(recurrent, {})
 
     def _mix(
-        self, products: list[Product], state: MixerState, segment_ids: Array | None
+        self,
+        products: list[Product],
+        state: MixerState,
+        segment_ids: Array | None,
+        lengths: Array | None,
     ) -> tuple[Array, MixerState]:
         """From the first products to what the last one reads, and the new state."""
         config = self.config
@@ -258,7 +287,7 @@ class E88Mixer(nnx.Module):
                     product = Product(widths, rest)
             read |= product.parts()
         if qkv is None:
-            *qkv, conv_state = self._qkv(read, state.conv, segment_ids)
+            *qkv, conv_state = self._qkv(read, state.conv, segment_ids, lengths)
         q, k, v = qkv
         out, recurrent = e88_recurrence(
             q,
@@ -268,6 +297,7 @@ class E88Mixer(nnx.Module):
             write_gate=self._write_gate(read),
             initial_state=state.recurrent,
             segment_ids=segment_ids,
+            lengths=lengths,
             linear_state=config.linear_state,
             checkpoint_every=config.checkpoint_every,
             implementation=config.implementation,
@@ -287,6 +317,7 @@ class E88Mixer(nnx.Module):
         read: dict[str, Array],
         conv_state: dict[str, Array],
         segment_ids: Array | None,
+        lengths: Array | None,
     ) -> tuple[Array, Array, Array, dict[str, Array]]:
         config = self.config
         keys = config.n_heads * config.n_state
@@ -302,7 +333,9 @@ class E88Mixer(nnx.Module):
                 document = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
             for name, stream in streams.items():
                 conv: ShortConv = getattr(self, f"{name}_conv")
-                streams[name], new_conv_state[name] = conv(stream, conv_state[name], document)
+                streams[name], new_conv_state[name] = conv(
+                    stream, conv_state[name], document, lengths
+                )
         streams = {
             name: stream.reshape(*stream.shape[:2], config.n_heads, -1)
             for name, stream in streams.items()

@@ -10,6 +10,8 @@ from jax import Array
 from jax.nn import initializers
 
 from e88_jax.config import LMConfig, Remat
+from e88_jax.documents import live_steps
+from e88_jax.meshes import call_with_automatic_axes, explicit_mesh
 from e88_jax.mixer import NORM_EPSILON, E88Mixer, MixerState
 from e88_jax.precision import compute_dtype, wide_dtype
 from e88_jax.projection import Projection
@@ -49,9 +51,13 @@ class Block(nnx.Module):
             )
 
     def __call__(
-        self, x: Array, state: MixerState | None, segment_ids: Array | None
+        self,
+        x: Array,
+        state: MixerState | None,
+        segment_ids: Array | None,
+        lengths: Array | None,
     ) -> tuple[Array, MixerState]:
-        y, state = self.mixer(self.norm(x), state, segment_ids)
+        y, state = self.mixer(self.norm(x), state, segment_ids, lengths=lengths)
         x += y.astype(x.dtype)
         if self.has_channel_mixer:
             x += self.channel_mixer(self.channel_norm(x)).astype(x.dtype)
@@ -108,7 +114,12 @@ class E88LM(nnx.Module):
         return tuple(block.mixer.init_state(batch) for block in self.blocks)
 
     def __call__(
-        self, tokens: Array, state: LMState | None = None, segment_ids: Array | None = None
+        self,
+        tokens: Array,
+        state: LMState | None = None,
+        segment_ids: Array | None = None,
+        *,
+        lengths: Array | None = None,
     ) -> tuple[Array, LMState]:
         """Next-token logits.
 
@@ -117,6 +128,9 @@ class E88LM(nnx.Module):
             state: what the call before returned, or `init_state(B)`; None starts from zeros.
             segment_ids: packed documents, `[B, T]` int32; where the id changes, nothing is carried
                 over. Token 0 continues `state`.
+            lengths: tokens of each row, `[B]` int32 from 0 to T, of a batch padded on the right
+                with any ids: the state is that after a row's own last token; logits after it mean
+                nothing. None: T.
 
         Returns:
             `(logits, state)`: logits `[B, T, vocab_size]` float32.
@@ -132,11 +146,31 @@ class E88LM(nnx.Module):
             raise ValueError(
                 f"the state is of {len(state)} layers, but the model has {len(self.blocks)}."
             )
+        arguments = tokens, state, segment_ids, lengths
+        if explicit_mesh((*arguments, self.embed.embedding[...])) is None:
+            return self._compute(*arguments)
+        of_state = tuple(MixerState("b h", "b") for _ in self.blocks)  # pyright: ignore[reportArgumentType]
+        axes = "b t", None if state is None else of_state, "b t", "b"
+        return call_with_automatic_axes(
+            E88LM._compute, self, arguments, axes, results=("b t", of_state)
+        )
+
+    def _compute(
+        self,
+        tokens: Array,
+        state: LMState | None,
+        segment_ids: Array | None,
+        lengths: Array | None,
+    ) -> tuple[Array, LMState]:
+        """As `__call__`, of arguments that are checked."""
+        if lengths is not None:
+            # The embedding of an id out of range is NaN.
+            tokens = jnp.where(live_steps(lengths, tokens.shape[1]), tokens, 0)
         x = self.embed(tokens)
         layer_states = [None] * len(self.blocks) if state is None else state
         new_state = []
         for block, layer_state in zip(self.blocks, layer_states, strict=True):
-            x, layer_state = _run(block, self.config.remat, x, layer_state, segment_ids)
+            x, layer_state = _run(block, self.config.remat, x, layer_state, segment_ids, lengths)
             new_state.append(layer_state)
         dtype = self.dtype
         logits = jnp.einsum(

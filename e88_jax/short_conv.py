@@ -28,7 +28,9 @@ class ShortConv(nnx.Module):
         """The state before the first token: `[batch, size - 1, channels]` zeros."""
         return jnp.zeros((batch, self.size - 1, self.channels), dtype)
 
-    def __call__(self, x: Array, state: Array, document: Array | None) -> tuple[Array, Array]:
+    def __call__(
+        self, x: Array, state: Array, document: Array | None, lengths: Array | None = None
+    ) -> tuple[Array, Array]:
         """Convolves `x` `[B, T, channels]`.
 
         Args:
@@ -36,24 +38,34 @@ class ShortConv(nnx.Module):
             state: the size - 1 inputs before it, `[B, size - 1, channels]` in x's dtype.
             document: which document each token is in, `[B, T]`, counted from 0 for the one that
                 `state` belongs to. Taps do not reach into another document. None: all in one.
+            lengths: tokens of each row, `[B]`; None: T.
 
         Returns:
-            The output, of x's shape and dtype, and the state after the last token.
+            The output, of x's shape and dtype, and the state after each row's last token.
         """
         time = x.shape[1]
         padded = jnp.concatenate([state, x], axis=1)
         reached = [padded[:, tap : tap + time] for tap in range(self.size)]
-        new_state = padded[:, time:]
+        new_state = self._last(padded, lengths)
         if document is not None:
             documents = jnp.pad(document, ((0, 0), (self.size - 1, 0)))
             reached = [
                 _zero_unless(documents[:, tap : tap + time] == document, inputs)
                 for tap, inputs in enumerate(reached)
             ]
-            new_state = _zero_unless(documents[:, time:] == document[:, -1:], new_state)
+            of_state = self._last(documents, lengths)
+            new_state = _zero_unless(of_state == of_state[:, -1:], new_state)
         taps = self.kernel[...].astype(wide_dtype(x.dtype))
         y = sum(taps[None, None, tap] * wide(inputs) for tap, inputs in enumerate(reached))
         return jnp.asarray(y).astype(x.dtype), new_state
+
+    def _last(self, padded: Array, lengths: Array | None) -> Array:
+        """Of rows after `size - 1` others, the last `size - 1`, or those before a row's end."""
+        if lengths is None:
+            return padded[:, padded.shape[1] - (self.size - 1) :]
+        rows = lengths[:, None] + jnp.arange(self.size - 1, dtype=lengths.dtype)[None, :]
+        rows = rows.reshape(*rows.shape, *(1,) * (padded.ndim - 2))
+        return jnp.take_along_axis(padded, rows, axis=1)
 
 
 def _zero_unless(keep: Array, x: Array) -> Array:
