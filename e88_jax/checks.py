@@ -1,0 +1,133 @@
+"""Arguments that are checked by name: each error says what is needed and what was got.
+
+An argument of the wrong kind is a TypeError, one of the right kind that is out of range a
+ValueError. Neither JAX nor NumPy is imported until an array is checked.
+"""
+
+import math
+import numbers
+import operator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax import Array
+
+LARGEST_INT = 2**31 - 1
+"""Largest size or count that is taken: what an int32 index reaches."""
+
+
+def shown(value: Any) -> str:
+    """A value in an error: its repr, shortened, or of an array its dtype and shape."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
+        return f"{type(value).__name__} of {value.dtype} and shape {value.shape}"
+    text = " ".join(repr(value).split())
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return text if plain else f"{text} of type {type(value).__name__}"
+
+
+def _is_bool(value: Any) -> bool:
+    return type(value).__name__ == "bool"  # Python's and NumPy's
+
+
+def require_int(name: str, value: Any, minimum: int = 1, maximum: int = LARGEST_INT) -> int:
+    """The value as a Python int; NumPy's integers are integers, bools and floats are not.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is out of range.
+    """
+    try:
+        number = None if _is_bool(value) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be an integer, at least {minimum:,}, got {shown(value)}.")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum:,}, got {shown(number)}.")
+    if number > maximum:
+        raise ValueError(f"{name} must be at most {maximum:,}, got {shown(number)}.")
+    return number
+
+
+def require_number(name: str, value: Any) -> float:
+    """The value as a Python float.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is NaN, infinite or beyond what a float holds.
+    """
+    if _is_bool(value) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {shown(value)}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}.")
+    return number
+
+
+def require_bool(name: str, value: Any) -> bool:
+    """The value as a Python bool.
+
+    Raises:
+        TypeError: it is neither True nor False.
+    """
+    if not _is_bool(value):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}.")
+    return bool(value)
+
+
+def require_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> Any:
+    """The value, which is one of the choices.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        listed = ", ".join(map(str, choices))
+        raise ValueError(f"{name} must be one of {listed}; got {shown(value)}.")
+    return value
+
+
+def require_instance(name: str, value: Any, kind: type, hint: str = "") -> None:
+    """Raises:
+    TypeError: the value is no instance of `kind`; `hint` says what would do.
+    """
+    if not isinstance(value, kind):
+        hint = f": {hint}" if hint else ""
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {shown(value)}{hint}.")
+
+
+def as_array(name: str, value: Any, shape: str) -> "Array":
+    """The value as a JAX array: NumPy arrays, lists and numbers become one.
+
+    Args:
+        name: the argument.
+        shape: what its axes mean, for the error, such as `[B, T, H, N]`.
+
+    Raises:
+        TypeError: it cannot become an array.
+        ValueError: an integer that JAX's default integer cannot hold.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    if isinstance(value, jax.Array):
+        return value
+    needs = f"{name} must be an array {shape}"
+    if value is None:
+        raise TypeError(f"{needs}, got None.")
+    try:
+        array = jnp.asarray(value)
+        if isinstance(value, np.ndarray) and value.size and value.dtype.kind in "iu":
+            held = jnp.iinfo(array.dtype)  # JAX would drop the high bits of others
+            if value.min() < held.min or value.max() > held.max:
+                raise OverflowError
+    except OverflowError:
+        raise ValueError(f"{needs}, got integers beyond int32: {shown(value)}.") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{needs}, got {shown(value)}.") from None
+    return array
