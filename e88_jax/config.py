@@ -24,7 +24,10 @@ Remat = Literal["none", "recurrence", "layer"]
 def _set(config: Any, check: Callable[..., Any], *names: str, **options: Any) -> None:
     """Checks fields, and stores them as the plain Python values that they mean."""
     for name in names:
-        object.__setattr__(config, name, check(name, getattr(config, name), **options))
+        given = getattr(config, name)
+        plain = check(name, given, **options)
+        if plain is not given:
+            object.__setattr__(config, name, plain)
 
 
 def _choice(config: Any, name: str, *choices: str | None) -> None:

@@ -5,7 +5,9 @@ guide's own formula gives its counts at 500M, but not at 100M and 1B.
 """
 
 import dataclasses
+import math
 
+from e88_jax.checks import require_int
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.sizing.parameters import calc_e88_params, count_params
 
@@ -91,16 +93,17 @@ def find_preset(name: str) -> Preset:
     Raises:
         ValueError: there is none; the message lists those there are.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
 def mamba2_state_per_layer(dim: int = 1600, expand: int = 2, d_state: int = 128) -> int:
     """Numbers in a Mamba2 layer's state; by default at 500M, as the guide compares."""
-    return expand * dim * d_state
+    sizes = {"dim": dim, "expand": expand, "d_state": d_state}
+    return math.prod(require_int(name, size) for name, size in sizes.items())
 
 
 def gated_deltanet_state_per_layer(n_heads: int = 24, head_dim: int = 128) -> int:
     """Numbers in a Gated DeltaNet layer's state; by default at 500M, as the guide compares."""
-    return n_heads * head_dim * head_dim
+    return require_int("n_heads", n_heads) * require_int("head_dim", head_dim) ** 2
