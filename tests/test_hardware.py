@@ -1,5 +1,6 @@
 """The GPU table, and the numbers of the scaling document."""
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -76,6 +77,14 @@ def test_measured_n_state_has_nearly_the_least_time_for_an_element() -> None:
     assert find("h100").n_state_range == (32, 64)
     assert find("a100-80gb").n_state_range == (64, 64)  # published
     assert find("l40s").n_state_range == (64, 64)  # by formula
+
+
+def test_which_gpus_have_kernels() -> None:
+    assert [gpu.key for gpu in GPUS if gpu.has_kernels] == ["h100", "h200", "b200"]
+    capabilities = {(8, 9): False, (9, 0): True, (11, 0): True, (12, 0): False, (12, 1): False}
+    for capability, runs in capabilities.items():
+        gpu = dataclasses.replace(find("h100"), compute_capability=capability)
+        assert gpu.has_kernels is runs
 
 
 def test_states_of_the_scaling_document_in_kilobytes() -> None:

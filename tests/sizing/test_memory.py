@@ -8,7 +8,14 @@ import pytest
 
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.hardware import find
-from e88_jax.sizing import PRESETS, check, state_bytes, state_per_layer, training_memory
+from e88_jax.sizing import (
+    PRESETS,
+    check,
+    count_params,
+    state_bytes,
+    state_per_layer,
+    training_memory,
+)
 from e88_jax.sizing.memory import _GROUP, KERNEL_MULTIPLE, MAX_KERNEL_SIZE, implementation_on
 from pallas_kernels import geometry, support, vjp
 
@@ -55,6 +62,14 @@ def test_checkpoints() -> None:
     assert of(32) == of(1) == 2 * state * 13  # bfloat16, every 8 steps
     assert of(64) == 2 * state * 2
     assert of(64, dtype="float32") == 4 * state * 2
+
+
+@pytest.mark.parametrize("moments", [0, 1, 2, 3])
+def test_the_optimizers_moments(moments: int) -> None:
+    config = PRESETS["h72n32-500m"].config
+    memory = training_memory(config, 8, 2048, moments=moments)
+    assert memory.optimizer == moments * memory.parameters == moments * 4 * count_params(config)
+    assert training_memory(config, 8, 2048).optimizer == 2 * memory.parameters
 
 
 def test_the_kernels_are_as_assumed() -> None:
