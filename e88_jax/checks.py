@@ -10,6 +10,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from jax import Array
 
 LARGEST_INT = 2**31 - 1
@@ -17,13 +18,18 @@ LARGEST_INT = 2**31 - 1
 
 
 def shown(value: Any) -> str:
-    """A value in an error: its repr, shortened, or of an array its dtype and shape."""
-    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
-        return f"{type(value).__name__} of {value.dtype} and shape {value.shape}"
-    text = " ".join(repr(value).split())
-    text = text if len(text) <= 60 else f"{text[:57]}..."
-    plain = value is None or isinstance(value, (bool, int, float, str))
-    return text if plain else f"{text} of type {type(value).__name__}"
+    """A value in an error: itself where it is short and plain, else what it is."""
+    kind = type(value).__name__
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{kind} of {value.dtype} and shape {value.shape}"
+    if isinstance(value, (list, tuple, dict, set)):
+        return f"{kind} of length {len(value)}"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{kind}"
 
 
 def _is_bool(value: Any) -> bool:
@@ -91,13 +97,45 @@ def require_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> An
     return value
 
 
-def require_instance(name: str, value: Any, kind: type, hint: str = "") -> None:
+def require_instance(name: str, value: Any, kind: type, needs: str | None = None) -> None:
     """Raises:
-    TypeError: the value is no instance of `kind`; `hint` says what would do.
+    TypeError: the value is no instance of `kind`; `needs` says what would do.
     """
     if not isinstance(value, kind):
-        hint = f": {hint}" if hint else ""
-        raise TypeError(f"{name} must be of type {kind.__name__}, got {shown(value)}{hint}.")
+        raise TypeError(
+            f"{name} must be {needs or f'of type {kind.__name__}'}, got {shown(value)}."
+        )
+
+
+def require_rngs(rngs: Any) -> None:
+    """Raises:
+    TypeError: the value is no `nnx.Rngs` with a stream for `params`.
+    """
+    from flax import nnx
+
+    if not isinstance(rngs, nnx.Rngs) or not hasattr(rngs, "params"):
+        raise TypeError(
+            f"rngs must be an nnx.Rngs with a stream for params, such as nnx.Rngs(0), "
+            f"got {shown(rngs)}."
+        )
+
+
+def values_at_hand(array: Any) -> "np.ndarray | None":
+    """What an array holds, where it can be read for nothing; else None.
+
+    That is, of NumPy arrays and lists, and of JAX arrays in this host's memory that no
+    transformation traces.
+    """
+    import jax
+    import numpy as np
+
+    if isinstance(array, jax.Array) and (
+        isinstance(array, jax.core.Tracer)
+        or not array.is_fully_addressable
+        or any(device.platform != "cpu" for device in array.devices())
+    ):
+        return None
+    return np.asarray(array)
 
 
 def as_array(name: str, value: Any, shape: str) -> "Array":
@@ -130,4 +168,22 @@ def as_array(name: str, value: Any, shape: str) -> "Array":
         raise ValueError(f"{needs}, got integers beyond int32: {shown(value)}.") from None
     except (TypeError, ValueError):
         raise TypeError(f"{needs}, got {shown(value)}.") from None
+    return array
+
+
+def as_integers(name: str, value: Any, axes: str, shape: tuple[int, ...]) -> "Array":
+    """The value as a JAX array of integers of a given shape.
+
+    Raises:
+        TypeError: it cannot become an array.
+        ValueError: another shape, or no integers.
+    """
+    import jax.numpy as jnp
+
+    array = as_array(name, value, axes)
+    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must be integers {axes} of shape {shape}, got {array.dtype} of shape "
+            f"{array.shape}."
+        )
     return array

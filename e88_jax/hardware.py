@@ -270,7 +270,7 @@ def require_gpu(gpu: Any) -> None:
     TypeError: it is neither a GPU nor None.
     """
     if gpu is not None:
-        require_instance("gpu", gpu, GPU, "e88_jax.hardware.find takes its name")
+        require_instance("gpu", gpu, GPU, "None or a GPU, such as hardware.find('h100')")
 
 
 def detect() -> GPU | None:

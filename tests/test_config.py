@@ -83,7 +83,7 @@ VALUES = LMConfig(layer=layer(), depth=1).to_dict()
         ({**VALUES, "layer": {**VALUES["layer"], "dim": 64.0}}, ["layer: dim", "64.0"]),
         ({**VALUES, "layer": 5}, ["layer must be a dictionary", "5"]),
         ({**VALUES, 3: 5}, ["configuration has no 3"]),
-        ([], ["configuration must be a dictionary", "[]"]),
+        ([], ["configuration must be a dictionary", "list of length 0"]),
         (None, ["configuration must be a dictionary", "None"]),
     ],
 )

@@ -7,7 +7,7 @@ guide's own formula gives its counts at 500M, but not at 100M and 1B.
 import dataclasses
 import math
 
-from e88_jax.checks import require_int
+from e88_jax.checks import require_instance, require_int
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.sizing.parameters import calc_e88_params, count_params
 
@@ -91,9 +91,11 @@ def find_preset(name: str) -> Preset:
     """The preset of this name.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: there is none; the message lists those there are.
     """
-    if not isinstance(name, str) or name not in PRESETS:
+    require_instance("name", name, str)
+    if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}.")
     return PRESETS[name]
 
