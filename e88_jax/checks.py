@@ -171,8 +171,14 @@ def as_array(name: str, value: Any, shape: str) -> "Array":
     return array
 
 
-def as_integers(name: str, value: Any, axes: str, shape: tuple[int, ...]) -> "Array":
-    """The value as a JAX array of integers of a given shape.
+def as_integers(name: str, value: Any, axes: str, shape: tuple[int, ...] | None = None) -> "Array":
+    """The value as a JAX array of integers.
+
+    Args:
+        name: the argument.
+        value: what was given.
+        axes: what its axes mean, such as `[B, T]`.
+        shape: sizes of these; None for any but 0.
 
     Raises:
         TypeError: it cannot become an array.
@@ -181,9 +187,52 @@ def as_integers(name: str, value: Any, axes: str, shape: tuple[int, ...]) -> "Ar
     import jax.numpy as jnp
 
     array = as_array(name, value, axes)
-    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
+    if shape is None:
+        sizes, fits = "no axis empty", array.ndim == axes.count(",") + 1 and 0 not in array.shape
+    else:
+        sizes, fits = f"of shape {shape}", array.shape == shape
+    if not fits or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(
-            f"{name} must be integers {axes} of shape {shape}, got {array.dtype} of shape "
-            f"{array.shape}."
+            f"{name} must be integers {axes}, {sizes}; got {array.dtype} of shape {array.shape}."
         )
     return array
+
+
+def as_lengths(value: Any, batch: int, time: int) -> "Array":
+    """The lengths of the rows of a batch `[B, T, ...]` as a JAX array.
+
+    Raises:
+        TypeError: it cannot become an array.
+        ValueError: no integers `[B]`, or out of range where that can be seen for nothing.
+    """
+    lengths = as_integers("lengths", value, "[B]", (batch,))
+    if isinstance(time, int):  # not symbolic, of `jax.export`
+        require_range("lengths", value, 0, time)
+    return lengths
+
+
+def require_range(
+    name: str, value: Any, minimum: int, maximum: int, lengths: "Array | None" = None
+) -> None:
+    """Checks numbers where they can be seen for nothing.
+
+    Args:
+        name: the argument.
+        value: an array `[B, T]`, or of any shape without lengths.
+        minimum, maximum: the range of its numbers.
+        lengths: how many of each row count, `[B]`; None for all.
+
+    Raises:
+        ValueError: a number that is out of range.
+    """
+    import numpy as np
+
+    held, ends = values_at_hand(value), None if lengths is None else values_at_hand(lengths)
+    if held is None or (lengths is not None and ends is None):
+        return
+    if ends is not None:
+        held = held[np.arange(held.shape[1]) < ends[:, None]]
+    if held.size and not minimum <= held.min() <= held.max() <= maximum:
+        raise ValueError(
+            f"{name} must be from {minimum} to {maximum}, got {held.min()} to {held.max()}."
+        )

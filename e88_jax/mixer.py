@@ -7,9 +7,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.export import is_symbolic_dim
 from jax.nn import initializers
 
 from e88_jax.activation import activate
+from e88_jax.checks import (
+    as_array,
+    as_integers,
+    as_lengths,
+    require_instance,
+    require_int,
+    require_rngs,
+)
 from e88_jax.config import E88Config
 from e88_jax.documents import document_starts, live_steps
 from e88_jax.fused import activate_product, decode_product
@@ -71,6 +80,12 @@ def _init_dt_bias(key: Array, n_heads: int) -> Array:
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
+def _described(array: Array) -> str:
+    """dtype and shape; of what is no array, its type."""
+    dtype = getattr(array, "dtype", type(array).__name__)
+    return f"{dtype} {getattr(array, 'shape', '')}"
+
+
 class E88Mixer(nnx.Module):
     """One E88 layer; `y, state = mixer(x, state, segment_ids)`.
 
@@ -79,9 +94,14 @@ class E88Mixer(nnx.Module):
     Args:
         config: sizes and options.
         rngs: source of the initial weights (stream `params`).
+
+    Raises:
+        TypeError: another config, or no nnx.Rngs.
     """
 
     def __init__(self, config: E88Config, *, rngs: nnx.Rngs):
+        require_instance("config", config, E88Config)
+        require_rngs(rngs)
         self.config = config
         self.dtype = compute_dtype(config.dtype)
         dim, heads = config.dim, config.n_heads
@@ -139,7 +159,13 @@ class E88Mixer(nnx.Module):
             self.o_proj = linear(values if config.head_mix == "concat" else config.n_value, dim)
 
     def init_state(self, batch: int) -> MixerState:
-        """The state before the first token: zeros."""
+        """The state before the first token: zeros.
+
+        Raises:
+            TypeError, ValueError: batch is no integer, or below 1.
+        """
+        if not is_symbolic_dim(batch):
+            batch = require_int("batch", batch)
         config = self.config
         convs = {} if config.conv_size is None else {"q": self.q_conv, "k": self.k_conv}
         if convs and not config.tie_kv:
@@ -172,12 +198,20 @@ class E88Mixer(nnx.Module):
             `(y, state)`: y `[B, T, dim]` in the dtype of the matrix products.
 
         Raises:
+            TypeError: an argument of another type.
             ValueError: x is not `[B, T, dim]` or empty, or the state, the ids or the lengths do not
                 go with it.
         """
         config = self.config
+        x = as_array("x", x, f"[B, T, {config.dim}]")
         if x.ndim != 3 or x.shape[-1] != config.dim or x.size == 0:
             raise ValueError(f"x must be [B, T, {config.dim}], B and T not 0, got shape {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x must be of floats, got {x.dtype}.")
+        if segment_ids is not None:
+            segment_ids = as_integers("segment_ids", segment_ids, "[B, T]", x.shape[:2])
+        if lengths is not None:
+            lengths = as_lengths(lengths, *x.shape[:2])
         if state is None:
             state = self.init_state(x.shape[0])
         else:
@@ -241,7 +275,8 @@ class E88Mixer(nnx.Module):
         if hasattr(self, "joined_proj"):
             return [Product(dict(self.joined_widths), self.joined_proj(x))]
         groups = [[name for name in names if hasattr(self, name)] for names in _READ_THE_INPUT]
-        if x.shape[0] * x.shape[1] < self.config.dim:
+        rows = x.shape[0] * x.shape[1]
+        if not is_symbolic_dim(rows) and rows < self.config.dim:
             groups = [[name] for names in groups for name in names]
         products = []
         for names in filter(None, groups):
@@ -305,12 +340,11 @@ class E88Mixer(nnx.Module):
         return self._mix_heads(out, v, read), MixerState(recurrent, conv_state)
 
     def _check_state(self, state: MixerState, batch: int) -> None:
+        require_instance("state", state, MixerState, "a MixerState, such as init_state(B)")
         fresh = jax.eval_shape(lambda: self.init_state(batch))
-        got, wanted = (jax.tree.map(lambda x: x.shape, s) for s in (state, fresh))
+        got, wanted = (jax.tree.map(_described, s) for s in (state, fresh))
         if got != wanted:
-            raise ValueError(
-                f"the state must have shapes {wanted} for a batch of {batch}, got {got}."
-            )
+            raise ValueError(f"state must be {wanted} for a batch of {batch}, got {got}.")
 
     def _qkv(
         self,
