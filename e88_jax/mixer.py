@@ -6,8 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
-from jax.export import is_symbolic_dim
+from jax import Array, export
 from jax.nn import initializers
 
 from e88_jax.activation import activate
@@ -67,6 +66,9 @@ class MixerState(NamedTuple):
     """The heads' states, `[B, H, N, V]` float32."""
     conv: dict[str, Array]
     """The last inputs of each short convolution, `[B, conv_size - 1, channels]`; may be empty."""
+
+
+export.register_namedtuple_serialization(MixerState, serialized_name="e88_jax.MixerState")
 
 
 def _init_a_log(key: Array, n_heads: int) -> Array:
@@ -164,7 +166,7 @@ class E88Mixer(nnx.Module):
         Raises:
             TypeError, ValueError: batch is no integer, or below 1.
         """
-        if not is_symbolic_dim(batch):
+        if not export.is_symbolic_dim(batch):
             batch = require_int("batch", batch)
         config = self.config
         convs = {} if config.conv_size is None else {"q": self.q_conv, "k": self.k_conv}
@@ -276,7 +278,7 @@ class E88Mixer(nnx.Module):
             return [Product(dict(self.joined_widths), self.joined_proj(x))]
         groups = [[name for name in names if hasattr(self, name)] for names in _READ_THE_INPUT]
         rows = x.shape[0] * x.shape[1]
-        if not is_symbolic_dim(rows) and rows < self.config.dim:
+        if not export.is_symbolic_dim(rows) and rows < self.config.dim:
             groups = [[name] for names in groups for name in names]
         products = []
         for names in filter(None, groups):
@@ -288,7 +290,7 @@ class E88Mixer(nnx.Module):
         """As `_mix`, by one kernel, for one token after `join_projections`; None where there is no
         such kernel."""
         widths, y = products[0]
-        if y.shape[1] > 1 or not hasattr(self, "joined_proj"):
+        if y.shape[1] != 1 or not hasattr(self, "joined_proj"):
             return None
         read = products[0].parts()
         ends = dict(zip(widths, itertools.accumulate(widths.values()), strict=True))
@@ -314,7 +316,7 @@ class E88Mixer(nnx.Module):
         qkv, conv_state = None, {}
         for product in products:
             # A kernel is too much for single tokens.
-            if "qkv_proj" in product.widths and shape[1] > 1:
+            if "qkv_proj" in product.widths and shape[1] != 1:
                 activated = activate_product(config, product.y)
                 if activated is not None:
                     *qkv, rest = activated
