@@ -58,10 +58,8 @@ class GPU:
     @property
     def formula_n_state(self) -> int:
         """`optimal_n_state` of the numbers in the scaling document, else of the vendor's."""
-        numbers = self.published
-        bandwidth = numbers.memory_bandwidth_GBps if numbers else self.memory_bandwidth_GBps
-        tflops = numbers.tensor_tflops if numbers else self.bf16_tflops
-        return optimal_n_state(bandwidth, tflops, self.shared_memory_KB)
+        tflops = self.published.tensor_tflops if self.published else self.bf16_tflops
+        return optimal_n_state(self.memory_bandwidth_GBps, tflops, self.shared_memory_KB)
 
     @property
     def n_state_range(self) -> tuple[int, int]:

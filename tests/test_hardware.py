@@ -114,7 +114,8 @@ def test_other_gpus_are_unknown(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "key"), [("NVIDIA H200\nNVIDIA H200\n", "h200"), ("NVIDIA T4\n", None), ("", None)]
+    ("answer", "key"),
+    [("NVIDIA H200\nNVIDIA L40S\n", "h200"), ("NVIDIA T4\nNVIDIA H200\n", None), ("", None)],
 )
 def test_detection(answer: str, key: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any, **__: Any) -> Any:
@@ -125,9 +126,12 @@ def test_detection(answer: str, key: str | None, monkeypatch: pytest.MonkeyPatch
     assert (found and found.key) == key
 
 
-def test_detection_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(), subprocess.TimeoutExpired("nvidia-smi", 10), PermissionError()]
+)
+def test_detection_without_a_driver(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any, **__: Any) -> Any:
-        raise FileNotFoundError
+        raise error
 
     monkeypatch.setattr(subprocess, "run", run)
     assert hardware.detect() is None
