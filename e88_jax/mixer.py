@@ -217,7 +217,7 @@ class E88Mixer(nnx.Module):
         if state is None:
             state = self.init_state(x.shape[0])
         else:
-            self._check_state(state, x.shape[0])
+            self.check_state(state, x.shape[0])
         out_kernel = (self.head_projs if config.head_mix == "per_head" else self.o_proj).kernel
         if explicit_mesh((x, state, segment_ids, lengths, out_kernel[...])) is None:
             return self._compute(x, state, segment_ids, lengths)
@@ -341,12 +341,15 @@ class E88Mixer(nnx.Module):
         )
         return self._mix_heads(out, v, read), MixerState(recurrent, conv_state)
 
-    def _check_state(self, state: MixerState, batch: int) -> None:
-        require_instance("state", state, MixerState, "a MixerState, such as init_state(B)")
+    def check_state(self, state: MixerState, batch: int, name: str = "state") -> None:
+        """Raises:
+        TypeError, ValueError: this is no state of the layer for a batch of so many rows.
+        """
+        require_instance(name, state, MixerState, "a MixerState, such as init_state(B)")
         fresh = jax.eval_shape(lambda: self.init_state(batch))
         got, wanted = (jax.tree.map(_described, s) for s in (state, fresh))
         if got != wanted:
-            raise ValueError(f"state must be {wanted} for a batch of {batch}, got {got}.")
+            raise ValueError(f"{name} must be {wanted} for a batch of {batch}, got {got}.")
 
     def _qkv(
         self,

@@ -161,6 +161,8 @@ class E88LM(nnx.Module):
                 the lengths do not go with them.
         """
         given, tokens = tokens, as_integers("tokens", tokens, "[B, T]")
+        if segment_ids is not None:
+            segment_ids = as_integers("segment_ids", segment_ids, "[B, T]", tokens.shape)
         if lengths is not None:
             lengths = as_lengths(lengths, *tokens.shape)
         require_range("tokens", given, 0, self.config.vocab_size - 1, lengths)
@@ -171,8 +173,8 @@ class E88LM(nnx.Module):
                     f"state must be a tuple of {len(self.blocks)} MixerStates, one for each layer, "
                     f"got {shown(state)}."
                 )
-            for i, layer_state in enumerate(state):
-                require_instance(f"state[{i}]", layer_state, MixerState)
+            for i, (block, layer_state) in enumerate(zip(self.blocks, state, strict=True)):
+                block.mixer.check_state(layer_state, tokens.shape[0], f"state[{i}]")
             state = tuple(state)
         arguments = tokens, state, segment_ids, lengths
         if explicit_mesh((*arguments, self.embed.embedding[...])) is None:

@@ -130,6 +130,7 @@ OP = {
     "write_gate": np.full((1, 3, 2), 0.5, np.float32),
     "initial_state": np.zeros((1, 2, 4, 4), np.float32),
     "segment_ids": np.zeros((1, 3), np.int32),
+    "lengths": np.array([2], np.int32),
 }
 FLOATS = {"float16": np.ones((1, 3, 2, 4), np.float16), "integers": np.ones((1, 3, 2, 4), int)}
 
@@ -362,6 +363,26 @@ NOT_TOKENS = NOT_ARRAYS | {
 }
 
 
+def test_lengths(model: E88LM) -> None:
+    odd = without(NOT_ARRAYS, "None") | {
+        "floats": [1.0],
+        "2-D": [[3]],
+        "of two rows": [3, 3],
+        "beyond the end": [4],
+        "negative": [-1],
+        "negative on the device": jnp.array([-1]),
+    }
+    x = np.ones((1, 3, 8), np.float32)
+    for what, lengths in odd.items():
+        for function, first in ((model, TOKENS), (model.blocks[0].mixer, x)):
+            assert fault_of("lengths", function, first, lengths=lengths) is None, what
+        assert fault_of("lengths", e88_recurrence, **{**OP, "lengths": lengths}) is None, what
+    # What is past a row's end is not read, and may be anything.
+    for tokens in ([[5, 0, -1]], np.array([[5, 0, 19]])):
+        jax.eval_shape(functools.partial(model, tokens, lengths=[2]))
+        assert fault_of("tokens", model, tokens, lengths=[3]) is None
+
+
 def test_tokens(model: E88LM) -> None:
     for what, tokens in NOT_TOKENS.items():
         assert fault_of("tokens", model, tokens) is None, what
@@ -385,6 +406,7 @@ def states(model: E88LM) -> dict[str, Any]:
         "one convolution more": MixerState(recurrent, {**conv, "x": conv["q"]}),
         "None inside": MixerState(recurrent, {**conv, "q": None}),
         "None for all": MixerState(None, conv),  # pyright: ignore[reportArgumentType]
+        "text": MixerState("abc", conv),  # pyright: ignore[reportArgumentType]
         "number": MixerState(0.5, conv),  # pyright: ignore[reportArgumentType]
         "list": MixerState(recurrent, [conv["q"]] * 3),  # pyright: ignore[reportArgumentType]
         "another dtype": MixerState(recurrent.astype(jnp.bfloat16), conv),
