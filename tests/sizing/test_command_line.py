@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from e88_jax import hardware
 from e88_jax.config import E88Config
 from e88_jax.sizing import PRESETS, count_params, training_memory
 from e88_jax.sizing import __main__ as command
@@ -88,6 +89,21 @@ def test_the_batch_of_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
     layer = E88Config(**{name: row[name] for name in ("dim", "n_heads", "n_state")})
     config = command.LMConfig(layer=layer, depth=row["depth"])
     assert row["training_bytes"] == training_memory(config, 3, 100).total
+
+
+def test_the_gpu_asked_for_else_the_one_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def n_states(*words: str) -> set[int]:
+        rows = json.loads(answer(capsys, "500M", "--json", *words))["configurations"]
+        return {row["n_state"] for row in rows}
+
+    monkeypatch.setattr(hardware, "detect", lambda: hardware.find("rtx4090"))
+    assert n_states() == {32, 48}
+    assert n_states("--gpu", "a100-80gb") == {64}
+    out = answer(capsys, "500M", "--batch-size", "64", "--rows", "1")
+    assert "RTX 4090 runs the recurrence by lax.scan" in out
+    assert "GB at batch 64 and length 2048, of 24 GB" in out
 
 
 def test_names_of_several_checks_go_together(capsys: pytest.CaptureFixture[str]) -> None:
