@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e88_jax import recurrence
+from e88_jax import command, recurrence
 
 BOUNDS = {"float32": 2e-5, "bfloat16": 4e-3}
 """By the dtype of q, k and v: the largest ||x - reference|| / ||reference|| that passes. Rounding
@@ -405,4 +404,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main, prog="e88_jax.selfcheck")
