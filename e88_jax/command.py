@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 PATIENCE_SECONDS = 10.0
 """How long a program whose output is not its result waits for a reader that does not read."""
@@ -48,8 +48,7 @@ def run(
     _take_over_streams(output_is_result)
     try:
         code = main(sys.argv[1:])
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         sys.exit(code)
     except KeyboardInterrupt:
         message, code = "interrupted", 128 + signal.SIGINT
@@ -98,6 +97,15 @@ class _Stream(io.FileIO):
         return len(b) if written is None else written
 
 
+def _open_stream(fd: int, encoding: str, required: bool) -> TextIO:
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Stream(fd, required)),
+        encoding=encoding,
+        errors="backslashreplace",
+        line_buffering=True,
+    )
+
+
 def _take_over_streams(output_is_result: bool) -> None:
     # A descriptor closed by the caller would become that of the next file opened, into which
     # libraries then write what is meant for standard error. Writing to these still fails.
@@ -107,13 +115,8 @@ def _take_over_streams(output_is_result: bool) -> None:
     for name, fd, required in (("stdout", 1, output_is_result), ("stderr", 2, False)):
         before = getattr(sys, name)
         if before is getattr(sys, f"__{name}__"):  # else the caller's own, such as a test's
-            stream = io.TextIOWrapper(
-                io.BufferedWriter(_Stream(fd, required)),
-                encoding="utf-8" if before is None else before.encoding,
-                errors="backslashreplace",
-                line_buffering=True,
-            )
-            setattr(sys, name, stream)
+            encoding = "utf-8" if before is None else before.encoding
+            setattr(sys, name, _open_stream(fd, encoding, required))
 
 
 def _refusal_of_the_machine(error: BaseException) -> BaseException | None:
@@ -144,7 +147,7 @@ def _sentence(error: BaseException) -> str:
         return f"{' to '.join(names)}: {said}."
     ours = os.path.dirname(__file__), os.path.dirname(os.path.abspath(sys.argv[0]))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename.startswith(ours):
+        if frame.filename.startswith(ours) and frame.filename != __file__:
             place = f"{os.path.basename(frame.filename)}, line {frame.lineno}"
             return f"{said}, in {place}: {frame.line}"
     return f"{said}."

@@ -10,20 +10,21 @@ from .metrics import read_metrics
 def plot_loss(metrics: Path, image: Path) -> None:
     """Draws training and validation bits per byte over steps from `metrics.jsonl` into a PNG.
 
-    An OSError, as of a full disk, is a warning: a run that is done is not to fail for its plot.
+    Where the machine refuses, a full disk or memory for example, it is a warning: a run does not
+    fail for its plot.
     """
     partial = image.with_name(image.name + ".partial")
     try:
         _draw(metrics, partial)
         partial.replace(image)
-    except OSError as error:
+    except (OSError, MemoryError, ImportError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        warn(f"{image} is not drawn: {error.strerror or error}.")
+        warn(f"{image} is not drawn: {error}.")
 
 
 def _draw(metrics: Path, image: Path) -> None:
-    from matplotlib.figure import Figure  # an OSError where it finds no directory for its cache
+    from matplotlib.figure import Figure  # an OSError without a directory for its cache
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
