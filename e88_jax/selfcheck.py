@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e88_jax import command_line, recurrence
+from e88_jax import command, recurrence
 from e88_jax.checks import require_bool, require_choice, shown
 
 BOUNDS = {"float32": 2e-5, "bfloat16": 4e-3}
@@ -413,4 +413,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command.run(main, prog="e88_jax.selfcheck")

@@ -141,4 +141,4 @@ def main(args: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, output_is_result=False)

@@ -14,7 +14,7 @@ def parse_args(args: Sequence[str]) -> TrainConfig:
         if (model := chosen_model(config)) is None:
             return config
         config = cli.parse(TrainConfig, args, default=TrainConfig(model=model))
-        print(f"{config.preset or config.params}: {describe(config.model)}", flush=True)
+        print(f"{config.preset or config.params}: {describe(config.model)}")
         return config
     directory = config.out if config.out is not None else run_directory.newest_run()
     stored = run_directory.load_config(directory)
@@ -32,4 +32,4 @@ def main(args: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, output_is_result=False)

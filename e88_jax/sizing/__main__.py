@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from e88_jax import command_line, hardware
+from e88_jax import command, hardware
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.sizing.balance import balance, check, d_inner_of
 from e88_jax.sizing.memory import implementation_on, state_per_layer, training_memory
@@ -313,4 +313,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command.run(main, prog="e88_jax.sizing")

@@ -6,17 +6,21 @@ import difflib
 import io
 import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
-from .errors import RunStopped, UsageError
+from e88_jax.command import run as run
+
+from .errors import UsageError
 
 Config = TypeVar("Config")
+
+MIN_COLUMNS = 60
+"""Of a terminal that help is laid out for; in a few columns tyro needs minutes and gigabytes."""
 
 
 def parse(config: type[Config], args: Sequence[str], default: Config | None = None) -> Config:
@@ -28,7 +32,7 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
     """
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), _wide_enough():
             parsed, unknown = tyro.cli(
                 config,
                 args=args,
@@ -45,6 +49,18 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags."
         raise UsageError(f"unknown argument {unknown[0]}: {hint}")
     return parsed
+
+
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(MIN_COLUMNS, shutil.get_terminal_size().columns))
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def require_folder_of(path: Path | None) -> None:
@@ -74,30 +90,3 @@ def _flags(config: Any) -> Iterator[str]:
             yield from _flags(types[field.name])
         else:
             yield "--" + field.name.replace("_", "-")
-
-
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main` on the command line; what goes wrong is one sentence and an exit code.
-
-    2 for what cannot be done as asked, 130 for Ctrl-C, 141 if nobody reads the output any more.
-    """
-    prog = os.path.basename(sys.argv[0])
-    try:
-        main(sys.argv[1:])
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush to
-        sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except UsageError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"{prog}: {error.filename}: {error.strerror}.", file=sys.stderr)
-        sys.exit(2)
-    except RunStopped as stop:
-        print(f"{prog}: {stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)

@@ -267,6 +267,20 @@ def test_a_reader_that_stops_reading(whole: Path):
         assert sample.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
+def test_nobody_reads_what_a_run_prints(corpus: Path, whole: Path, tmp_path: Path):
+    flags = [*TINY, "--steps", "200", "--data", str(corpus), "--out", "run"]
+    argv = command("train_byte_lm.py", *flags)
+    output = subprocess.PIPE
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=output, stderr=output, text=True) as process:
+        wait_for_step(process, 5)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(timeout=60) == 0
+    assert records(tmp_path / "run") == records(whole)
+
+
 def test_sampling_from_a_run(whole: Path, tmp_path: Path):
     flags = [str(whole), "--length", "60", "--prompt", "The quick", "--seed", "3"]
     done = run(tmp_path, "sample.py", *flags)
