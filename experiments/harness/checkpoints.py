@@ -322,9 +322,9 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         pass
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise UsageError(
-            f"{path} cannot be read ({error.strerror}), which does not say that it is damaged; "
+            f"{path} cannot be read ({_reason(error)}), which does not say that it is damaged; "
             f"nothing was moved."
         ) from error
 

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from .errors import warn
@@ -74,17 +76,18 @@ class MetricsLog:
         self._failed = False
         self._tensorboard = None
         with optional(directory / "tensorboard"):
-            self._tensorboard = _TensorBoard(directory / "tensorboard", start=start)
+            self._tensorboard = _TensorBoard(directory / "tensorboard", kept)
 
     def write(self, kind: str, step: int, **values: float) -> None:
         """Adds a record of `kind` ("train" or "validation"); what is not finite is left out."""
-        values = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._unwritten += _line({"kind": kind, "step": step, **values})
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        record = {"kind": kind, "step": step, **finite}
+        self._unwritten += _line(record)
         self._write_lines()
         if (tensorboard := self._tensorboard) is not None:
             self._tensorboard = None  # unless this works
             with optional(tensorboard.directory):
-                tensorboard.write(kind, step, values)
+                tensorboard.write(record)
                 self._tensorboard = tensorboard
 
     def _write_lines(self) -> None:
@@ -115,34 +118,42 @@ class _TensorBoard:
     full, and loses two minutes of a killed run.
     """
 
-    def __init__(self, directory: Path, *, start: int):
+    def __init__(self, directory: Path, earlier: Iterable[dict[str, Any]]):
+        """Holds `earlier` records, and in place of the event files that were there before."""
         self.directory = directory
         directory.mkdir(exist_ok=True)
-        self._file = (directory / _event_file_name()).open("xb")
-        self._write(file_version="brain.Event:2")
-        # TensorBoard then forgets the events of these steps in earlier files.
-        self._write(step=start + 1, session_log=SessionLog(status=SessionLog.START))
+        before = sorted(directory.glob("events.out.tfevents.*"))
+        times = {
+            event.step: event.wall_time
+            for path in before
+            for event in LegacyEventFileLoader(str(path)).Load()
+        }
+        # TensorBoard reads a directory's files in the order of their names.
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (directory / name).open("xb")
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        for record in earlier:
+            self.write(record, times.get(record["step"]))
+        for path in before:
+            path.unlink()
 
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        scalars = [
-            Summary.Value(tag=f"{kind}/{name}", simple_value=value)
-            for name, value in values.items()
-        ]
-        self._write(step=step, summary=Summary(value=scalars))
+    def write(self, record: dict[str, Any], wall_time: float | None = None) -> None:
+        """Adds a point of each of the record's numbers, by default with the present time."""
+        summary = Summary()
+        for name, value in record.items():
+            if name not in ("kind", "step"):
+                summary.MergeFrom(scalar_pb(f"{record['kind']}/{name}", value))
+        self._write(
+            Event(wall_time=wall_time or time.time(), step=record["step"], summary=summary)
+        )
 
-    def _write(self, **what: Any) -> None:
-        event = Event(wall_time=time.time(), **what)
+    def _write(self, event: Event) -> None:
         RecordWriter(self._file).write(event.SerializeToString())
         self._file.flush()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # flushing, after an event could not be written
             self._file.close()
-
-
-def _event_file_name() -> str:
-    # TensorBoard reads a directory's files in the order of their names.
-    return f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
 
 
 class StepLoss(Protocol):
