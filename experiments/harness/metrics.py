@@ -143,9 +143,7 @@ class _TensorBoard:
         for name, value in record.items():
             if name not in ("kind", "step"):
                 summary.MergeFrom(scalar_pb(f"{record['kind']}/{name}", value))
-        self._write(
-            Event(wall_time=wall_time or time.time(), step=record["step"], summary=summary)
-        )
+        self._write(Event(wall_time=wall_time or time.time(), step=record["step"], summary=summary))
 
     def _write(self, event: Event) -> None:
         RecordWriter(self._file).write(event.SerializeToString())

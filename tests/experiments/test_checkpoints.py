@@ -17,6 +17,7 @@ import pytest
 from harness.checkpoints import CHECKSUMS, Checkpoints
 from harness.errors import RunStopped, UsageError
 
+
 def state_of(step: int) -> dict[str, object]:
     key = jax.random.key(step)
     return {"weights": jax.random.normal(key, (64, 65)), "nested": (jnp.int32(step), None)}
@@ -271,7 +272,9 @@ def test_a_disk_that_is_full_stops_the_run(
     checkpoints = Checkpoints(copy, keep=2)
     sentence = r"step 3 could not be written to \S+ \(No space left .*that of step 2 is safe"
     with monkeypatch.context() as full:
-        full.setattr(Path, "write_text", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        full.setattr(
+            Path, "write_text", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+        )
         checkpoints.save(3, state_of(3), {}, None)
         with pytest.raises(RunStopped, match=sentence) as stopped:
             checkpoints.wait()

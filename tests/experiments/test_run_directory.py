@@ -41,7 +41,11 @@ def test_runs_that_start_in_the_same_second_get_directories_of_their_own(
         run_directory.claim(None) as second,
         run_directory.claim(None, "study") as third,
     ):
-        assert [first.name, second.name, third.name] == ["byte-lm-now", "byte-lm-now-2", "study-now"]
+        assert [first.name, second.name, third.name] == [
+            "byte-lm-now",
+            "byte-lm-now-2",
+            "study-now",
+        ]
         (second / "run.json").touch()
     assert list(Path("runs").rglob("*")) == [second, second / "run.json"]
 

@@ -123,9 +123,7 @@ def test_a_run_leaves_what_its_user_needs(whole: Path):
     assert not (whole / "lock").exists()
 
 
-@pytest.mark.parametrize(
-    ("stateful", "number"), [(False, signal.SIGKILL), (True, signal.SIGTERM)]
-)
+@pytest.mark.parametrize(("stateful", "number"), [(False, signal.SIGKILL), (True, signal.SIGTERM)])
 def test_killed_and_resumed_ends_with_identical_parameters(
     corpus: Path, whole: Path, tmp_path: Path, stateful: bool, number: signal.Signals
 ):
