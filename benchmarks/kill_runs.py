@@ -1,4 +1,4 @@
-"""Disturbs training runs at random moments, resumes them, and compares them with undisturbed ones."""
+"""Disturbs training runs at random moments, resumes them, compares them with undisturbed ones."""
 
 import collections
 import concurrent.futures
@@ -43,9 +43,9 @@ KINDS = {
 class KillConfig:
     """Disturb training runs, resume them, and compare parameters bit for bit and metrics.
 
-    A run is killed by SIGKILL or SIGTERM, its standard output is closed, or no file may grow any more
-    (RLIMIT_FSIZE, which acts as a full disk without the rights to mount one). Half of the runs are
-    disturbed a second time. Needs Linux.
+    A run is killed by SIGKILL or SIGTERM, its standard output is closed, or its files may grow no
+    more (RLIMIT_FSIZE, which acts as a full disk and needs no rights to mount one). Half of the
+    runs are disturbed a second time. Needs Linux.
     """
 
     runs: int = 100

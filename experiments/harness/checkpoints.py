@@ -28,11 +28,11 @@ CHECKSUMS = "checksums.json"
 class Checkpoints:
     """The checkpoints in a directory, by step.
 
-    A checkpoint is committed together with the checksums of its files, and they are compared before
-    it is restored. One that is damaged is moved to `unreadable/` with a warning that names the file,
-    and the one before it counts as the newest. A file that cannot be read for any other reason is an
-    error, and nothing is moved. A checkpoint without checksums, as earlier versions wrote them, is
-    restored with a warning.
+    A checkpoint is committed together with the checksums of its files, and they are compared
+    before it is restored. One that is damaged is moved to `unreadable/` with a warning that names
+    the file, and the one before it counts as the newest. A file that cannot be read for any other
+    reason is an error, and nothing is moved. A checkpoint without checksums, as earlier versions
+    wrote them, is restored with a warning.
 
     Args:
         directory: created with the first checkpoint.
@@ -160,8 +160,8 @@ class Checkpoints:
         `like` gives structure, shapes and, if it holds arrays, the devices to restore to.
 
         Raises:
-            UsageError: there are checkpoints, but all are damaged, or the newest whole one cannot be
-                read or is of another structure; nothing was moved.
+            UsageError: there are checkpoints, but all are damaged, or the newest whole one cannot
+                be read or is of another structure; nothing was moved.
         """
         steps, damaged = self._steps(), dict[int, str]()
         for step in steps:
@@ -196,7 +196,7 @@ class Checkpoints:
     def _restore(
         self, step: int, like: Any
     ) -> tuple[str | None, tuple[Any, dict[str, Any]] | None]:
-        """What is damaged, or else state and meta; neither if the checkpoint was deleted meanwhile."""
+        """What is damaged, or else state and meta; neither if the checkpoint is gone meanwhile."""
         directory = self._directory / str(step)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
@@ -223,7 +223,7 @@ class Checkpoints:
             whole = "whole, but" if checked else "unchecked, and"
             raise UsageError(
                 f"checkpoint {step} in {self._directory} is {whole} cannot be restored: "
-                f"{_reason(error)}. Nothing was moved; move {directory} away to take the one before."
+                f"{_reason(error)}. Without {directory}, the one before would be taken."
             ) from error
         return None, (restored["state"], restored["meta"])
 

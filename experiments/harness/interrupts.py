@@ -7,9 +7,9 @@ from typing import Self
 
 
 class Interrupts:
-    """While entered, the first SIGTERM, SIGINT or SIGHUP is noted; one a second later acts as usual.
+    """While entered, the first SIGTERM, SIGINT or SIGHUP is noted.
 
-    A SIGHUP that is ignored, as under nohup, stays so.
+    One a second later acts as usual. A SIGHUP that is ignored, as under nohup, stays so.
     """
 
     def __init__(self) -> None:

@@ -23,8 +23,8 @@ from .run_directory import optional, write
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`.
 
-    A last line cut short, as a killed process leaves it, is left out; so is a line that is no record,
-    with a warning.
+    A last line cut short, as a killed process leaves it, is left out; so is a line that is no
+    record, with a warning.
     """
     if not path.exists():
         return []
@@ -114,8 +114,8 @@ def _line(record: dict[str, Any]) -> bytes:
 class _TensorBoard:
     """An event file: each event is in it when `write` returns, whatever becomes of the process.
 
-    `tensorboard.summary.Writer` would write it in a thread, which prints a traceback when the disk is
-    full, and loses two minutes of a killed run.
+    `tensorboard.summary.Writer` would write it in a thread, which prints a traceback when the disk
+    is full, and loses two minutes of a killed run.
     """
 
     def __init__(self, directory: Path, earlier: Iterable[dict[str, Any]]):

@@ -18,7 +18,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 LOCK = "lock"
-"""Name of the file; it is there while a process owns the directory, or if that process was killed."""
+"""Name of the file, which is there while a process owns the directory or if that was killed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Owner:
     def has_ended(self, *, locks_work: bool) -> bool | None:
         """Whether the process that left this description runs no more; None if nobody can tell.
 
-        `locks_work` says that this process has just locked the file that the owner had locked: under
-        one kernel, the owner is gone then.
+        `locks_work` says that this process has just locked the file that the owner had locked:
+        under one kernel, the owner is gone then.
         """
         here = Owner.here()
         if self.boot == here.boot:

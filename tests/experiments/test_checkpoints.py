@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         damage(copy / "2" / name, how)
         if not assert_passes_over_damage(copy, capsys):
             taken.add(str(name))
-    # Orbax's description of the step is not read; without checksums, nothing is known to be damaged.
+    # Orbax's description of the step is not read; without checksums, nothing is known of damage.
     unread = {"_CHECKPOINT_METADATA", "commit_success.txt"}
     assert taken == (unread | {CHECKSUMS} if how == "missing" else unread)
 
@@ -271,10 +271,12 @@ def test_a_disk_that_is_full_stops_the_run(
     shutil.copytree(two_saved, copy)
     checkpoints = Checkpoints(copy, keep=2)
     sentence = r"step 3 could not be written to \S+ \(No space left .*that of step 2 is safe"
+
+    def is_full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as full:
-        full.setattr(
-            Path, "write_text", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
-        )
+        full.setattr(Path, "write_text", is_full)
         checkpoints.save(3, state_of(3), {}, None)
         with pytest.raises(RunStopped, match=sentence) as stopped:
             checkpoints.wait()

@@ -42,9 +42,8 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path: Path):
             write_steps(log, range(start + 1, 12), scale=2.0)
         expected = [(step, step * (1.0 if step <= 3 else 2.0)) for step in range(1, 12)]
         assert shown(tmp_path) == expected
-        assert [
-            (r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")
-        ] == expected
+        records = read_metrics(tmp_path / "metrics.jsonl")
+        assert [(record["step"], record["loss"]) for record in records] == expected
 
 
 def test_an_event_is_on_disk_at_once_and_one_cut_short_ends_its_file_only(tmp_path: Path):

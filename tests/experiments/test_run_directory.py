@@ -41,11 +41,8 @@ def test_runs_that_start_in_the_same_second_get_directories_of_their_own(
         run_directory.claim(None) as second,
         run_directory.claim(None, "study") as third,
     ):
-        assert [first.name, second.name, third.name] == [
-            "byte-lm-now",
-            "byte-lm-now-2",
-            "study-now",
-        ]
+        names = [path.name for path in (first, second, third)]
+        assert names == ["byte-lm-now", "byte-lm-now-2", "study-now"]
         (second / "run.json").touch()
     assert list(Path("runs").rglob("*")) == [second, second / "run.json"]
 
@@ -105,10 +102,12 @@ def rewrite(run: Path, change: Callable[[Any], Any]) -> None:
 
 
 def refusal(run: Path) -> str:
-    with pytest.raises(UsageError) as refused:
+    try:
         run_directory.load_config(run)
         run_directory.check_continues(run, DESCRIPTION)
-    return str(refused.value)
+    except UsageError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
 
 
 @pytest.mark.parametrize("key", ["config", "corpus", "corpus_bytes", "devices", "versions"])
