@@ -152,18 +152,16 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def undisturbed(where: Path, flags: list[str]) -> Reference:
-    """Runs it once to fill the cache of compiled programs, then again for its times."""
-    for n in range(2):
-        directory = where / f"undisturbed{n}"
-        began = time.perf_counter()
-        with start(directory, flags, where / "errors") as process:
-            assert process.stdout is not None
-            first = process.stdout.readline()
-            seconds = time.perf_counter() - began
-            lines = [first, *process.stdout]
-        if process.returncode:
-            raise RunStopped((where / "errors").read_text().strip(), exit_code=1)
-    return Reference(flags, parameters(directory), metrics(directory), len(lines), seconds)
+    """A run of `flags` in `where`."""
+    began = time.perf_counter()
+    with start(where / "run", flags, where / "errors") as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        seconds = time.perf_counter() - began
+        lines = [first, *process.stdout]
+    if process.returncode:
+        raise RunStopped((where / "errors").read_text().strip(), exit_code=1)
+    return Reference(flags, parameters(where / "run"), metrics(where / "run"), len(lines), seconds)
 
 
 def one_run(where: Path, reference: Reference, kind: str, rng: random.Random) -> Outcome:
@@ -241,9 +239,10 @@ def kill_runs(config: KillConfig, where: Path) -> list[Outcome]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     references = []
     for n, extra in enumerate(([], ["--stateful", "--optimizer", "schedule_free"])):
-        (where / f"reference{n}").mkdir()
-        flags = ["--data", str(corpus), *FLAGS, *extra]
-        references.append(undisturbed(where / f"reference{n}", flags))
+        for name in (f"compile{n}", f"reference{n}"):  # the first fills the cache of programs
+            (where / name).mkdir()
+            reference = undisturbed(where / name, ["--data", str(corpus), *FLAGS, *extra])
+        references.append(reference)
     kinds = list(KINDS)
     outcomes = []
     with (

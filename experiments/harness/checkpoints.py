@@ -69,7 +69,8 @@ class Checkpoints:
             self._bits[step] = bits_per_byte
 
     def _best(self, steps: Sequence[int]) -> int | None:
-        return min((step for step in steps if step in self._bits), key=self._bits.get, default=None)
+        evaluated = (step for step in steps if step in self._bits)
+        return min(evaluated, key=self._bits.__getitem__, default=None)
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -117,8 +118,8 @@ class Checkpoints:
         self._saving = step
         self._note(step, bits_per_byte)
         with self._stops_if_not_written():
-            self._manager = self._manager or self._open()
-            saved = self._manager.save(
+            manager = self._manager = self._manager or self._open()
+            saved = manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)

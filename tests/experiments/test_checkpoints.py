@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -264,6 +265,13 @@ def test_nothing_whole_is_an_error_that_moves_nothing(two_saved: Path, tmp_path:
     assert sorted(path.name for path in copy.iterdir()) == ["1", "2"]
 
 
+def check_for_a_while(checkpoints: Checkpoints) -> None:
+    """As training does at each record."""
+    for _ in range(1000):
+        checkpoints.check()
+        time.sleep(0.01)
+
+
 def test_a_disk_that_is_full_stops_the_run(
     two_saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -279,7 +287,7 @@ def test_a_disk_that_is_full_stops_the_run(
         full.setattr(Path, "write_text", is_full)
         checkpoints.save(3, state_of(3), {}, None)
         with pytest.raises(RunStopped, match=sentence) as stopped:
-            checkpoints.wait()
+            check_for_a_while(checkpoints)
     assert stopped.value.exit_code == 1
     assert sorted(path.name for path in copy.iterdir()) == ["1", "2"]
     checkpoints.save(3, state_of(3), {"data": {"next_index": 3}}, None)
