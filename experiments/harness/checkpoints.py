@@ -59,10 +59,11 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """The steps that have a checkpoint, the newest first."""
         try:
-            names = [path.name for path in self._directory.iterdir()]
+            names = [path.name for path in self._directory.iterdir() if path.is_dir()]
         except FileNotFoundError:
             return []
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        steps = (int(name) for name in names if name.isdecimal())
+        return sorted((step for step in steps if str(step) in names), reverse=True)
 
     def _note(self, step: int, bits_per_byte: float | None) -> None:
         if bits_per_byte is not None and math.isfinite(bits_per_byte):
@@ -288,11 +289,10 @@ def _damage(checkpoint: Path, only: str | None = None) -> str | None:
 def _bits_per_byte(checkpoint: Path) -> tuple[str | None, float | None]:
     """What is wrong with the metrics of a checkpoint, or else its bits per byte if it has any."""
     name = "metrics/metrics"
-    content = _read(checkpoint / name)
+    if (content := _read(checkpoint / name)) is None:  # or its owner was killed as it deleted it
+        return None, None
     if why := _damage(checkpoint, only=name):
         return why, None
-    if content is None:
-        return None, None
     try:
         return None, float(json.loads(content)["bits_per_byte"])
     except (KeyError, TypeError, ValueError):

@@ -109,6 +109,19 @@ def train(config: TrainConfig, directory: Path) -> None:
         clock, timed = TrainingClock(), step
         pending: list[StepMetrics] = []
         skipped_in_a_row = 0
+
+        def save(bits_per_byte: float | None) -> None:
+            interval.add(jax.device_get(pending))
+            pending.clear()
+            meta = {
+                "data": batches.get_state(),
+                "best": best if best < math.inf else None,
+                "interval": interval.sums(),
+            }
+            jax.block_until_ready(state)  # the clock counts the steps that still run
+            with clock.paused():
+                checkpoints.save(step, state, meta, bits_per_byte)
+
         while step < config.steps:
             batch = next(batches)
             state, metrics = train_step(
@@ -120,10 +133,11 @@ def train(config: TrainConfig, directory: Path) -> None:
             ends = step == config.steps or stop is not None
 
             if step == config.steps or step % config.log_every == 0:
-                newest = jax.device_get(pending)
-                interval.add(newest)
-                record = _record(interval, newest[-1])
-                interval, pending = Interval(), []
+                steps = jax.device_get(pending)
+                interval.add(steps)
+                record = _record(interval, steps[-1])
+                interval = Interval()
+                pending.clear()
                 n_bytes = (step - timed) * batch.windows[..., 1:].size
                 record["bytes_per_second"], timed = n_bytes / clock.lap(), step
                 log.write("train", step, **record)
@@ -143,16 +157,7 @@ def train(config: TrainConfig, directory: Path) -> None:
             if bits is not None and is_best:
                 best = bits
             if ends or stuck or is_best or step % config.save_every == 0:
-                interval.add(jax.device_get(pending))
-                pending = []
-                meta = {
-                    "data": batches.get_state(),
-                    "best": best if best < math.inf else None,
-                    "interval": interval.sums(),
-                }
-                jax.block_until_ready(state)
-                with clock.paused():
-                    checkpoints.save(step, state, meta, bits)
+                save(bits)
 
             if stuck:
                 raise RunStopped(

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -96,6 +97,29 @@ def own(out: Path | None, *, resume: bool) -> contextlib.AbstractContextManager[
     return owned(out)
 
 
+def check_claimable(out: Path | None) -> None:
+    """Raises UsageError if `claim(out)` could not make a new run there."""
+    out = RUNS / "a new run" if out is None else out
+    existing = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        what = "is a file" if existing.exists() else "is a link to nothing"
+        what = f" {what}" if existing == out else f": Not a directory, as {existing} {what}"
+        raise UsageError(f"--out {out}{what}.")
+    if (out / "run.json").exists():
+        raise UsageError(
+            f"{out} already holds a run: continue it with --resume, or choose another --out."
+        )
+    if existing == out and not _holds_nothing(out):
+        raise UsageError(f"--out {out} is not empty: choose another directory.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out} cannot be written: {existing} does not allow it.")
+
+
+def _holds_nothing(directory: Path) -> bool:
+    """Whether it is empty but for what a process leaves that is killed as it claims it."""
+    return all(path.name in (LOCK, _PARTIAL) for path in directory.iterdir())
+
+
 @contextlib.contextmanager
 def claim(out: Path | None, name: str = "byte-lm") -> Iterator[Path]:
     """A directory for a new run, this process's own while entered.
@@ -109,12 +133,11 @@ def claim(out: Path | None, name: str = "byte-lm") -> Iterator[Path]:
     Raises:
         UsageError: `out` is a file, holds something or is in use.
     """
-    if out is not None:
-        _check_free(out)
+    check_claimable(out)
     directory, made = _make(out, name)
     try:
         with owned(directory):
-            _check_free(directory)
+            check_claimable(directory)
             yield directory
     finally:
         for empty in made:
@@ -136,17 +159,6 @@ def _make(out: Path | None, name: str) -> tuple[Path, list[Path]]:
             directory.mkdir(parents=True)
             return directory, [directory, *made]
     raise AssertionError
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file.")
-    if (out / "run.json").exists():
-        raise UsageError(
-            f"{out} already holds a run: continue it with --resume, or choose another --out."
-        )
-    if out.exists() and any(path.name not in (LOCK, _PARTIAL) for path in out.iterdir()):
-        raise UsageError(f"--out {out} is not empty: choose another directory.")
 
 
 @contextlib.contextmanager

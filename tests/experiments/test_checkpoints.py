@@ -215,6 +215,23 @@ def test_a_damaged_evaluation_counts_no_more(
     assert (copy / "unreadable" / "1").is_dir()
 
 
+def test_what_is_left_of_a_checkpoint_that_was_being_deleted_is_no_matter(
+    two_saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(two_saved, copy)
+    shutil.rmtree(copy / "1" / "metrics")
+    (copy / "0").mkdir()
+    (copy / "3").touch()
+    (copy / "04").mkdir()
+    checkpoints = Checkpoints(copy, keep=2)
+    assert_restores(checkpoints, 2, best=True)
+    assert capsys.readouterr().err == ""
+    checkpoints.save(5, state_of(5), {"data": {"next_index": 5}}, None)
+    checkpoints.close()
+    assert sorted(path.name for path in copy.iterdir()) == ["04", "2", "3", "5"]
+
+
 def test_the_best_is_passed_over_where_it_is_damaged(
     two_saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
