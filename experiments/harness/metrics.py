@@ -88,11 +88,12 @@ class MetricsLog:
         record = {"kind": kind, "step": step, **finite}
         self._unwritten += _line(record)
         self._write_lines()
-        if (tensorboard := self._tensorboard) is not None:
-            self._tensorboard = None  # unless this works
-            with optional(tensorboard.directory):
-                tensorboard.write(record)
-                self._tensorboard = tensorboard
+        if self._tensorboard is not None:
+            with optional(self._tensorboard.directory):
+                self._tensorboard.write(record)
+                return
+            self._tensorboard.close()
+            self._tensorboard = None
 
     def _write_lines(self) -> None:
         try:

@@ -164,6 +164,27 @@ def test_a_checkpoint_can_be_saved_again_where_a_damaged_one_was(two_saved: Path
     assert sorted(path.name for path in (copy / "unreadable").iterdir()) == ["2", "2.1"]
 
 
+def test_a_step_is_saved_once(two_saved: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(two_saved, copy)
+    checkpoints = Checkpoints(copy, keep=2)
+    checkpoints.save(2, state_of(7), {"data": {"next_index": 7}}, None)
+    checkpoints.close()
+    assert_restores(Checkpoints(copy, keep=2), 2)
+
+
+def test_what_orbax_says_of_a_step_is_not_needed(two_saved: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(two_saved, copy)
+    for step in (1, 2):
+        (copy / f"{step}" / "_CHECKPOINT_METADATA").write_bytes(b"\xff{")
+    checkpoints = Checkpoints(copy, keep=2)
+    assert_restores(checkpoints, 2)
+    checkpoints.save(3, state_of(3), {"data": {"next_index": 3}}, None)
+    checkpoints.close()
+    assert_restores(Checkpoints(copy, keep=2), 3)
+
+
 def test_a_checkpoint_without_checksums_is_restored_with_a_warning(
     two_saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,25 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path: Path):
         assert shown(tmp_path) == expected
         records = read_metrics(tmp_path / "metrics.jsonl")
         assert [(record["step"], record["loss"]) for record in records] == expected
+
+
+def test_a_resumed_run_keeps_the_times_of_its_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for start, now in ((0, 1000.0), (2, 2000.0), (4, 3000.0)):
+        monkeypatch.setattr("harness.metrics.time.time", lambda now=now: now)
+        with opened(tmp_path, start=start) as log:
+            write_steps(log, range(start + 1, start + 4))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    times = [(event.step, event.wall_time) for event in events.Tensors("train/loss")]
+    assert times == [(n, 1000.0 if n <= 2 else 2000.0 if n <= 4 else 3000.0) for n in range(1, 8)]
+
+
+def test_what_is_not_finite_is_left_out(tmp_path: Path):
+    with opened(tmp_path, start=0) as log:
+        log.write("train", 1, loss=math.nan, grad_norm=math.inf, skipped=3)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "train", "step": 1, "skipped": 3}]
 
 
 def test_an_event_is_on_disk_at_once_and_one_cut_short_ends_its_file_only(tmp_path: Path):
@@ -126,6 +146,20 @@ def test_a_disk_that_is_full_delays_records_and_says_so_once(
     disk.room = 1000
     log.close()
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_tensorboard_that_fails_is_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def is_full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with opened(tmp_path, start=0) as log:
+        monkeypatch.setattr("harness.metrics.RecordWriter.write", is_full)
+        write_steps(log, range(1, 5))
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "tensorboard could not be written (No space left on device)" in warning
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
 
 
 def test_tensorboard_is_not_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,11 +1,12 @@
 """The directory of a run: claimed by one process, described, read again."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ def test_a_directory_is_claimed_once():
     with run_directory.claim(Path("a")):
         pass
     assert Path("a").exists()
+
+
+def test_a_run_that_another_process_has_just_finished_there_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    @contextlib.contextmanager
+    def owned_after_it(directory: Path) -> Iterator[Path]:
+        (directory / "run.json").touch()
+        yield directory
+
+    monkeypatch.setattr(run_directory, "owned", owned_after_it)
+    with pytest.raises(UsageError, match="already holds"), run_directory.claim(Path("a")):
+        pass
 
 
 def test_what_a_process_left_that_was_killed_at_once_can_be_claimed():
@@ -155,13 +169,15 @@ def test_a_config_that_is_none_is_one_sentence(run: Path, change: Callable[[Any]
 def test_a_disk_that_is_full_leaves_the_file_as_it_was(run: Path, monkeypatch: pytest.MonkeyPatch):
     before = (run / "run.json").read_bytes()
 
-    def is_full(*_: object) -> None:
+    def is_full(path: Path, _: bytes) -> None:
+        path.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # names no file
 
     with monkeypatch.context() as full:
         full.setattr(Path, "write_bytes", is_full)
         with pytest.raises(UsageError, match=r"run/run.json cannot be written: No space left"):
             run_directory.describe(run, DESCRIPTION, resumed_at=3)
+    assert [path.name for path in run.iterdir()] == ["run.json"]
     assert (run / "run.json").read_bytes() == before
 
 
