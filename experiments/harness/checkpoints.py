@@ -80,7 +80,7 @@ class Checkpoints:
                 best_fn=lambda metrics: metrics["bits_per_byte"],  # else metrics are not stored
                 preservation_policy=_Preserve(self._preserved),
                 cleanup_tmp_directories=True,
-                lightweight_initialize=True,  # files of earlier checkpoints may be damaged
+                lightweight_initialize=True,  # `_bits` has what matters of earlier steps
                 async_options=ocp.options.AsyncOptions(
                     post_finalization_callback=self._write_checksums
                 ),

@@ -62,6 +62,13 @@ def test_a_directory_is_claimed_once():
     assert Path("a").exists()
 
 
+def test_a_directory_that_may_not_be_written_is_refused_before(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may
+    with pytest.raises(UsageError, match=r"--out a/b cannot be written: \S+ does not allow it"):
+        run_directory.check_claimable(Path("a/b"))
+    assert not Path("a").exists()
+
+
 def test_a_run_that_another_process_has_just_finished_there_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ):
