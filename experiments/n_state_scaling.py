@@ -1,7 +1,6 @@
 """Times the layer against n_state at constant d_inner, beside what was published."""
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -127,11 +126,10 @@ def main(args: Sequence[str]) -> None:
     """Parses, times, prints."""
     config = cli.parse(ScalingConfig, args)
     setting = resolve(config)
-    default_out = run_directory.RUNS / time.strftime("n-state-scaling-%Y%m%d-%H%M%S")
-    out = run_directory.claim(config.out or default_out)
+    with run_directory.claim(config.out, "n-state-scaling") as out:
+        measured = run(setting, out)
     from harness import scaling_report
 
-    measured = run(setting, out)
     rows = [measurement.row() for measurement in measured]
     print(scaling_report.table(rows))
     print(*scaling_report.conclusions(rows), sep="\n")

@@ -26,9 +26,10 @@ def parse_args(args: Sequence[str]) -> TrainConfig:
 def main(args: Sequence[str]) -> None:
     """Parses, then trains."""
     config = parse_args(args)
-    from harness.loop import train  # imports JAX, which --help and mistakes need not wait for
+    with run_directory.own(config.out, resume=config.resume) as directory:
+        from harness.loop import train  # imports JAX, which --help and mistakes need not wait for
 
-    train(config)
+        train(config, directory)
 
 
 if __name__ == "__main__":
