@@ -625,8 +625,13 @@ class RecurrenceContract:
             assert analysis is not None
             return analysis.temp_size_in_bytes
 
+        # Long enough that what is kept for all steps, and not what one segment needs for a while,
+        # decides the most that is in use at once.
+        time = 8192
+
         def per_step(checkpoint_every: int) -> float:
-            return (temporary(4096, checkpoint_every) - temporary(2048, checkpoint_every)) / 2048
+            twice = temporary(2 * time, checkpoint_every)
+            return (twice - temporary(time, checkpoint_every)) / time
 
         # All states would be state_bytes a step. Checkpoints are a fraction of that, and copies of
         # the inputs and gradients in the order that the implementation wants come on top.
@@ -637,7 +642,7 @@ class RecurrenceContract:
         close, far = [*states][-2:]
         saved = (per_step(close) - per_step(far)) / (states[close] - states[far])
         assert 0.45 < saved < 1.2
-        assert temporary(2048, 64) < 2048 * state_bytes / 3
+        assert temporary(time, 64) < time * state_bytes / 3
 
 
 class _Scan(RecurrenceContract):
