@@ -1,0 +1,119 @@
+"""The kernels over two GPUs: Explicit and automatic axes, and `jax.shard_map`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy_reference import rms_ratio
+from recurrence_contract import EVERY_OPTION, make_inputs, tensors
+
+from e88_jax import E88LM, E88Config, LMConfig, e88_recurrence, recurrence
+
+if refusal := recurrence.unsupported_device():
+    pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
+if jax.device_count() < 2:
+    pytest.skip("needs two GPUs", allow_module_level=True)
+
+BOUND = 1e-5
+LENGTHS = (70, 33, 0, 70)
+MESHES = {
+    "explicit": lambda: jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]),
+    "automatic": lambda: Mesh(np.array(jax.devices()[:2]), ("x",)),
+}
+
+
+def op_and_gradient(arrays: Any, ids: Any, lengths: Any) -> Any:
+    results, pullback = jax.vjp(
+        lambda arrays: e88_recurrence(
+            **arrays, segment_ids=ids, lengths=lengths, implementation="mosaic_gpu"
+        ),
+        arrays,
+    )
+    return results, pullback(results)[0]
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    ratios = jax.tree.map(rms_ratio, actual, expected)
+    assert all(ratio < BOUND for ratio in jax.tree.leaves(ratios)), ratios
+
+
+def op_arguments() -> tuple[Any, Any, Any]:
+    inputs = make_inputs(70, 32, 32, EVERY_OPTION, batch=4, heads=6)
+    ids = jnp.asarray(inputs.segment_ids)
+    return tensors(inputs, "float32"), ids, jnp.array(LENGTHS, jnp.int32)
+
+
+def specs_of(arrays: Any, axis: str) -> Any:
+    def spec(names: str) -> P:
+        return P(*("x" if name == axis else None for name in names))
+
+    by_name = {name: spec("bh" if name == "initial_state" else "bth") for name in arrays}
+    return by_name, spec("bt"), spec("b")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("axis", ["b", "h", "t"])
+def test_op(mesh: str, axis: str) -> None:
+    arguments = op_arguments()
+    if axis == "t":  # 70 steps over 2 GPUs; the lengths stay everywhere
+        assert arguments[1].shape[1] % 2 == 0
+    expected = jax.jit(op_and_gradient)(*arguments)
+    of_mesh = MESHES[mesh]()
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(of_mesh, spec), specs_of(arguments[0], axis)
+    )
+    actual = jax.jit(op_and_gradient)(*jax.device_put(arguments, shardings))
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("axis", ["b", "h"])
+def test_op_inside_shard_map(axis: str, check_vma: bool) -> None:
+    arguments = op_arguments()
+    expected = jax.jit(op_and_gradient)(*arguments)
+    specs = specs_of(arguments[0], axis)
+    f = jax.shard_map(
+        op_and_gradient,
+        mesh=MESHES["automatic"](),
+        in_specs=specs,
+        out_specs=((specs[0]["v"], specs[0]["initial_state"]), specs[0]),
+        check_vma=check_vma,
+    )
+    assert_close(jax.jit(f)(*arguments), expected)
+
+
+@pytest.mark.parametrize("how", [*MESHES, "shard_map"])
+def test_gradient_of_a_model(how: str) -> None:
+    layer = E88Config(dim=64, n_heads=4, n_state=32, dtype="float32")
+    model = E88LM(LMConfig(layer=layer, depth=2), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 65)).astype(np.int32)
+
+    def loss(params: Any, tokens: Any) -> Any:
+        logits, _ = nnx.merge(graphdef, params)(tokens[:, :-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return jnp.mean(losses)
+
+    gradient = jax.value_and_grad(loss)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(gradient)(params, tokens)
+        mesh = MESHES["explicit" if how == "explicit" else "automatic"]()
+        if how == "shard_map":
+
+            def mean(params: Any, tokens: Any) -> Any:
+                params = jax.lax.pcast(params, ("x",), to="varying")
+                return jax.lax.pmean(gradient(params, tokens), "x")
+
+            f = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P("x")), out_specs=P())
+            actual = jax.jit(f)(params, tokens)
+        else:
+            params = jax.device_put(params, NamedSharding(mesh, P()))
+            tokens = jax.device_put(tokens, NamedSharding(mesh, P("x")))
+            actual = jax.jit(gradient)(params, tokens)
+    assert_close(actual, expected)
