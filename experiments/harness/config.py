@@ -178,6 +178,7 @@ class TrainConfig:
 
 
 _MAY_CHANGE_ON_RESUME = {
+    "data.data",  # the bytes may not, wherever they are
     "out",
     "resume",
     "steps",

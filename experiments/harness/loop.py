@@ -27,11 +27,11 @@ from .progress import Report
 from .step import BITS_PER_NAT, StepMetrics, compile_train_step, init_state, make_evaluate, place
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, corpus: data.Corpus) -> Path:
     """Trains, or goes on training, as `config` says; returns the run's directory.
 
-    The directory gets `run.json` (configuration and versions), `metrics.jsonl`, `tensorboard/`,
-    `checkpoints/`, `loss.png` and `sample.txt`.
+    The directory gets `run.json` (configuration and versions), `corpus.jsonl` (the files read),
+    `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `loss.png` and `sample.txt`.
 
     Raises:
         UsageError: before anything is written, if the data or the directory will not do.
@@ -39,7 +39,6 @@ def train(config: TrainConfig) -> Path:
     """
     devices.set_up()
     flags = config.data
-    corpus = data.Corpus.of(flags.data)
     training, validation = data.split(corpus, flags.val_fraction, flags.seq_len)
     shape = (flags.accumulate, flags.batch_size)
     windows = data.training_windows(
@@ -82,13 +81,15 @@ def train(config: TrainConfig) -> Path:
                 batches.set_state(meta["data"])
             if step > config.steps:
                 raise UsageError(f"the run in {directory} has done {step} steps: raise --steps.")
+        corpus.write_listing(directory / data.LISTING)
         run_directory.describe(directory, description, resumed_at=step if config.resume else None)
 
         report = stack.enter_context(Report(config.steps, start=step))
         report.say(
             f"{directory}: {count_params(model):,} parameters, {len(training):,} bytes for "
-            f"training and {len(validation):,} for validation in {len(corpus.files):,} files, "
-            f"{where}"
+            f"training and {len(validation):,} for validation in {len(corpus.files):,} files"
+            + (f" (left out: {corpus.left_out})" if corpus.left_out else "")
+            + f", {where}"
         )
         if step:
             report.say(f"continuing from step {step}")
@@ -109,7 +110,17 @@ def train(config: TrainConfig) -> Path:
         pending: list[StepMetrics] = []
         skipped_in_a_row = 0
         while step < config.steps:
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except data.CorpusError as error:
+                jax.block_until_ready(state)
+                meta = {"data": batches.get_state(), "best": best if best < math.inf else None}
+                checkpoints.save(step, state, meta, None)
+                raise RunStopped(
+                    f"stopped at step {step}: {error} When it is as it was, continue with "
+                    f"--out {directory} --resume.",
+                    exit_code=1,
+                ) from None
             state, metrics = train_step(
                 state, where.put_rows(batch.windows), np.bool_(batch.restart)
             )

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -35,6 +36,15 @@ def newest_run() -> Path:
     return runs[-1].parent
 
 
+def is_run(directory: Path) -> bool:
+    """Whether `directory` is that of a training run, started or finished."""
+    try:
+        values = json.loads((directory / "run.json").read_bytes())
+    except (OSError, ValueError):  # no file, or cut short
+        return (directory / "run.json").exists() and (directory / "checkpoints").exists()
+    return isinstance(values, dict) and {"config", "corpus"} <= values.keys()
+
+
 def load_config(directory: Path) -> TrainConfig:
     """The configuration that the run in `directory` was started with.
 
@@ -58,25 +68,38 @@ def _read(directory: Path) -> dict[str, Any]:
         raise UsageError(f"{directory / 'run.json'} is not valid JSON.") from None
 
 
+def check_claimable(out: Path | None) -> None:
+    """Raises UsageError if `claim(out)` could not make a new run there."""
+    out = _new_run() if out is None else out
+    existing = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        why = " is a file" if existing == out else f": Not a directory, as {existing} is a file"
+        raise UsageError(f"--out {out}{why}.")
+    if (out / "run.json").exists():
+        raise UsageError(
+            f"{out} already holds a run: continue it with --resume, or choose another --out."
+        )
+    if existing == out and any(out.iterdir()):
+        raise UsageError(f"--out {out} is not empty: choose another directory.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out} cannot be written: {existing} does not allow it.")
+
+
 def claim(out: Path | None) -> Path:
     """A directory for a new run.
 
     Raises:
         UsageError: `out` exists and is not an empty directory.
     """
-    if out is None:
-        out = RUNS / time.strftime("byte-lm-%Y%m%d-%H%M%S")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file.")
-    if (out / "run.json").exists():
-        raise UsageError(
-            f"{out} already holds a run: continue it with --resume, or choose another --out."
-        )
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"--out {out} is not empty: choose another directory.")
+    check_claimable(out)
+    out = _new_run() if out is None else out
     if not out.exists():
         out.mkdir(parents=True)
     return out
+
+
+def _new_run() -> Path:
+    return RUNS / time.strftime("byte-lm-%Y%m%d-%H%M%S")
 
 
 @dataclasses.dataclass(frozen=True)
