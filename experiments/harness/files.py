@@ -14,6 +14,7 @@ from .errors import UsageError
 
 _NO_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 """Folders of the standard library that hold other packages, tests or compiled code."""
+_RUNS = "directories of runs"
 
 
 def absolute(pattern: str) -> str:
@@ -47,19 +48,28 @@ def find_files(
     """
     left_out = collections.Counter() if left_out is None else left_out
     found: dict[tuple[int, int] | str, Path] = {}
+    names: set[Path] = set()
     try:
         if not patterns:
             return standard_library_files()
         for pattern in patterns:
-            before = left_out.copy()
+            runs = left_out[_RUNS]
             paths = [path for name in _names(pattern, left_out) for path in _files(name, left_out)]
-            if not paths:
-                raise UsageError(_why_nothing(pattern, left_out - before))
+            if not paths and left_out[_RUNS] == runs:
+                is_folder = os.path.isdir(os.path.expanduser(pattern))
+                what = "holds no file" if is_folder else "is no file, directory or matching glob"
+                raise UsageError(f"--data {pattern} {what}.")
             for path in paths:
-                if found.setdefault(_identity(path), Path(path)) != Path(path):
-                    left_out["second names of files"] += 1
+                names.add(Path(path))
+                found.setdefault(_identity(path), Path(path))
     except OSError as error:
         raise UsageError(f"--data {error.filename} cannot be read: {error.strerror}.") from None
+    if not found:
+        raise UsageError(
+            f"--data {' '.join(patterns)} holds nothing but what runs wrote: name the files that "
+            "are meant."
+        )
+    left_out["second names of files"] += len(names) - len(found)
     return [*found.values()]
 
 
@@ -135,7 +145,7 @@ def _walk(
                 continue
             entered.add(identity)
             if run_directory.is_run(Path(path)):
-                left_out["directories of runs"] += 1
+                left_out[_RUNS] += 1
                 continue
             with os.scandir(path) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name, reverse=True)
@@ -170,11 +180,3 @@ def _exists(name: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
-
-
-def _why_nothing(pattern: str, left_out: collections.Counter[str]) -> str:
-    if left_out["directories of runs"]:
-        return f"--data {pattern} holds nothing but what runs wrote: name the files that are meant."
-    if os.path.isdir(os.path.expanduser(pattern)):
-        return f"--data {pattern} holds no file."
-    return f"--data {pattern} is no file, directory or matching glob."

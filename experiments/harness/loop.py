@@ -48,8 +48,8 @@ def train(config: TrainConfig, corpus: data.Corpus) -> Path:
         validation, flags.batch_size, flags.seq_len, config.eval_bytes
     )
 
-    where = devices.placement(flags.batch_size)
     model = _build(config)
+    where = devices.placement(flags.batch_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = place(init_state(model, optimizer, shape if flags.stateful else None), where)
     evaluate = make_evaluate(nnx.graphdef(model), val_batches, where, stateful=flags.stateful)
