@@ -23,8 +23,7 @@ def absolute(pattern: str) -> str:
     Raises:
         UsageError: it is empty.
     """
-    if not pattern:
-        raise UsageError('--data "" names nothing: is a shell variable unset?')
+    _refuse_empty(pattern)
     if _exists(pattern):
         return os.path.join(os.getcwd(), pattern)
     return os.path.join(glob.escape(os.getcwd()), os.path.expanduser(pattern))
@@ -80,10 +79,14 @@ def standard_library_files() -> list[Path]:
     return [Path(path) for path, is_folder in found if path.endswith(".py") and not is_folder]
 
 
+def _refuse_empty(pattern: str) -> None:
+    if not pattern:
+        raise UsageError('--data "" names nothing: is a shell variable unset?')
+
+
 def _names(pattern: str, left_out: collections.Counter[str]) -> list[str]:
     """What `pattern` stands for: itself, or what matches it."""
-    if not pattern:
-        absolute(pattern)
+    _refuse_empty(pattern)
     at_home = os.path.expanduser(pattern)
     existing = [name for name in (pattern, at_home) if _exists(name)]
     return existing[:1] or sorted(_glob(at_home, left_out))
