@@ -125,7 +125,7 @@ def placement(rows: int) -> Placement:
         sizes = " or ".join(str(size) for size in (below, below + len(devices)) if size)
         warn(
             f"{n} of {len(devices)} devices are used, as a batch of {rows} does not divide over "
-            f"all: one of {sizes} would."
+            f"all: {sizes} would use all."
         )
     mesh = Mesh(np.array(devices[:n]), ("rows",))
     return Placement(
