@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from harness import cli
+from harness import cli, run_directory
+from harness.bounds import FLOAT32_LIMIT, require
 from harness.errors import UsageError
 
 
@@ -38,11 +39,17 @@ class SampleConfig:
             raise ValueError(f"--length must be at least 0 bytes, got {self.length}.")
         if not self.prompt:
             raise ValueError("--prompt must have at least one byte.")
+        require(self, "temperature", minimum=0, below=FLOAT32_LIMIT)
+        require(self, "top_k", minimum=1)
+        require(self, "seed", minimum=0, below=2**32)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
 
 
 def main(args: Sequence[str]) -> None:
     """Parses, then writes to standard output as the bytes come."""
     config = cli.parse(SampleConfig, args)
+    run_directory.load_config(config.run)  # before JAX, which mistakes need not wait for
 
     import jax
     import numpy as np

@@ -73,8 +73,9 @@ def check_claimable(out: Path | None) -> None:
     out = _new_run() if out is None else out
     existing = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        why = " is a file" if existing == out else f": Not a directory, as {existing} is a file"
-        raise UsageError(f"--out {out}{why}.")
+        what = "is a file" if existing.exists() else "is a link to nothing"
+        what = f" {what}" if existing == out else f": Not a directory, as {existing} {what}"
+        raise UsageError(f"--out {out}{what}.")
     if (out / "run.json").exists():
         raise UsageError(
             f"{out} already holds a run: continue it with --resume, or choose another --out."
