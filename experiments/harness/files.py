@@ -6,7 +6,7 @@ import glob
 import os
 import stat
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from . import run_directory
@@ -53,7 +53,7 @@ def find_files(
             return standard_library_files()
         for pattern in patterns:
             runs = left_out[_RUNS]
-            paths = [path for name in _names(pattern, left_out) for path in _files(name, left_out)]
+            paths = [*_files_of(pattern, left_out)]
             if not paths and left_out[_RUNS] == runs:
                 is_folder = os.path.isdir(os.path.expanduser(pattern))
                 what = "holds no file" if is_folder else "is no file, directory or matching glob"
@@ -84,12 +84,34 @@ def _refuse_empty(pattern: str) -> None:
         raise UsageError('--data "" names nothing: is a shell variable unset?')
 
 
-def _names(pattern: str, left_out: collections.Counter[str]) -> list[str]:
-    """What `pattern` stands for: itself, or what matches it."""
+def _files_of(pattern: str, left_out: collections.Counter[str]) -> Iterator[str]:
+    """The regular files that a pattern stands for: of that name, in the folder, or matching."""
     _refuse_empty(pattern)
     at_home = os.path.expanduser(pattern)
-    existing = [name for name in (pattern, at_home) if _exists(name)]
-    return existing[:1] or sorted(_glob(at_home, left_out))
+    named = [name for name in (pattern, at_home) if _exists(name)][:1]
+    for name in named or sorted(_glob(at_home, left_out)):
+        if os.path.isdir(name):
+            inside = _walk(name, _is_hidden, left_out)
+            yield from _regular((path for path, is_folder in inside if not is_folder), left_out)
+        elif not named:
+            yield from _regular([name], left_out)
+        elif stat.S_ISREG(os.stat(name).st_mode):
+            yield name
+        else:
+            raise UsageError(f"--data {name} is not a regular file.")
+
+
+def _regular(paths: Iterable[str], left_out: collections.Counter[str]) -> Iterator[str]:
+    for path in paths:
+        try:
+            if stat.S_ISREG(os.stat(path).st_mode):
+                yield path
+            else:
+                left_out["special files"] += 1
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            left_out["links to nothing"] += 1
 
 
 def _glob(pattern: str, left_out: collections.Counter[str]) -> Iterator[str]:
@@ -107,28 +129,6 @@ def _glob(pattern: str, left_out: collections.Counter[str]) -> Iterator[str]:
         for path, is_folder in _walk(top, _is_hidden, left_out):
             if is_folder:
                 yield from _glob(os.path.join(glob.escape(path), *below), left_out)
-
-
-def _files(name: str, left_out: collections.Counter[str]) -> Iterator[str]:
-    """The regular files that a name stands for: itself, or all in the folder of that name."""
-    mode = os.stat(name).st_mode
-    if stat.S_ISREG(mode):
-        yield name
-    elif not stat.S_ISDIR(mode):
-        raise UsageError(f"--data {name} is not a regular file.")
-    else:
-        for path, is_folder in _walk(name, _is_hidden, left_out):
-            if is_folder:
-                continue
-            try:
-                if stat.S_ISREG(os.stat(path).st_mode):
-                    yield path
-                else:
-                    left_out["special files"] += 1
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    raise
-                left_out["links to nothing"] += 1
 
 
 def _walk(
@@ -156,13 +156,9 @@ def _walk(
                 if skips(entry.name):
                     left_out["hidden names"] += 1
                 else:
-                    stack.append(
-                        (
-                            entry.path,
-                            entry.is_dir(follow_symlinks=False)
-                            or (entry.is_symlink() and os.path.isdir(entry.path)),
-                        )
-                    )
+                    # entry.is_dir raises for a link to itself.
+                    by_path = entry.is_symlink() and os.path.isdir(entry.path)
+                    stack.append((entry.path, by_path or entry.is_dir(follow_symlinks=False)))
         yield path, is_folder
 
 
