@@ -38,6 +38,8 @@ def main(args: Sequence[str]) -> None:
     config = parse_args(args)
     if not config.resume:
         run_directory.check_claimable(config.out)
+    elif config.out is not None and (done := run_directory.steps_done(config.out)) > config.steps:
+        raise UsageError(f"the run in {config.out} has done {done} steps: raise --steps.")
     corpus = data.open_corpus(config)
     from harness.loop import train  # imports JAX, which --help and mistakes need not wait for
 

@@ -29,7 +29,8 @@ class DataConfig:
     """What is read, and in which pieces."""
 
     data: tuple[str, ...] = ()
-    """Files, directories or globs of bytes; none for the Python standard library's source."""
+    """Files, directories or globs of bytes; none for the Python standard library's source. With
+    --resume, where the files of the run are now, if they were moved."""
     val_fraction: float = 0.05
     """Fraction of the bytes, at the end, that is kept for validation."""
     seq_len: int = 256
@@ -71,7 +72,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decay of the weights of projections, convolutions and embedding, times the rate."""
     beta1: float = 0.9
-    """Decay of the mean of the gradient (of schedule-free's interpolation)."""
+    """Decay of the mean of the gradient (of schedule-free's interpolation); Muon's matrices have
+    0.95."""
     beta2: float = 0.95
     """Decay of the mean of the squared gradient."""
     clip_norm: float = 1.0

@@ -68,6 +68,12 @@ def _read(directory: Path) -> dict[str, Any]:
         raise UsageError(f"{directory / 'run.json'} is not valid JSON.") from None
 
 
+def steps_done(directory: Path) -> int:
+    """Step of the newest checkpoint in `directory`, readable or not; 0 if there is none."""
+    names = [path.name for path in (directory / "checkpoints").glob("[0-9]*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
 def check_claimable(out: Path | None) -> None:
     """Raises UsageError if `claim(out)` could not make a new run there."""
     out = _new_run() if out is None else out

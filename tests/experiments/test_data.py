@@ -292,8 +292,10 @@ def test_split_by_position(three_files: Path):
     training, validation = data.split(data.Corpus.of([str(three_files)]), 0.2, seq_len=10)
     np.testing.assert_array_equal(training.read(0, len(training)), np.arange(80))
     np.testing.assert_array_equal(validation.read(0, len(validation)), np.arange(80, 100))
-    with pytest.raises(UsageError, match=r"100 bytes leaves 20 for validation.*window of 31"):
-        data.split(data.Corpus.of([str(three_files)]), 0.2, seq_len=30)
+    for seq_len in (20, 30):
+        with pytest.raises(UsageError, match=rf"leaves 20 for validation.*window of {seq_len + 1}"):
+            data.split(data.Corpus.of([str(three_files)]), 0.2, seq_len)
+    data.split(data.Corpus.of([str(three_files)]), 0.2, seq_len=19)
 
 
 @pytest.fixture
@@ -313,6 +315,15 @@ def test_random_windows(corpus: data.Corpus):
     assert not np.array_equal(batch.windows, windows[12].windows)
     other_seed = data.RandomWindows(corpus, (2, 3), seq_len=7, seed=6)
     assert not np.array_equal(batch.windows, other_seed[11].windows)
+
+
+def test_seeds_and_steps_share_no_batch(corpus: data.Corpus):
+    batches = [
+        data.RandomWindows(corpus, (1, 20), seq_len=1, seed=seed)[step].windows.tobytes()
+        for seed in range(5)
+        for step in range(5)
+    ]
+    assert len(set(batches)) == 25
 
 
 def test_random_windows_reach_both_ends(corpus: data.Corpus):

@@ -22,7 +22,8 @@ SENTENCES = {
     "train_byte_lm --resume --out nothing": "nothing holds no run (no run.json in it).",
     "train_byte_lm --resume --out full": "full holds no run (no run.json in it).",
     "train_byte_lm --resume --out run --dim 32": "another configuration, --dim 256 (not 32)",
-    "train_byte_lm --resume --out run": "which names the files of the corpus, is gone.",
+    "train_byte_lm --resume --out run --steps 800": "which names the files of the corpus, is gone.",
+    "train_byte_lm --resume --out run --steps 700": "run has done 800 steps: raise --steps.",
     "train_byte_lm --resume --out broken": "run.json",
     # The data.
     "train_byte_lm --data none": "none is no file, directory or matching glob.",
@@ -91,6 +92,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     described = {"config": TrainConfig().to_dict(), "corpus": "", "corpus_bytes": 0}
     described |= {"devices": "", "versions": {}}
     (here / "run" / "run.json").write_text(json.dumps(described))
+    (here / "run" / "checkpoints" / "800").mkdir(parents=True)
+    (here / "run" / "checkpoints" / "900.orbax-checkpoint-tmp").mkdir()
     (here / "broken" / "run.json").write_text(json.dumps({**described, "config": {}}))
     before = sorted(here.rglob("*"))
     done = subprocess.run(
