@@ -110,6 +110,8 @@ def test_a_device_for_each_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert cpu_devices(monkeypatch) == 6
     (tmp_path / "cpu.max").write_text("400000 100000\n")
     assert cpu_devices(monkeypatch) == 4
+    (tmp_path / "cpu.max").write_text("900000 100000\n")
+    assert cpu_devices(monkeypatch) == 6
     (tmp_path / "cpu.max").write_text("20000 100000\n")
     assert cpu_devices(monkeypatch) == 1
     (tmp_path / "cpu.max").unlink()

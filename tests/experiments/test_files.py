@@ -179,15 +179,17 @@ def test_mistakes(here: Path, pattern: str, sentence: str) -> None:
         found("a", pattern)
 
 
-@pytest.mark.parametrize("call", ["scandir", "stat", "lstat"])
+@pytest.mark.parametrize(
+    ("call", "name"), [("scandir", "deep"), ("stat", "deep"), ("stat", "a"), ("lstat", "data")]
+)
 def test_what_may_not_be_looked_at_is_refused(
-    here: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    here: Path, monkeypatch: pytest.MonkeyPatch, call: str, name: str
 ) -> None:
     put("data/deep/a")
     real = getattr(os, call)
 
     def refuse(path: str, *args: object, **options: object) -> object:
-        if os.path.basename(path) == ("data" if call == "lstat" else "deep"):
+        if os.path.basename(path) == name:
             raise PermissionError(13, "Permission denied", path)
         return real(path, *args, **options)
 
