@@ -48,7 +48,7 @@ class ScalingConfig:
             raise ValueError("--n-state must name at least one size.")
         sizes = "n_state", "d_inner", "dim", "batch_size", "seq_len", "repetitions"
         require(self, *sizes, minimum=1)
-        if None not in (self.n_state, self.d_inner):
+        if self.n_state is not None and self.d_inner is not None:
             _require_a_head(self.n_state, self.d_inner)
 
 

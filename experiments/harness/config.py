@@ -169,7 +169,7 @@ def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:
             return LMConfig.from_dict(value)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         types = get_type_hints(kind)
         keys = set(value) if isinstance(value, dict) else set()
         if wrong := sorted(keys ^ types.keys()):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from harness import devices
 from harness.errors import UsageError
@@ -178,3 +179,11 @@ def test_devices_that_a_batch_leaves_idle(
             f"warning: {used} of 8 devices are used, as a batch of {rows} does not divide over "
             f"all: {sizes} would use all.\n"
         )
+
+
+def test_rows_are_divided_where_they_can_be() -> None:
+    where = devices.placement(4)
+    divided = where.put_rows(np.zeros((1, 8, 3), np.uint8))
+    assert {shard.data.shape for shard in divided.addressable_shards} == {(1, 2, 3)}
+    copied = where.put_rows(np.zeros((4, 3, 3), np.uint8))
+    assert {shard.data.shape for shard in copied.addressable_shards} == {(4, 3, 3)}
