@@ -96,7 +96,7 @@ def main(args: Sequence[str]) -> None:
     print(f"{n_params:,} parameters on {numbers['device']}")
     options: dict[str, Any] = {
         "temperature": jnp.float32(0.8),
-        "top_p": jnp.float32(1),
+        "top_p": None,
         "top_k": 40,
         "greedy": False,
     }
@@ -140,14 +140,14 @@ def main(args: Sequence[str]) -> None:
             }
             numbers["rows"].append(row)
             memory = "" if row["bytes_in_use"] is None else f", {row['bytes_in_use'] / 1e9:.2f} GB"
+            if config.json is not None:
+                config.json.write_text(json.dumps(numbers, indent=2) + "\n")
             print(
                 f"batch {batch}, {n_read:,} tokens read: prefill "
                 f"{row['prefill_tokens_per_second']:,.0f} tokens/s, decoding "
                 f"{row['decode_tokens_per_second']:,.0f} tokens/s{memory}",
                 flush=True,
             )
-            if config.json is not None:
-                config.json.write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
+from harness import cli
 from harness.bounds import require
 from harness.recurrence_timing import Shape, make_inputs, one_line
 from harness.timing import ClockSampler, time_calls
@@ -149,4 +150,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    cli.run(main)

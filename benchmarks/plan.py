@@ -257,10 +257,11 @@ def kernels_of(text: str) -> list[Kernel]:
 
 def fill_in(path: Path) -> None:
     """Compiles each configuration in the file and writes its bytes."""
+    from rich.console import Console
     from rich.progress import track
 
     plans = json.loads(path.read_text())
-    for plan in track(plans, "compiling"):
+    for plan in track(plans, "compiling", console=Console(stderr=True)):
         model = on_a_gpu(model_of(plan))
         compiled = compile_for_h100(model, plan["batch"], plan["length"])
         plan["bytes"] = planned_bytes(compiled)

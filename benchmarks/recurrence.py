@@ -235,6 +235,8 @@ def main(args: Sequence[str] | None = None) -> int:
         "checkpoint_every": options.checkpoint_every,
         "repetitions": options.repetitions,
     }
+    if options.json is not None:
+        options.json.write_text(json.dumps({**about, "shapes": measured}, indent=2) + "\n")
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(table(measured))
     if any(numbers["clock_mhz"] is None for x in measured for numbers in x["passes"].values()):
@@ -247,10 +249,8 @@ def main(args: Sequence[str] | None = None) -> int:
     ]
     for error in errors:
         print(error, file=sys.stderr)
-    if options.json is not None:
-        options.json.write_text(json.dumps({**about, "shapes": measured}, indent=2) + "\n")
     return 1 if errors else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -91,16 +91,16 @@ def main(args: Sequence[str]) -> None:
     cli.require_writable(config.json)
     if not config.grid:
         numbers = measure(config)
-        print(summary(numbers))
         record(config.json, numbers)
+        print(summary(numbers))
         return
     points = recorded_points(config.json)
     for flags in grid_of(config):
         name = " ".join(flags)
         print(name, flush=True)
         points[name] = measure_apart([*args, *flags, "--profile", *ALONE])
-        print(points[name].get("error") or summary(points[name]), flush=True)
         record(config.json, {"points": points})
+        print(points[name].get("error") or summary(points[name]), flush=True)
 
 
 def recorded_points(path: Path | None) -> dict[str, Any]:

@@ -1,12 +1,30 @@
 """E88, a nonlinear matrix-state recurrent layer for language models, in JAX.
 
-Names are imported on first use, so that what needs no JAX (`e88_jax.config`) starts at once.
+Names and modules are imported on first use, so that what needs no JAX (`e88_jax.config`) starts at
+once.
 """
 
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from e88_jax import activation as activation
+    from e88_jax import checks as checks
+    from e88_jax import config as config
+    from e88_jax import fused as fused
+    from e88_jax import generate as generate
+    from e88_jax import hardware as hardware
+    from e88_jax import interop as interop
+    from e88_jax import mixer as mixer
+    from e88_jax import model as model
+    from e88_jax import precision as precision
+    from e88_jax import projection as projection
+    from e88_jax import recurrence as recurrence
+    from e88_jax import reference as reference
+    from e88_jax import selfcheck as selfcheck
+    from e88_jax import short_conv as short_conv
+    from e88_jax import sizing as sizing
     from e88_jax.config import E88Config as E88Config
     from e88_jax.config import LMConfig as LMConfig
     from e88_jax.mixer import E88Mixer as E88Mixer
@@ -34,11 +52,16 @@ _HOME = {
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
+_MODULES = tuple(module.name for module in pkgutil.iter_modules(__path__))
+
+
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_HOME, *_MODULES})

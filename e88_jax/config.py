@@ -1,8 +1,18 @@
 """Configurations of a layer and of a language model: plain data that imports no JAX."""
 
 import dataclasses
-import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
+
+from e88_jax.checks import (
+    LARGEST_INT,
+    require_bool,
+    require_choice,
+    require_instance,
+    require_int,
+    require_number,
+    shown,
+)
 
 OutputGate = Literal["silu", "sigmoid", "none"]
 DecayMode = Literal["mamba", "simple", "constant", "none"]
@@ -11,25 +21,36 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 Remat = Literal["none", "recurrence", "layer"]
 
 
-def _require_positive(config: Any, *names: str) -> None:
+def _set(config: Any, check: Callable[..., Any], *names: str, **options: Any) -> None:
+    """Checks fields, and stores them as the plain Python values that they mean."""
     for name in names:
-        value = getattr(config, name)
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+        given = getattr(config, name)
+        plain = check(name, given, **options)
+        if plain is not given:
+            object.__setattr__(config, name, plain)
 
 
-def _require_choice(config: Any, name: str, choices: tuple[str | None, ...]) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+def _choice(config: Any, name: str, *choices: str | None) -> None:
+    _set(config, require_choice, name, choices=choices)
+
+
+def _dtype_name(dtype: Any) -> Any:
+    """The name of a NumPy or JAX dtype; anything else as it is."""
+    if dtype is None or isinstance(dtype, str):
+        return dtype
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    return name if isinstance(name, str) else dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class E88Config:
     """One E88 layer (`E88Mixer`). Sizes are in elements.
 
+    Fields are stored as plain Python values: NumPy's integers, floats and bools are taken too.
+
     Raises:
-        ValueError: sizes or options that contradict each other.
+        TypeError: a field of another type.
+        ValueError: a size out of range, an unknown choice, or options that contradict each other.
     """
 
     dim: int
@@ -68,19 +89,24 @@ class E88Config:
     implementation: Literal["scan", "mosaic_gpu"] | None = None
     """Who computes the recurrence; None for the fastest that can."""
     dtype: Dtype | None = None
-    """Of the matrix products; None for bfloat16 on a GPU and float32 elsewhere."""
+    """Of the matrix products; None for bfloat16 on a GPU and float32 elsewhere. A dtype of NumPy or
+    JAX, such as `jnp.bfloat16`, is stored as its name."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "dim", "n_heads", "n_state", "checkpoint_every")
-        _require_choice(self, "output_gate", ("silu", "sigmoid", "none"))
-        _require_choice(self, "decay_mode", ("mamba", "simple", "constant", "none"))
-        _require_choice(
-            self, "head_mix", ("concat", "weighted_sum", "per_head", "input_weighted", "sum")
-        )
-        _require_choice(self, "implementation", (None, "scan", "mosaic_gpu"))
-        _require_choice(self, "dtype", (None, "float32", "bfloat16", "float64"))
+        _set(self, require_int, "dim", "n_heads", "n_state", "checkpoint_every")
+        _set(self, require_number, "expansion")
+        _set(self, require_bool, "write_gate", "linear_state", "output_norm", "value_residual")
+        _set(self, require_bool, "tie_kv", "use_silu", "use_l2_norm")
+        _choice(self, "output_gate", "silu", "sigmoid", "none")
+        _choice(self, "decay_mode", "mamba", "simple", "constant", "none")
+        _choice(self, "head_mix", "concat", "weighted_sum", "per_head", "input_weighted", "sum")
+        _choice(self, "implementation", None, "scan", "mosaic_gpu")
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        _choice(self, "dtype", None, "float32", "bfloat16", "float64")
+        if self.conv_size is not None:
+            _set(self, require_int, "conv_size", minimum=2)
         n_value = self.n_state * self.expansion
-        if not math.isfinite(n_value) or n_value < 1 or n_value != int(n_value):
+        if not 1 <= n_value <= LARGEST_INT or n_value != int(n_value):
             raise ValueError(
                 f"expansion * n_state must be a whole number of columns, at least 1; "
                 f"got {self.expansion} * {self.n_state} = {n_value}."
@@ -89,8 +115,6 @@ class E88Config:
             raise ValueError(
                 f"tie_kv uses keys as values and needs expansion = 1, got {self.expansion}."
             )
-        if self.conv_size is not None and self.conv_size < 2:
-            raise ValueError(f"conv_size must be None or at least 2 taps, got {self.conv_size}.")
 
     @property
     def n_value(self) -> int:
@@ -103,6 +127,7 @@ class LMConfig:
     """A language model (`E88LM`): `depth` identical layers between an embedding and its transpose.
 
     Raises:
+        TypeError: a field of another type.
         ValueError: a size below 1, or an unknown remat.
     """
 
@@ -118,22 +143,40 @@ class LMConfig:
     product (the recurrence with its states and what surrounds it), or whole layers."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "depth", "vocab_size")
-        _require_choice(self, "remat", ("none", "recurrence", "layer"))
+        require_instance("layer", self.layer, E88Config)
+        _set(self, require_int, "depth", "vocab_size")
+        _choice(self, "remat", "none", "recurrence", "layer")
         if self.channel_mixer_dim is not None:
-            _require_positive(self, "channel_mixer_dim")
+            _set(self, require_int, "channel_mixer_dim")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data for JSON; `from_dict` reads it back."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "LMConfig":
-        """The configuration that `to_dict` wrote.
+    def from_dict(cls, values: Mapping[str, Any]) -> "LMConfig":
+        """The configuration that `to_dict` wrote. Fields with a default may be missing.
 
         Raises:
-            KeyError: no `layer`.
-            TypeError: another field is missing or unknown.
-            ValueError: values that contradict each other.
+            ValueError: a field is missing, unknown, of another type or out of range; the message
+                names it.
         """
-        return cls(**{**values, "layer": E88Config(**values["layer"])})
+        if isinstance(values, Mapping) and "layer" in values:
+            values = {**values, "layer": _read(E88Config, values["layer"], "layer")}
+        return _read(cls, values, "the model's configuration")
+
+
+def _read(kind: type, values: Any, what: str) -> Any:
+    """A configuration from its fields by name."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} must be a dictionary of fields, got {shown(values)}.")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    needed = {name for name, x in fields.items() if x.default is dataclasses.MISSING}
+    if missing := sorted(needed - values.keys()):
+        raise ValueError(f"{what} lacks {', '.join(missing)}.")
+    if unknown := sorted(map(str, values.keys() - fields.keys())):
+        raise ValueError(f"{what} has no {', '.join(unknown)}; its fields are {', '.join(fields)}.")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: {error}") from None

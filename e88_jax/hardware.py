@@ -4,6 +4,9 @@ import dataclasses
 import math
 import re
 import subprocess
+from typing import Any
+
+from e88_jax.checks import require_instance, require_number
 
 KERNELS_RUN_FROM, KERNELS_RUN_BELOW = (9, 0), (12, 0)
 """Compute capabilities: Hopper is the first with bulk tensor copies; from 12.0 (GeForce) on, a
@@ -55,10 +58,8 @@ class GPU:
     @property
     def formula_n_state(self) -> int:
         """`optimal_n_state` of the numbers in the scaling document, else of the vendor's."""
-        numbers = self.published
-        bandwidth = numbers.memory_bandwidth_GBps if numbers else self.memory_bandwidth_GBps
-        tflops = numbers.tensor_tflops if numbers else self.bf16_tflops
-        return optimal_n_state(bandwidth, tflops, self.shared_memory_KB)
+        tflops = self.published.tensor_tflops if self.published else self.bf16_tflops
+        return optimal_n_state(self.memory_bandwidth_GBps, tflops, self.shared_memory_KB)
 
     @property
     def n_state_range(self) -> tuple[int, int]:
@@ -228,14 +229,15 @@ def optimal_n_state(
     The room in shared memory that it counts never decides: 100 KB give 107, above both 48 and 64.
 
     Raises:
-        ValueError: a number that is not above 0.
+        TypeError: an argument that is no number.
+        ValueError: a number that is not finite and above 0.
     """
     for name, value in (
         ("memory_bandwidth_GBps", memory_bandwidth_GBps),
         ("tensor_tflops", tensor_tflops),
         ("shared_mem_KB", shared_mem_KB),
     ):
-        if not value > 0:
+        if require_number(name, value) <= 0:
             raise ValueError(f"{name} must be above 0, got {value}.")
     ops_per_byte = tensor_tflops * 1e12 / (memory_bandwidth_GBps * 1e9)
     max_n_from_shared = int(math.sqrt(shared_mem_KB * 1024 / 4 / 2.2))
@@ -251,12 +253,22 @@ def find(name: str) -> GPU:
     """The GPU of a key, a name or a driver's name; case, spaces and dashes do not matter.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: no such GPU; the message lists those there are.
     """
+    require_instance("name", name, str)
     for gpu in GPUS:
         if _plain(name) in map(_plain, (gpu.key, gpu.name, *gpu.device_names)):
             return gpu
     raise ValueError(f"unknown GPU {name!r}: choose from {', '.join(gpu.key for gpu in GPUS)}.")
+
+
+def require_gpu(gpu: Any) -> None:
+    """Raises:
+    TypeError: it is neither a GPU nor None.
+    """
+    if gpu is not None:
+        require_instance("gpu", gpu, GPU, "None or a GPU, such as hardware.find('h100')")
 
 
 def detect() -> GPU | None:

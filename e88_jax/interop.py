@@ -8,10 +8,12 @@ turn, head by head. A parameter of ours has its namesake's numbers, most of them
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from e88_jax.checks import require_instance, shown
 from e88_jax.config import E88Config
 from e88_jax.mixer import E88Mixer
 
@@ -71,9 +73,12 @@ def mixer_from_torch(state_dict: Mapping[str, np.ndarray], config: E88Config) ->
         The layer, its parameters float32 as always.
 
     Raises:
-        ValueError: a key that is missing, surplus, misshapen or not of floats; the message names
-            it, and both shapes.
+        TypeError: no mapping of arrays, or no E88Config.
+        ValueError: a key that is missing, surplus, misshapen, not of floats or not finite in
+            float32; the message names it, and both shapes.
     """
+    require_instance("state_dict", state_dict, Mapping)
+    require_instance("config", config, E88Config)
     mixer = nnx.eval_shape(lambda: E88Mixer(config, rngs=nnx.Rngs(0)))
     params = _params(mixer)
     # Zeros that occupy one element each: only their shapes matter.
@@ -85,7 +90,7 @@ def mixer_from_torch(state_dict: Mapping[str, np.ndarray], config: E88Config) ->
     if missing := sorted(shapes.keys() - state_dict.keys()):
         wanted = ", ".join(f"{key} {shapes[key]}" for key in missing)
         raise ValueError(f"the state dictionary lacks {wanted}.")
-    if surplus := sorted(state_dict.keys() - shapes.keys()):
+    if surplus := sorted(map(str, state_dict.keys() - shapes.keys())):
         raise ValueError(
             f"the state dictionary has {', '.join(surplus)}, which a layer of these options lacks."
         )
@@ -107,7 +112,20 @@ def mixer_to_torch(mixer: E88Mixer) -> dict[str, np.ndarray]:
 
     Returns:
         float32 arrays that own their memory, by key.
+
+    Raises:
+        TypeError: no E88Mixer, or one whose weights are traced or mere shapes.
+        ValueError: its weights are laid out for inference.
     """
+    require_instance("mixer", mixer, E88Mixer)
+    if changed := sorted(_params(mixer).keys() - _LAYOUTS.keys()):
+        raise ValueError(
+            f"mixer must be a layer as it is trained, got {', '.join(changed)} of one made for "
+            "inference."
+        )
+    for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)):
+        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+            raise TypeError(f"mixer must hold arrays that have their values, got {shown(leaf)}.")
     return {
         key: np.array(array, order="C")
         for name, param in _params(mixer).items()
@@ -136,8 +154,21 @@ def _from_torch(name: str, arrays: Mapping[str, np.ndarray], config: E88Config) 
     return layout.from_torch(arrays[layout.key])
 
 
-def _to_float32(key: str, array: np.ndarray) -> np.ndarray:
-    array = np.asarray(array)
+def _to_float32(key: str, given: Any) -> np.ndarray:
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # as of a tensor on a GPU, or bfloat16
+        raise TypeError(
+            f"{key} must be a NumPy array, such as tensor.detach().float().cpu().numpy(), "
+            f"got {shown(given)}: {error}"
+        ) from None
     if not jnp.issubdtype(array.dtype, jnp.floating):  # NumPy alone does not know bfloat16
         raise ValueError(f"{key} must be of floats, got {array.dtype}.")
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not_finite := int(np.sum(~np.isfinite(array))):
+        raise ValueError(
+            f"{key} must be finite in float32, got {not_finite} of {array.size} numbers that are "
+            "not."
+        )
+    return array

@@ -6,14 +6,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, export
 from jax.nn import initializers
 
 from e88_jax.activation import activate
+from e88_jax.checks import (
+    as_array,
+    as_integers,
+    as_lengths,
+    require_instance,
+    require_int,
+    require_rngs,
+)
 from e88_jax.config import E88Config
 from e88_jax.documents import document_starts, live_steps
 from e88_jax.fused import activate_product, decode_product
-from e88_jax.meshes import call_with_automatic_axes, explicit_mesh
+from e88_jax.meshes import call_with_automatic_axes, explicit_mesh, with_automatic_axes
 from e88_jax.precision import compute_dtype, wide, wide_dtype
 from e88_jax.projection import Projection, multiply
 from e88_jax.recurrence import e88_recurrence
@@ -60,6 +68,9 @@ class MixerState(NamedTuple):
     """The last inputs of each short convolution, `[B, conv_size - 1, channels]`; may be empty."""
 
 
+export.register_namedtuple_serialization(MixerState, serialized_name="e88_jax.MixerState")
+
+
 def _init_a_log(key: Array, n_heads: int) -> Array:
     return jnp.log(jax.random.uniform(key, (n_heads,), jnp.float32, 1.0, 16.0))
 
@@ -71,6 +82,12 @@ def _init_dt_bias(key: Array, n_heads: int) -> Array:
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
+def _described(array: Array) -> str:
+    """dtype and shape; of what is no array, its type."""
+    dtype = getattr(array, "dtype", type(array).__name__)
+    return f"{dtype} {getattr(array, 'shape', '')}"
+
+
 class E88Mixer(nnx.Module):
     """One E88 layer; `y, state = mixer(x, state, segment_ids)`.
 
@@ -79,9 +96,14 @@ class E88Mixer(nnx.Module):
     Args:
         config: sizes and options.
         rngs: source of the initial weights (stream `params`).
+
+    Raises:
+        TypeError: another config, or no nnx.Rngs.
     """
 
     def __init__(self, config: E88Config, *, rngs: nnx.Rngs):
+        require_instance("config", config, E88Config)
+        require_rngs(rngs)
         self.config = config
         self.dtype = compute_dtype(config.dtype)
         dim, heads = config.dim, config.n_heads
@@ -139,7 +161,13 @@ class E88Mixer(nnx.Module):
             self.o_proj = linear(values if config.head_mix == "concat" else config.n_value, dim)
 
     def init_state(self, batch: int) -> MixerState:
-        """The state before the first token: zeros."""
+        """The state before the first token: zeros.
+
+        Raises:
+            TypeError, ValueError: batch is no integer, or below 1.
+        """
+        if not export.is_symbolic_dim(batch):
+            batch = require_int("batch", batch)
         config = self.config
         convs = {} if config.conv_size is None else {"q": self.q_conv, "k": self.k_conv}
         if convs and not config.tie_kv:
@@ -172,16 +200,24 @@ class E88Mixer(nnx.Module):
             `(y, state)`: y `[B, T, dim]` in the dtype of the matrix products.
 
         Raises:
+            TypeError: an argument of another type.
             ValueError: x is not `[B, T, dim]` or empty, or the state, the ids or the lengths do not
                 go with it.
         """
         config = self.config
+        x = as_array("x", x, f"[B, T, {config.dim}]")
         if x.ndim != 3 or x.shape[-1] != config.dim or x.size == 0:
             raise ValueError(f"x must be [B, T, {config.dim}], B and T not 0, got shape {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x must be of floats, got {x.dtype}.")
+        if segment_ids is not None:
+            segment_ids = as_integers("segment_ids", segment_ids, "[B, T]", x.shape[:2])
+        if lengths is not None:
+            lengths = as_lengths(lengths, *x.shape[:2])
         if state is None:
             state = self.init_state(x.shape[0])
         else:
-            self._check_state(state, x.shape[0])
+            self.check_state(state, x.shape[0])
         out_kernel = (self.head_projs if config.head_mix == "per_head" else self.o_proj).kernel
         if explicit_mesh((x, state, segment_ids, lengths, out_kernel[...])) is None:
             return self._compute(x, state, segment_ids, lengths)
@@ -224,11 +260,17 @@ class E88Mixer(nnx.Module):
     def _side_by_side(self, names: list[str]) -> tuple[dict[str, int], Array]:
         """The kernels of projections as one, and the columns of each by its name."""
         kernels = {name: getattr(self, name).kernel[...].astype(self.dtype) for name in names}
-        short = -sum(kernel.shape[1] for kernel in kernels.values()) % COLUMNS_MULTIPLE
-        if short and len(names) > 1:
-            kernels["padding"] = jnp.zeros((self.config.dim, short), self.dtype)
         widths = {name: kernel.shape[1] for name, kernel in kernels.items()}
-        return widths, jnp.concatenate(list(kernels.values()), axis=1)
+        short = -sum(widths.values()) % COLUMNS_MULTIPLE if len(names) > 1 else 0
+        if short:
+            widths["padding"] = short
+
+        def join(*kernels: Array) -> Array:
+            padding = [jnp.zeros((self.config.dim, short), self.dtype)] if short else []
+            return jnp.concatenate([*kernels, *padding], axis=1)
+
+        axes = ("b h",) * len(kernels)  # divided as the first of them
+        return widths, with_automatic_axes(join, tuple(kernels.values()), axes, "b h")
 
     def _products(self, x: Array) -> list[Product]:
         """The products that read the input.
@@ -241,7 +283,8 @@ class E88Mixer(nnx.Module):
         if hasattr(self, "joined_proj"):
             return [Product(dict(self.joined_widths), self.joined_proj(x))]
         groups = [[name for name in names if hasattr(self, name)] for names in _READ_THE_INPUT]
-        if x.shape[0] * x.shape[1] < self.config.dim:
+        rows = x.shape[0] * x.shape[1]
+        if not export.is_symbolic_dim(rows) and rows < self.config.dim:
             groups = [[name] for names in groups for name in names]
         products = []
         for names in filter(None, groups):
@@ -253,7 +296,7 @@ class E88Mixer(nnx.Module):
         """As `_mix`, by one kernel, for one token after `join_projections`; None where there is no
         such kernel."""
         widths, y = products[0]
-        if y.shape[1] > 1 or not hasattr(self, "joined_proj"):
+        if y.shape[1] != 1 or not hasattr(self, "joined_proj"):
             return None
         read = products[0].parts()
         ends = dict(zip(widths, itertools.accumulate(widths.values()), strict=True))
@@ -279,7 +322,7 @@ class E88Mixer(nnx.Module):
         qkv, conv_state = None, {}
         for product in products:
             # A kernel is too much for single tokens.
-            if "qkv_proj" in product.widths and shape[1] > 1:
+            if "qkv_proj" in product.widths and shape[1] != 1:
                 activated = activate_product(config, product.y)
                 if activated is not None:
                     *qkv, rest = activated
@@ -304,13 +347,15 @@ class E88Mixer(nnx.Module):
         )
         return self._mix_heads(out, v, read), MixerState(recurrent, conv_state)
 
-    def _check_state(self, state: MixerState, batch: int) -> None:
+    def check_state(self, state: MixerState, batch: int, name: str = "state") -> None:
+        """Raises:
+        TypeError, ValueError: this is no state of the layer for a batch of so many rows.
+        """
+        require_instance(name, state, MixerState, "a MixerState, such as init_state(B)")
         fresh = jax.eval_shape(lambda: self.init_state(batch))
-        got, wanted = (jax.tree.map(lambda x: x.shape, s) for s in (state, fresh))
+        got, wanted = (jax.tree.map(_described, s) for s in (state, fresh))
         if got != wanted:
-            raise ValueError(
-                f"the state must have shapes {wanted} for a batch of {batch}, got {got}."
-            )
+            raise ValueError(f"{name} must be {wanted} for a batch of {batch}, got {got}.")
 
     def _qkv(
         self,

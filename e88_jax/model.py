@@ -9,6 +9,14 @@ from flax import nnx
 from jax import Array
 from jax.nn import initializers
 
+from e88_jax.checks import (
+    as_integers,
+    as_lengths,
+    require_instance,
+    require_range,
+    require_rngs,
+    shown,
+)
 from e88_jax.config import LMConfig, Remat
 from e88_jax.documents import live_steps
 from e88_jax.meshes import call_with_automatic_axes, explicit_mesh
@@ -95,9 +103,14 @@ class E88LM(nnx.Module):
     Args:
         config: sizes and options.
         rngs: source of the initial weights (stream `params`).
+
+    Raises:
+        TypeError: another config, or no nnx.Rngs.
     """
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        require_instance("config", config, LMConfig)
+        require_rngs(rngs)
         self.config = config
         self.dtype = compute_dtype(config.layer.dtype)
         self.embed = nnx.Embed(
@@ -110,7 +123,11 @@ class E88LM(nnx.Module):
         self.norm = nnx.RMSNorm(config.layer.dim, epsilon=NORM_EPSILON, rngs=rngs)
 
     def init_state(self, batch: int) -> LMState:
-        """The state before the first token: zeros for each of `batch` rows."""
+        """The state before the first token: zeros for each of `batch` rows.
+
+        Raises:
+            TypeError, ValueError: batch is no integer, or below 1.
+        """
         return tuple(block.mixer.init_state(batch) for block in self.blocks)
 
     def __call__(
@@ -124,7 +141,10 @@ class E88LM(nnx.Module):
         """Next-token logits.
 
         Args:
-            tokens: ids `[B, T]`, integers below the vocabulary's size.
+            tokens: ids `[B, T]`, integers from 0 to vocab_size - 1. Others are refused where they
+                can be seen for nothing: outside of `jax.jit`, and on a CPU or in a NumPy array.
+                Else the logits are NaN for a larger id, and negative ones count from the
+                vocabulary's end.
             state: what the call before returned, or `init_state(B)`; None starts from zeros.
             segment_ids: packed documents, `[B, T]` int32; where the id changes, nothing is carried
                 over. Token 0 continues `state`.
@@ -136,16 +156,26 @@ class E88LM(nnx.Module):
             `(logits, state)`: logits `[B, T, vocab_size]` float32.
 
         Raises:
-            ValueError: tokens are not `[B, T]` integers, or the state is of another depth.
+            TypeError: an argument of another type.
+            ValueError: tokens are not `[B, T]` integers of the vocabulary, or the state, the ids or
+                the lengths do not go with them.
         """
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"tokens must be integers [B, T], got {tokens.dtype} of shape {tokens.shape}."
-            )
-        if state is not None and len(state) != len(self.blocks):
-            raise ValueError(
-                f"the state is of {len(state)} layers, but the model has {len(self.blocks)}."
-            )
+        given, tokens = tokens, as_integers("tokens", tokens, "[B, T]")
+        if segment_ids is not None:
+            segment_ids = as_integers("segment_ids", segment_ids, "[B, T]", tokens.shape)
+        if lengths is not None:
+            lengths = as_lengths(lengths, *tokens.shape)
+        require_range("tokens", given, 0, self.config.vocab_size - 1, lengths)
+        if state is not None:
+            is_sequence = isinstance(state, (tuple, list)) and not isinstance(state, MixerState)
+            if not is_sequence or len(state) != len(self.blocks):
+                raise (ValueError if is_sequence else TypeError)(
+                    f"state must be a tuple of {len(self.blocks)} MixerStates, one for each layer, "
+                    f"got {shown(state)}."
+                )
+            for i, (block, layer_state) in enumerate(zip(self.blocks, state, strict=True)):
+                block.mixer.check_state(layer_state, tokens.shape[0], f"state[{i}]")
+            state = tuple(state)
         arguments = tokens, state, segment_ids, lengths
         if explicit_mesh((*arguments, self.embed.embedding[...])) is None:
             return self._compute(*arguments)
@@ -183,7 +213,13 @@ class E88LM(nnx.Module):
 
 
 def count_params(model: nnx.Module) -> int:
-    """Number of parameters (elements) of a built module."""
+    """Number of parameters (elements) of a built module.
+
+    Raises:
+        TypeError: no module; of a configuration, `e88_jax.sizing.count_params` tells.
+    """
+    needs = "a built module (sizing.count_params takes a configuration)"
+    require_instance("model", model, nnx.Module, needs)
     return sum(param.size for param in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
@@ -198,7 +234,15 @@ def weight_decay_mask(params: Any) -> Any:
 
     Returns:
         A tree of the same structure with a bool for each parameter.
+
+    Raises:
+        TypeError: no tree.
     """
+    if params is None or jax.tree_util.all_leaves([params]):
+        raise TypeError(
+            f"params must be a tree of parameters, such as nnx.state(model, nnx.Param), "
+            f"got {shown(params)}."
+        )
 
     def decays(path: tuple[Any, ...], _: Array) -> bool:
         names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]

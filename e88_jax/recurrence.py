@@ -14,6 +14,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from e88_jax import kernels
+from e88_jax.checks import (
+    as_array,
+    as_integers,
+    as_lengths,
+    require_bool,
+    require_choice,
+    require_int,
+)
 from e88_jax.documents import Inputs, of_rows
 from e88_jax.hardware import KERNELS_RUN_BELOW, KERNELS_RUN_FROM
 from e88_jax.meshes import varying_alike, with_automatic_axes
@@ -158,15 +166,25 @@ def e88_recurrence(
         inputs are; then decay, write_gate and initial_state may be float64 too.
 
     Raises:
+        TypeError: an argument of another type; NumPy arrays and lists are arrays.
         ValueError: a shape, dtype or option that no implementation could take.
         NotImplementedError: the named implementation cannot take this call.
     """
-    _validate(q, k, v, decay, write_gate, initial_state, segment_ids, lengths, checkpoint_every)
-    if implementation is not None and implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be None or one of {sorted(_IMPLEMENTATIONS)}, "
-            f"got {implementation!r}."
-        )
+    q, k = as_array("q", q, "[B, T, H, N]"), as_array("k", k, "[B, T, H, N]")
+    v, decay = as_array("v", v, "[B, T, H, V]"), as_array("decay", decay, "[B, T, H]")
+    if write_gate is not None:
+        write_gate = as_array("write_gate", write_gate, "[B, T, H]")
+    if initial_state is not None:
+        initial_state = as_array("initial_state", initial_state, "[B, H, N, V]")
+    _validate(q, k, v, decay, write_gate, initial_state)
+    batch, time = q.shape[:2]
+    if segment_ids is not None:
+        segment_ids = as_integers("segment_ids", segment_ids, "[B, T]", (batch, time))
+    if lengths is not None:
+        lengths = as_lengths(lengths, batch, time)
+    linear_state = require_bool("linear_state", linear_state)
+    checkpoint_every = require_int("checkpoint_every", checkpoint_every)
+    require_choice("implementation", implementation, (None, *_IMPLEMENTATIONS))
     inputs = Inputs(q, k, v, decay, write_gate, initial_state)
     axes = Inputs("b t h n", "b t h n", "b t h v", "b t h", "b t h", "b h n v")  # pyright: ignore[reportArgumentType]
 
@@ -200,9 +218,6 @@ def _validate(
     decay: Array,
     write_gate: Array | None,
     initial_state: Array | None,
-    segment_ids: Array | None,
-    lengths: Array | None,
-    checkpoint_every: int,
 ) -> None:
     if q.ndim != 4:
         raise ValueError(f"q must be [B, T, H, N], got shape {q.shape}.")
@@ -220,8 +235,6 @@ def _validate(
         "decay": (decay, per_step),
         "write_gate": (write_gate, per_step),
         "initial_state": (initial_state, (batch, heads, n_state, n_value)),
-        "segment_ids": (segment_ids, (batch, time)),
-        "lengths": (lengths, (batch,)),
     }
     for name, (array, shape) in expected_shapes.items():
         if array is not None and array.shape != shape:
@@ -245,8 +258,3 @@ def _validate(
         if array is not None and array.dtype not in wide:
             allowed = " or ".join(jnp.dtype(dtype).name for dtype in wide)
             raise ValueError(f"{name} must be {allowed}, got {array.dtype}.")
-    for name, array in (("segment_ids", segment_ids), ("lengths", lengths)):
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers, got {array.dtype}.")
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}.")

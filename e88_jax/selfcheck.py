@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -17,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e88_jax import recurrence
+from e88_jax import command, recurrence
+from e88_jax.checks import require_bool, require_choice, shown
 
 BOUNDS = {"float32": 2e-5, "bfloat16": 4e-3}
 """By the dtype of q, k and v: the largest ||x - reference|| / ||reference|| that passes. Rounding
@@ -121,12 +121,20 @@ def run_checks(
         does not take, which is no failure.
 
     Raises:
-        ValueError: an unknown implementation.
+        TypeError: an argument of another type.
+        ValueError: an unknown implementation, or none.
     """
-    known = list(recurrence._IMPLEMENTATIONS)
-    names = known if implementations is None else list(implementations)
-    if unknown := set(names) - set(known):
-        raise ValueError(f"implementations must be among {known}, got {sorted(unknown)}.")
+    known = tuple(recurrence._IMPLEMENTATIONS)
+    if implementations is None:
+        implementations = known
+    if isinstance(implementations, str) or not isinstance(implementations, Sequence):
+        raise TypeError(f"implementations must be a list of names, got {shown(implementations)}.")
+    if not implementations:
+        raise ValueError(f"implementations must be at least one of {', '.join(known)}; got none.")
+    names = [require_choice("implementations", name, known) for name in implementations]
+    quick = require_bool("quick", quick)
+    if not callable(report):
+        raise TypeError(f"report must be a function of a line, got {shown(report)}.")
     cases = QUICK if quick else FULL
     name_width = max(len("implementation"), *map(len, names))
     case_width = max(len(str(case)) for case in cases)
@@ -405,4 +413,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main, prog="e88_jax.selfcheck")

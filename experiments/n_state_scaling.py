@@ -1,7 +1,6 @@
 """Times the layer against n_state at constant d_inner, beside what was published."""
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -129,11 +128,10 @@ def main(args: Sequence[str]) -> None:
     config = cli.parse(ScalingConfig, args)
     run_directory.check_claimable(config.out)
     setting = resolve(config)
-    default_out = run_directory.RUNS / time.strftime("n-state-scaling-%Y%m%d-%H%M%S")
-    out = run_directory.claim(config.out or default_out)
+    with run_directory.claim(config.out, "n-state-scaling") as out:
+        measured = run(setting, out)
     from harness import scaling_report
 
-    measured = run(setting, out)
     rows = [measurement.row() for measurement in measured]
     print(scaling_report.table(rows))
     print(*scaling_report.conclusions(rows), sep="\n")
@@ -143,4 +141,4 @@ def main(args: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, output_is_result=False)

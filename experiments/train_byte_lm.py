@@ -15,7 +15,7 @@ def parse_args(args: Sequence[str]) -> TrainConfig:
     if not config.resume:
         if (model := chosen_model(config)) is not None:
             config = cli.parse(TrainConfig, args, default=TrainConfig(model=model))
-            print(f"{config.preset or config.params}: {describe(config.model)}", flush=True)
+            print(f"{config.preset or config.params}: {describe(config.model)}")
         return _located(config, args)
     directory = config.out if config.out is not None else run_directory.newest_run()
     stored = run_directory.load_config(directory)
@@ -41,10 +41,11 @@ def main(args: Sequence[str]) -> None:
     elif config.out is not None and (done := run_directory.steps_done(config.out)) > config.steps:
         raise UsageError(f"the run in {config.out} has done {done} steps: raise --steps.")
     corpus = data.open_corpus(config)
-    from harness.loop import train  # imports JAX, which --help and mistakes need not wait for
+    with run_directory.own(config.out, resume=config.resume) as directory:
+        from harness.loop import train  # imports JAX, which --help and mistakes need not wait for
 
-    train(config, corpus)
+        train(config, corpus, directory)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, output_is_result=False)

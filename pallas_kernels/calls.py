@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import tuning
@@ -254,9 +256,30 @@ def _partitioned(
             ),
             need_replication_factors=_others(argument_axes, result_axes),
         )
-        return function(*arrays)
+        if not (axes := _varying(arrays)):
+            return function(*arrays)
+        made = function(*jax.tree.map(_forget_varying.bind, arrays))
+        return jax.tree.map(functools.partial(_varying_over, axes), made)
 
     return partitioned
+
+
+def _varying(*trees: Any) -> frozenset[str]:
+    """The manual axes, of `jax.shard_map`, that one of the arrays varies over."""
+    types = (jax.typeof(x).manual_axis_type for x in jax.tree.leaves(trees))
+    return frozenset().union(*(x.varying for x in types))
+
+
+def _varying_over(axes: frozenset[str], x: Array) -> Array:
+    missing = tuple(axes - _varying(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+_forget_varying = Primitive("forget_varying")
+"""The array as it is, its type varying over no manual axis: in kernels, JAX 0.12 refuses what
+does."""
+_forget_varying.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_forget_varying, lambda _, x: [x])
 
 
 def _others(*trees: Any) -> tuple[str, ...]:

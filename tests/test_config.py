@@ -2,8 +2,11 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from e88_jax.config import E88Config, LMConfig
@@ -65,12 +68,60 @@ def test_round_trip_through_json() -> None:
     assert LMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_unknown_fields_are_refused() -> None:
-    values = LMConfig(layer=layer(), depth=1).to_dict()
-    with pytest.raises(TypeError, match="heads"):
-        LMConfig.from_dict({**values, "heads": 3})
-    with pytest.raises(TypeError, match="dimension"):
-        LMConfig.from_dict({**values, "layer": {**values["layer"], "dimension": 3}})
+VALUES = LMConfig(layer=layer(), depth=1).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("values", "fragments"),
+    [
+        ({**VALUES, "heads": 3}, ["configuration has no heads", "depth", "vocab_size"]),
+        ({**VALUES, "layer": {**VALUES["layer"], "dimension": 3}}, ["layer has no dimension"]),
+        ({"layer": VALUES["layer"]}, ["configuration lacks depth"]),
+        ({"depth": 1}, ["configuration lacks layer"]),
+        ({"depth": 1, "layer": {"n_state": 4}}, ["layer lacks dim, n_heads"]),
+        ({**VALUES, "depth": "3"}, ["configuration: depth must be an integer", "'3'"]),
+        ({**VALUES, "layer": {**VALUES["layer"], "dim": 64.0}}, ["layer: dim", "64.0"]),
+        ({**VALUES, "layer": 5}, ["layer must be a dictionary", "5"]),
+        ({**VALUES, 3: 5}, ["configuration has no 3"]),
+        ([], ["configuration must be a dictionary", "list of length 0"]),
+        (None, ["configuration must be a dictionary", "None"]),
+    ],
+)
+def test_what_is_no_written_configuration(values: Any, fragments: list[str]) -> None:
+    with pytest.raises(ValueError, match=fragments[0]) as error:
+        LMConfig.from_dict(values)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+def test_fields_with_a_default_may_be_missing() -> None:
+    """So that a file of an earlier version can be read."""
+    values = {"layer": {"dim": 64, "n_heads": 4}, "depth": 1}
+    assert LMConfig.from_dict(values) == LMConfig(layer=layer(), depth=1)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+def test_a_dtype_is_stored_as_its_name(name: str) -> None:
+    for dtype in (name, jnp.dtype(name), getattr(jnp, name)):
+        assert layer(dtype=dtype) == layer(dtype=name)
+        config = LMConfig(layer=layer(dtype=dtype), depth=1)
+        assert type(config.layer.dtype) is str
+        assert LMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert layer(dtype=np.float32).dtype == "float32"
+
+
+def test_numbers_are_stored_as_pythons() -> None:
+    config = LMConfig(
+        layer=layer(dim=np.int64(64), n_heads=np.uint8(4), expansion=1, write_gate=np.True_),
+        depth=np.array(2),  # pyright: ignore[reportArgumentType]
+        channel_mixer_dim=jnp.int32(7),  # pyright: ignore[reportArgumentType]
+    )
+    assert LMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    kept = [config.layer.dim, config.layer.n_heads, config.depth, config.channel_mixer_dim]
+    assert kept == [64, 4, 2, 7]
+    assert {type(x) for x in kept} == {int}
+    assert type(config.layer.expansion) is float
+    assert config.layer.write_gate is True
 
 
 def test_configurations_are_values() -> None:
@@ -82,7 +133,10 @@ def test_configurations_are_values() -> None:
 
 def test_importing_it_starts_no_jax() -> None:
     """So that a command line answers --help at once."""
-    program = "import sys, e88_jax.config; sys.exit(any(m in sys.modules for m in ('jax', 'flax')))"
+    program = (
+        "import sys, e88_jax.config, e88_jax.sizing; "
+        "sys.exit(any(m in sys.modules for m in ('jax', 'flax', 'numpy')))"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -95,3 +149,15 @@ def test_names_of_the_package() -> None:
         assert name in dir(e88_jax)
     with pytest.raises(AttributeError, match="nothing_such"):
         _ = e88_jax.nothing_such
+
+
+def test_modules_of_the_package() -> None:
+    """Each is there after `import e88_jax` alone."""
+    package = Path(__file__).parents[1] / "e88_jax"
+    names = {path.stem for path in package.iterdir() if not path.name.startswith("_")}
+    names.remove("py")  # py.typed
+    program = "import sys, e88_jax; [getattr(e88_jax, name).__name__ for name in sys.argv[1:]]"
+    subprocess.run([sys.executable, "-c", program, *sorted(names)], check=True)
+    import e88_jax
+
+    assert names <= set(dir(e88_jax))

@@ -1,5 +1,6 @@
 """The GPU table, and the numbers of the scaling document."""
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -78,6 +79,14 @@ def test_measured_n_state_has_nearly_the_least_time_for_an_element() -> None:
     assert find("l40s").n_state_range == (64, 64)  # by formula
 
 
+def test_which_gpus_have_kernels() -> None:
+    assert [gpu.key for gpu in GPUS if gpu.has_kernels] == ["h100", "h200", "b200"]
+    capabilities = {(8, 9): False, (9, 0): True, (11, 0): True, (12, 0): False, (12, 1): False}
+    for capability, runs in capabilities.items():
+        gpu = dataclasses.replace(find("h100"), compute_capability=capability)
+        assert gpu.has_kernels is runs
+
+
 def test_states_of_the_scaling_document_in_kilobytes() -> None:
     assert [n * n * 4 / 1024 for n in (32, 64, 72, 96)] == [4, 16, 20.25, 36]
 
@@ -105,7 +114,8 @@ def test_other_gpus_are_unknown(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "key"), [("NVIDIA H200\nNVIDIA H200\n", "h200"), ("NVIDIA T4\n", None), ("", None)]
+    ("answer", "key"),
+    [("NVIDIA H200\nNVIDIA L40S\n", "h200"), ("NVIDIA T4\nNVIDIA H200\n", None), ("", None)],
 )
 def test_detection(answer: str, key: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any, **__: Any) -> Any:
@@ -116,9 +126,12 @@ def test_detection(answer: str, key: str | None, monkeypatch: pytest.MonkeyPatch
     assert (found and found.key) == key
 
 
-def test_detection_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(), subprocess.TimeoutExpired("nvidia-smi", 10), PermissionError()]
+)
+def test_detection_without_a_driver(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any, **__: Any) -> Any:
-        raise FileNotFoundError
+        raise error
 
     monkeypatch.setattr(subprocess, "run", run)
     assert hardware.detect() is None

@@ -390,6 +390,7 @@ class TestInitialValues:
         # A is uniform, dt log-uniform: halves of the range hold halves of the heads.
         assert abs(np.mean(np.exp(A_log)) - 8.5) < 0.4
         assert abs(np.mean(np.log10(dt)) + 2) < 0.06
+        assert np.max(dt) > 0.098  # of the whole range, which is up to 0.1
 
     def test_constants(self, mixer: E88Mixer) -> None:
         np.testing.assert_array_equal(mixer.value_residual[...], np.ones((40, 16)))

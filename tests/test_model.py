@@ -142,7 +142,7 @@ class TestForward:
             model(jnp.zeros((2, 8)))
         with pytest.raises(ValueError, match=r"int32 of shape \(8,\)"):
             model(jnp.zeros(8, jnp.int32))
-        with pytest.raises(ValueError, match=r"1 layers.*2"):
+        with pytest.raises(ValueError, match=r"2 MixerStates.*length 1"):
             model(jnp.asarray(TOKENS), model.init_state(2)[:1])
 
 

@@ -30,6 +30,10 @@ def test_a_row_of_bfloat16_is_summed_in_float32() -> None:
     y = multiply_transposed(x, kernel)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, jnp.full((1, 2), 4128, jnp.bfloat16))
+    # So is a product, which bfloat16 would round to the number that is then subtracted.
+    x = jnp.asarray([[1.0078125, -1]], jnp.bfloat16)
+    kernel = jnp.asarray([[1.0078125, 1.015625]], jnp.bfloat16)
+    assert multiply_transposed(x, kernel).item() == 2**-14
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from e88_jax import hardware
+from e88_jax import command, hardware
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.sizing.balance import balance, check, d_inner_of
 from e88_jax.sizing.memory import implementation_on, state_per_layer, training_memory
@@ -157,12 +157,33 @@ def _parse_config(assignments: Sequence[str]) -> LMConfig:
         if not equals or part is None:
             names = ", ".join(name for names in fields.values() for name in names)
             raise ValueError(f"--check takes name=value, got {word!r}; the names are {names}.")
+        if name in values[part]:
+            raise ValueError(f"--check takes each name once, got {name} twice.")
         values[part][name] = _parse_value(name, value, fields[part][name])
     missing = [name for name in ("dim", "n_heads") if name not in values["layer"]]
     missing += [] if "depth" in values["model"] else ["depth"]
     if missing:
         raise ValueError(f"--check needs {', '.join(missing)} too.")
     return LMConfig(layer=E88Config(**values["layer"]), **values["model"])
+
+
+_FOR_A_BUDGET = ("depth", "n_state", "vocab_size", "gate", "rows")
+_FOR_A_MODEL = ("gpu", "batch_size", "seq_len")
+
+
+def _refuse_what_is_not_read(options: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: an option is given that what was asked for does not read.
+    """
+    if options.params is not None:
+        return
+    asked, names = "--check, which takes name=value", _FOR_A_BUDGET
+    if options.presets:
+        asked, names = "--presets", _FOR_A_BUDGET + _FOR_A_MODEL
+    parser = _parser()
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} does not go with {asked}.")
 
 
 def _parse_value(name: str, text: str, kind: Any) -> Any:
@@ -218,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check",
         nargs="+",
+        action="extend",
         metavar="NAME=VALUE",
         help="say what is wrong with one configuration, such as dim=8192 n_heads=20 n_state=32 "
         "depth=20",
@@ -235,6 +257,7 @@ def run(options: argparse.Namespace) -> str:
     """
     if sum([options.params is not None, options.check is not None, options.presets]) != 1:
         raise ValueError("give a budget such as 500M, or --check, or --presets.")
+    _refuse_what_is_not_read(options)
     for name in ("batch_size", "seq_len", "rows"):
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
@@ -290,4 +313,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main, prog="e88_jax.sizing")

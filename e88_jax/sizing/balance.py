@@ -4,8 +4,9 @@ import dataclasses
 from fractions import Fraction
 from typing import Literal
 
+from e88_jax.checks import require_instance, require_int
 from e88_jax.config import LMConfig, Remat
-from e88_jax.hardware import GPU
+from e88_jax.hardware import GPU, require_gpu
 from e88_jax.sizing.memory import (
     KERNEL_MULTIPLE,
     MAX_KERNEL_SIZE,
@@ -25,12 +26,10 @@ def balance(dim: int, d_inner: int) -> Band:
     bottleneck, as the guide has "> 2.0" and "< 0.5".
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a size below 1.
     """
-    for name, size in (("dim", dim), ("d_inner", d_inner)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
-    ratio = Fraction(dim, d_inner)
+    ratio = Fraction(require_int("dim", dim), require_int("d_inner", d_inner))
     if ratio > 2:
         return "severe bottleneck"
     if ratio > Fraction(6, 5):
@@ -43,7 +42,12 @@ def balance(dim: int, d_inner: int) -> Band:
 
 
 def d_inner_of(config: LMConfig) -> int:
-    """n_heads * n_state."""
+    """n_heads * n_state.
+
+    Raises:
+        TypeError: no LMConfig.
+    """
+    require_instance("config", config, LMConfig)
     return config.layer.n_heads * config.layer.n_state
 
 
@@ -68,7 +72,14 @@ def check(
         config: the model.
         gpu: to train it on; None for what holds on any.
         batch, length: sequences of a step and tokens of each, for the memory.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: a batch or length below 1.
     """
+    require_instance("config", config, LMConfig)
+    require_gpu(gpu)
+    batch, length = require_int("batch", batch), require_int("length", length)
     findings = _proportions(config)
     return findings if gpu is None else findings + _limits(config, gpu, batch, length)
 

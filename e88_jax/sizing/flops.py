@@ -27,6 +27,9 @@ def training_flops(config: LMConfig) -> Flops:
     Of the matrix products 6 for each weight: 2 forward, 4 backward (https://arxiv.org/abs/2001.08361,
     section 2.1). Every parameter counts as a weight of a product: the embedding is one as the
     transposed logits' weights, and all others but one in a thousand are.
+
+    Raises:
+        TypeError: no LMConfig.
     """
     per_element = _RECURRENCE_FORWARD + _RECURRENCE_BACKWARD
     return Flops(

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from e88_jax.checks import require_choice, require_instance, require_int
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.hardware import GPU
 from e88_jax.sizing.parameters import count_params
@@ -21,7 +22,12 @@ _LONGEST = 32
 
 
 def state_per_layer(config: E88Config) -> int:
-    """Numbers in the recurrent state of one layer, for one sequence: H * N * V."""
+    """Numbers in the recurrent state of one layer, for one sequence: H * N * V.
+
+    Raises:
+        TypeError: no E88Config.
+    """
+    require_instance("config", config, E88Config)
     return config.n_heads * config.n_state * config.n_value
 
 
@@ -29,15 +35,15 @@ def state_bytes(config: LMConfig, dtype: str = "float32") -> int:
     """Bytes of the recurrent state of all layers, for one sequence. Decoding keeps float32.
 
     Raises:
+        TypeError: no LMConfig.
         ValueError: an unknown dtype.
     """
+    require_instance("config", config, LMConfig)
     return config.depth * state_per_layer(config.layer) * _bytes_of(dtype)
 
 
 def _bytes_of(dtype: str) -> int:
-    if dtype not in _BYTES:
-        raise ValueError(f"dtype must be one of {', '.join(_BYTES)}; got {dtype!r}.")
-    return _BYTES[dtype]
+    return _BYTES[require_choice("dtype", dtype, tuple(_BYTES))]
 
 
 def implementation_on(gpu: GPU | None, layer: E88Config) -> Literal["scan", "mosaic_gpu"]:
@@ -99,11 +105,14 @@ def training_memory(
         moments: numbers that the optimiser keeps for each parameter: 2 for AdamW.
 
     Raises:
-        ValueError: a batch or length below 1, or an unknown dtype.
+        TypeError: an argument of another type.
+        ValueError: a batch or length below 1, moments below 0, or an unknown dtype or
+            implementation.
     """
-    for name, value in (("batch", batch), ("length", length)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    require_instance("config", config, LMConfig)
+    batch, length = require_int("batch", batch), require_int("length", length)
+    moments = require_int("moments", moments, minimum=0)
+    require_choice("implementation", implementation, ("scan", "mosaic_gpu"))
     n_params = count_params(config)
     tokens, layer = batch * length, config.layer
     narrow = _bytes_of(dtype)

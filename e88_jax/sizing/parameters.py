@@ -1,5 +1,6 @@
 """How many parameters a model has: by the guide's published formula, and exactly."""
 
+from e88_jax.checks import require_instance, require_int
 from e88_jax.config import E88Config, LMConfig
 
 
@@ -7,7 +8,14 @@ def calc_e88_params(dim: int, n_heads: int, n_state: int, depth: int, vocab_size
     """The sizing guide's published formula, unchanged; `count_params` is exact for our models.
 
     Source: E88 Matrix State Model Sizing Guide, "Parameter Count Formula".
+
+    Raises:
+        TypeError: a size that is no integer.
+        ValueError: a size below 1.
     """
+    dim, n_heads = require_int("dim", dim), require_int("n_heads", n_heads)
+    n_state, depth = require_int("n_state", n_state), require_int("depth", depth)
+    vocab_size = require_int("vocab_size", vocab_size)
     d_inner = n_heads * n_state
     embed = vocab_size * dim
     per_layer = dim * 4 * d_inner + d_inner * dim + 2 * dim
@@ -23,7 +31,11 @@ def count_params(config: LMConfig) -> int:
     formula counts two), and `dim` less for the final norm: together 0.3 to 0.6 % more at the
     guide's sizes. Without the output gate (`output_gate="none"`) a layer has `dim * d_inner` less,
     a fifth.
+
+    Raises:
+        TypeError: no LMConfig.
     """
+    require_instance("config", config, LMConfig)
     dim = config.layer.dim
     block = dim + _mixer_params(config.layer)
     if config.channel_mixer_dim is not None:

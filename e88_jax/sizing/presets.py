@@ -5,7 +5,9 @@ guide's own formula gives its counts at 500M, but not at 100M and 1B.
 """
 
 import dataclasses
+import math
 
+from e88_jax.checks import require_instance, require_int
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.sizing.parameters import calc_e88_params, count_params
 
@@ -89,8 +91,10 @@ def find_preset(name: str) -> Preset:
     """The preset of this name.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: there is none; the message lists those there are.
     """
+    require_instance("name", name, str)
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}.")
     return PRESETS[name]
@@ -98,9 +102,10 @@ def find_preset(name: str) -> Preset:
 
 def mamba2_state_per_layer(dim: int = 1600, expand: int = 2, d_state: int = 128) -> int:
     """Numbers in a Mamba2 layer's state; by default at 500M, as the guide compares."""
-    return expand * dim * d_state
+    sizes = {"dim": dim, "expand": expand, "d_state": d_state}
+    return math.prod(require_int(name, size) for name, size in sizes.items())
 
 
 def gated_deltanet_state_per_layer(n_heads: int = 24, head_dim: int = 128) -> int:
     """Numbers in a Gated DeltaNet layer's state; by default at 500M, as the guide compares."""
-    return n_heads * head_dim * head_dim
+    return require_int("n_heads", n_heads) * require_int("head_dim", head_dim) ** 2

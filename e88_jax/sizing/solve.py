@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Iterator
 
+from e88_jax.checks import require_choice, require_instance, require_int, require_number, shown
 from e88_jax.config import E88Config, LMConfig, OutputGate
-from e88_jax.hardware import GPU
+from e88_jax.hardware import GPU, require_gpu
 from e88_jax.sizing.balance import d_inner_of
 from e88_jax.sizing.memory import KERNEL_MULTIPLE, MAX_KERNEL_SIZE
 from e88_jax.sizing.parameters import count_params
@@ -25,12 +26,15 @@ def parse_params(text: str) -> int:
     """A budget such as 500M, 1.3B, 250k or 25000000.
 
     Raises:
+        TypeError: the text is no string.
         ValueError: it is none.
     """
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmb]?)", text.strip().lower())
-    if match is None:
-        raise ValueError(f"a budget is a number such as 500M, 1.3B or 25000000, got {text!r}.")
-    return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]])
+    require_instance("text", text, str)
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmb]?)", text.strip().lower(), re.ASCII)
+    params = float(match[1]) if match else math.inf
+    if match is None or math.isinf(params):
+        raise ValueError(f"a budget is a number such as 500M, 1.3B or 25000000, got {shown(text)}.")
+    return round(params * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]])
 
 
 def usual_depth(params: int) -> int:
@@ -90,19 +94,23 @@ def solve(
         gate: the layers' output gate; with "none" they have a fifth fewer parameters.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: an argument out of its range, or no such configuration; the message says what
             would do.
     """
-    if not SMALLEST <= params <= LARGEST:
-        raise ValueError(f"the budget must be 1M to 10B parameters, got {params:,}.")
-    if n_state is not None and (n_state % KERNEL_MULTIPLE or not 0 < n_state <= MAX_KERNEL_SIZE):
-        raise ValueError(
-            f"n_state must be a multiple of {KERNEL_MULTIPLE} up to {MAX_KERNEL_SIZE}, "
-            f"got {n_state}."
-        )
-    for name, value in (("depth", depth), ("vocab_size", vocab_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if not SMALLEST <= require_number("params", params) <= LARGEST:
+        raise ValueError(f"params, the budget, must be 1M to 10B parameters, got {params:,}.")
+    require_gpu(gpu)
+    if n_state is not None:
+        n_state = require_int("n_state", n_state, minimum=KERNEL_MULTIPLE)
+        if n_state % KERNEL_MULTIPLE or n_state > MAX_KERNEL_SIZE:
+            raise ValueError(
+                f"n_state must be a multiple of {KERNEL_MULTIPLE} up to {MAX_KERNEL_SIZE}, "
+                f"got {n_state}."
+            )
+    depth = None if depth is None else require_int("depth", depth)
+    vocab_size = require_int("vocab_size", vocab_size)
+    require_choice("gate", gate, ("silu", "sigmoid", "none"))
     usual, (low, high) = usual_depth(params), gpu.n_state_range if gpu else ANY_GPU
     found: list[Solution] = []
     usual_depths = range(math.ceil(0.75 * usual), math.floor(1.25 * usual) + 1)
@@ -135,11 +143,16 @@ def _candidates(
         layer = E88Config(dim=dim, n_heads=heads, n_state=n_state, output_gate=gate)
         return LMConfig(layer=layer, depth=depth, vocab_size=vocab_size)
 
+    def counts(heads: int) -> Iterator[int]:
+        """At each multiple of 64; the count is affine in dim."""
+        first, second = (count_params(config(n * DIM_MULTIPLE, heads)) for n in (1, 2))
+        return itertools.count(first, second - first)
+
     matrices = 4 if gate == "none" else 5
     balanced = math.sqrt(params / (matrices * depth))
-    for dim in range(DIM_MULTIPLE, round(1.5 * balanced) + DIM_MULTIPLE + 1, DIM_MULTIPLE):
-        base = count_params(config(dim, 1))
-        per_head = count_params(config(dim, 2)) - base  # the count is affine in the heads
+    dims = range(DIM_MULTIPLE, round(1.5 * balanced) + DIM_MULTIPLE + 1, DIM_MULTIPLE)
+    for dim, base, of_two in zip(dims, counts(1), counts(2), strict=False):
+        per_head = of_two - base  # the count is affine in the heads
         heads = 1 + (params - base) / per_head
         for h in {math.floor(heads), math.ceil(heads)}:
             if h >= 1 and 1 / _WIDEST <= dim / (h * n_state) <= _WIDEST:

@@ -1,8 +1,17 @@
 """Checkpoints of a run: Orbax, written in the background, the newest few and the best kept."""
 
+import contextlib
+import hashlib
 import json
 import logging
 import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +19,89 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from .errors import UsageError, warn
+from .errors import RunStopped, UsageError, warn
 
-
-def _bits_per_byte(metrics: dict[str, float]) -> float:
-    # Orbax sorts a NaN as the best.
-    value = metrics["bits_per_byte"]
-    return value if math.isfinite(value) else math.inf
+CHECKSUMS = "checksums.json"
+"""File of a checkpoint with the SHA-256 of each other file."""
 
 
 class Checkpoints:
     """The checkpoints in a directory, by step.
 
-    A checkpoint that cannot be read, because it was cut short on disk, is moved to `unreadable/`
-    with a warning, and the one before it counts as the newest.
+    A checkpoint is committed together with the checksums of its files, and they are compared
+    before it is restored. One that is damaged is moved to `unreadable/` with a warning that names
+    the file, and the one before it counts as the newest. A file that cannot be read for any other
+    reason is an error, and nothing is moved. A checkpoint without checksums, as earlier versions
+    wrote them, is restored with a warning.
 
     Args:
-        directory: created if need be.
+        directory: created with the first checkpoint.
         keep: how many of the newest stay; the best by bits per byte stays besides. None only reads,
-            as another process may be writing: unreadable checkpoints are passed over in place.
+            as another process may be writing: nothing is moved or cleaned up.
+
+    Raises:
+        UsageError: a file cannot be read, though it is not damaged.
     """
 
     def __init__(self, directory: Path, *, keep: int | None):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+        _print_no_errors_of_threads()
         self._directory = directory.absolute()
-        self._reads_only = keep is None
-        if not self._reads_only:
-            self._set_aside_unreadable_metrics()
-        self._manager = ocp.CheckpointManager(
+        self._keep = keep
+        self._saving = 0
+        self._bits: dict[int, float] = {}
+        self._manager: ocp.CheckpointManager | None = None
+        for step in self._steps():
+            why, bits = _bits_per_byte(self._directory / str(step))
+            self._note(step, bits)
+            if why is not None:
+                self._pass_over(step, why)
+
+    def _steps(self) -> list[int]:
+        """The steps that have a checkpoint, the newest first."""
+        try:
+            names = [path.name for path in self._directory.iterdir() if path.is_dir()]
+        except FileNotFoundError:
+            return []
+        steps = (int(name) for name in names if name.isdecimal())
+        return sorted((step for step in steps if str(step) in names), reverse=True)
+
+    def _note(self, step: int, bits_per_byte: float | None) -> None:
+        if bits_per_byte is not None and math.isfinite(bits_per_byte):
+            self._bits[step] = bits_per_byte
+
+    def _best(self, steps: Sequence[int]) -> int | None:
+        evaluated = (step for step in steps if step in self._bits)
+        return min(evaluated, key=self._bits.__getitem__, default=None)
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                best_fn=_bits_per_byte,  # without it, metrics would not be stored
-                best_mode="min",
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep),
-                        policies.BestN(
-                            get_metric_fn=_bits_per_byte,
-                            reverse=True,
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
+                best_fn=lambda metrics: metrics["bits_per_byte"],  # else metrics are not stored
+                preservation_policy=_Preserve(self._preserved),
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # `_bits` has what matters of earlier steps
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=self._write_checksums
                 ),
-                cleanup_tmp_directories=not self._reads_only,
-                read_only=self._reads_only,
-                create=not self._reads_only,
-                save_interval_steps=0 if self._reads_only else 1,
             ),
         )
+
+    def _preserved(self, steps: Sequence[int]) -> set[int | None]:
+        assert self._keep is not None
+        return {*sorted(steps)[-self._keep :], self._best(steps)}
+
+    def _partial(self, step: int) -> Path:
+        """Where Orbax writes a checkpoint before it renames it to its final name."""
+        return self._directory / f"{step}.orbax-checkpoint-tmp"
+
+    def _write_checksums(self) -> None:
+        """Called in Orbax's thread, when all is written and before the checkpoint counts."""
+        directory = self._partial(self._saving)
+        # The files beside the items are still written to, and are not read again.
+        files = [path for path in directory.glob("*/**/*") if path.is_file()]
+        sums = {str(path.relative_to(directory)): sum_ for path, sum_ in _sha256_of(files)}
+        (directory / CHECKSUMS).write_text(json.dumps({"sha256": sums}, indent=1) + "\n")
 
     def save(
         self, step: int, state: Any, meta: dict[str, Any], bits_per_byte: float | None
@@ -66,86 +109,130 @@ class Checkpoints:
         """Starts writing `state` (arrays) and `meta` (JSON); returns once they may change.
 
         A step that is there already is not written again.
+
+        Raises:
+            RunStopped: this checkpoint or the one before could not be written.
         """
-        if step in self._manager.all_steps():
+        self.wait()
+        if step in self._steps():
             return
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-            ),
-            metrics=None if bits_per_byte is None else {"bits_per_byte": bits_per_byte},
-        )
+        self._saving = step
+        self._note(step, bits_per_byte)
+        with self._stops_if_not_written():
+            manager = self._manager = self._manager or self._open()
+            saved = manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+                metrics=None if bits_per_byte is None else {"bits_per_byte": bits_per_byte},
+            )
         if not saved:
             raise RuntimeError(f"Orbax refused to save step {step} in {self._directory}.")
 
+    def check(self) -> None:
+        """Raises RunStopped if a checkpoint could not be written; does not wait for one."""
+        if self._manager is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for what is being written; raises RunStopped if it could not be."""
+        if self._manager is not None:
+            with self._stops_if_not_written():
+                self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _stops_if_not_written(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever Orbax and TensorStore raise
+            shutil.rmtree(self._partial(self._saving), ignore_errors=True)
+            steps = self._steps()
+            safe = f"that of step {steps[0]} is safe" if steps else "there is none before it"
+            raise RunStopped(
+                f"the checkpoint of step {self._saving} could not be written to "
+                f"{self._directory} ({_reason(error)}); "
+                f"{safe}: continue with --out {self._directory.parent} --resume when it can be.",
+                exit_code=1,
+            ) from error
+
     def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest readable `(step, state, meta)`, or None if nothing was ever saved.
+        """The newest whole `(step, state, meta)`, or None if nothing was ever saved.
 
         `like` gives structure, shapes and, if it holds arrays, the devices to restore to.
 
         Raises:
-            UsageError: there are checkpoints, but none can be read; nothing was moved.
+            UsageError: there are checkpoints, but all are damaged, or the newest whole one cannot
+                be read or is of another structure; nothing was moved.
         """
-        unreadable = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            # Orbax raises a bare Exception for truncated arrays.
-            try:
-                state, meta = self._restore(step, like)
-            except Exception as error:
-                unreadable[step] = str(error).partition("\n")[0]
-                continue
-            for bad, why in unreadable.items():
-                if self._reads_only:
-                    warn(f"checkpoint {bad} cannot be read ({why}).")
-                else:
-                    self._set_aside(bad, why)
-            self._manager.reload()
-            return step, state, meta
-        if unreadable:
-            step, why = next(iter(unreadable.items()))
+        steps, damaged = self._steps(), dict[int, str]()
+        for step in steps:
+            why, restored = self._restore(step, like)
+            if restored is not None:
+                for bad, reason in damaged.items():
+                    self._pass_over(bad, reason)
+                return step, *restored
+            if why is not None:
+                damaged[step] = why
+        if self._steps() != steps:  # another process went on training
+            return self.restore_latest(like)
+        if damaged:
+            step, why = next(iter(damaged.items()))
             raise UsageError(
-                f"none of the {len(unreadable)} checkpoints in {self._directory} can be read; "
-                f"that of step {step}: {why}."
+                f"none of the {len(damaged)} checkpoints in {self._directory} can be used; "
+                f"in that of step {step}, {why}."
             )
         return None
 
     def restore_best(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """As `restore_latest`, but the one with the fewest bits per byte if it can be read."""
-        best = self._manager.best_step()
+        """As `restore_latest`, but the one with the fewest bits per byte unless it is damaged."""
+        best = self._best(self._steps())
         if best is not None:
-            try:
-                return best, *self._restore(best, like)
-            except Exception as error:
-                why = str(error).partition("\n")[0]
-                warn(f"the best checkpoint, {best}, cannot be read ({why}).")
+            why, restored = self._restore(best, like)
+            if restored is not None:
+                return best, *restored
+            if why is not None:
+                warn(f"the best checkpoint, {best}, is damaged: {why}.")
         return self.restore_latest(like)
 
-    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    def _restore(
+        self, step: int, like: Any
+    ) -> tuple[str | None, tuple[Any, dict[str, Any]] | None]:
+        """What is damaged, or else state and meta; neither if the checkpoint is gone meanwhile."""
+        directory = self._directory / str(step)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), like
         )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-            ),
-        )
-        return restored["state"], restored["meta"]
+        if why := _damage(directory):
+            if self._keep is None:
+                time.sleep(0.5)  # it may be old, and its owner deleting it
+            return (why, None) if directory.exists() else (None, None)
+        checked = (directory / CHECKSUMS).exists()
+        if not checked:
+            warn(f"checkpoint {step} has no {CHECKSUMS}, so it is restored unchecked.")
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                restored = checkpointer.restore(
+                    directory,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+                    ),
+                )
+        except Exception as error:
+            if not directory.exists():
+                return None, None
+            whole = "whole, but" if checked else "unchecked, and"
+            raise UsageError(
+                f"checkpoint {step} in {self._directory} is {whole} cannot be restored: "
+                f"{_reason(error)}. Without {directory}, the one before would be taken."
+            ) from error
+        return None, (restored["state"], restored["meta"])
 
-    def _set_aside_unreadable_metrics(self) -> None:
-        # Orbax reads the metrics of every step when it opens a directory, and fails on bad ones.
-        for directory in self._directory.glob("[0-9]*"):
-            try:
-                json.loads((directory / "metrics" / "metrics").read_text())
-            except FileNotFoundError:
-                continue
-            except ValueError:
-                if directory.name.isdigit():  # else a save that was cut short
-                    self._set_aside(int(directory.name), "its metrics are cut short")
-
-    def _set_aside(self, step: int, why: str) -> None:
+    def _pass_over(self, step: int, why: str) -> None:
+        if self._keep is None:
+            warn(f"checkpoint {step} is damaged: {why}.")
+            return
         aside = self._directory / "unreadable"
         aside.mkdir(exist_ok=True)
         target = next(
@@ -154,8 +241,122 @@ class Checkpoints:
             if not (path := aside / (f"{step}.{n}" if n else f"{step}")).exists()
         )
         (self._directory / str(step)).rename(target)
-        warn(f"checkpoint {step} cannot be read ({why}); it is now {target}.")
+        warn(f"checkpoint {step} is damaged: {why}; it is now {target}.")
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._manager.close()
+        """Waits for what is being written; raises RunStopped if it could not be."""
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+
+
+class _Preserve:
+    """Orbax's policy: of the steps that there are, which stay."""
+
+    def __init__(self, preserved: Callable[[Sequence[int]], set[int | None]]):
+        self._preserved = preserved
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[policies.PolicyCheckpointInfo],
+        *,
+        context: policies.PreservationContext,
+    ) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [step in self._preserved(steps) for step in steps]
+
+
+def _damage(checkpoint: Path, only: str | None = None) -> str | None:
+    """Which file of a checkpoint (or the one named) is not as it was written; None if all are."""
+    path = checkpoint / CHECKSUMS
+    if (content := _read(path)) is None:
+        return None
+    try:
+        sums = {name: str(sum_) for name, sum_ in json.loads(content)["sha256"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return f"{CHECKSUMS} is not as it was written"
+    if only is not None:
+        sums = {name: sum_ for name, sum_ in sums.items() if name == only}
+    for path, found in _sha256_of([checkpoint / name for name in sums]):
+        name = str(path.relative_to(checkpoint))
+        if found is None:
+            return f"{name} is missing"
+        if found != sums[name]:
+            return f"{name} is not as it was written"
+    return None
+
+
+def _bits_per_byte(checkpoint: Path) -> tuple[str | None, float | None]:
+    """What is wrong with the metrics of a checkpoint, or else its bits per byte if it has any."""
+    name = "metrics/metrics"
+    if (content := _read(checkpoint / name)) is None:  # or its owner was killed as it deleted it
+        return None, None
+    if why := _damage(checkpoint, only=name):
+        return why, None
+    try:
+        return None, float(json.loads(content)["bits_per_byte"])
+    except (KeyError, TypeError, ValueError):
+        return f"{name} is not as it was written", None
+
+
+def _sha256_of(files: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
+    """Each file with its checksum, or None if it is not there; several are read at a time."""
+
+    def sha256(path: Path) -> str | None:
+        with _reading(path), path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        yield from zip(files, pool.map(sha256, files), strict=True)
+
+
+def _read(path: Path) -> bytes | None:
+    """What a file holds, or None if there is no such file."""
+    with _reading(path):
+        return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Passes over a file that is missing; what else keeps it from being read is a UsageError."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        pass
+    except (OSError, MemoryError) as error:
+        raise UsageError(
+            f"{path} cannot be read ({_reason(error)}), which does not say that it is damaged; "
+            f"nothing was moved."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The system's words for what went wrong, if they are in it; else its first line."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
+    if code is not None:
+        return os.strerror(int(code[1]))
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or str(error).partition("\n")[0] or type(error).__name__
+
+
+def _print_no_errors_of_threads() -> None:
+    """What goes wrong while saving is raised as one error; its echoes are left out.
+
+    Orbax also logs it, and asyncio and TensorStore print a traceback for each array whose writing
+    ends after that of another failed.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not isinstance(sys.unraisablehook, _UnraisableHook):
+        sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
+
+
+class _UnraisableHook:
+    """`sys.unraisablehook` without what TensorStore says to a loop of asyncio that has ended."""
+
+    def __init__(self, before: Callable[["sys.UnraisableHookArgs"], object]):
+        self._before = before
+
+    def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._before(unraisable)

@@ -7,17 +7,21 @@ import io
 import itertools
 import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from .errors import RunStopped, UsageError
+from e88_jax.command import run as run
+
+from .errors import UsageError
 
 Config = TypeVar("Config")
+
+MIN_COLUMNS = 60
+"""Of a terminal that help is laid out for; in a few columns tyro needs minutes and gigabytes."""
 
 
 def parse(config: type[Config], args: Sequence[str], default: Config | None = None) -> Config:
@@ -30,7 +34,7 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
     _refuse_empty_paths(config, args)
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), _wide_enough():
             parsed, unknown = tyro.cli(
                 config,
                 args=args,
@@ -47,6 +51,18 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags."
         raise UsageError(f"unknown argument {unknown[0]}: {hint}")
     return parsed
+
+
+@contextlib.contextmanager
+def _wide_enough() -> Iterator[None]:
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(MIN_COLUMNS, shutil.get_terminal_size().columns))
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def require_writable(path: Path | None) -> None:
@@ -96,30 +112,3 @@ def _flags(config: Any) -> dict[str, Any]:
         else:
             flags["--" + name.replace("_", "-")] = kind
     return flags
-
-
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main` on the command line; what goes wrong is one sentence and an exit code.
-
-    2 for what cannot be done as asked, 130 for Ctrl-C, 141 if nobody reads the output any more.
-    """
-    prog = os.path.basename(sys.argv[0])
-    try:
-        main(sys.argv[1:])
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush to
-        sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except UsageError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"{prog}: {error.filename}: {error.strerror}.", file=sys.stderr)
-        sys.exit(2)
-    except RunStopped as stop:
-        print(f"{prog}: {stop}", file=sys.stderr)
-        sys.exit(stop.exit_code)

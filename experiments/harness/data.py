@@ -29,10 +29,6 @@ DIGEST_BLOCK, DIGEST_BLOCKS = 16 * 1024, 64
 whole."""
 
 
-LISTING = "corpus.jsonl"
-"""Of a run's directory, the file that lists the files of its corpus."""
-
-
 class CorpusError(UsageError):
     """A file of the corpus no longer gives the bytes that it had."""
 
@@ -238,9 +234,8 @@ class Corpus:
             {"path": str(source.path.absolute()), "bytes": source.size, "digest": source.digest}
             for source in self.sources
         ]
-        partial = listing.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        partial.replace(listing)
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        run_directory.write(listing, content.encode())
 
 
 def open_corpus(config: TrainConfig) -> Corpus:
@@ -262,7 +257,7 @@ def _same_corpus(config: TrainConfig) -> Corpus:
     """What the run to be resumed was reading, wherever its files are now."""
     directory = config.out
     assert directory is not None, "the command line names the run to resume"
-    before = Corpus.listed(directory / LISTING)
+    before = Corpus.listed(directory / run_directory.LISTING)
     stored = run_directory.load_config(directory).data.data
     if config.data.data != stored:
         given = Corpus.of(config.data.data)

@@ -2,17 +2,21 @@
 
 import sys
 
+from e88_jax.command import ProgramEnd
+
 
 def warn(message: str) -> None:
     """Says that something is not as it should be, while the program goes on."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-class UsageError(Exception):
+class UsageError(ProgramEnd):
     """What was asked for cannot be done; the message says why and what would do. Exit code 2."""
 
+    exit_code = 2
 
-class RunStopped(Exception):  # noqa: N818  (a planned end, not a fault of the program)
+
+class RunStopped(ProgramEnd):
     """The run ended early, with its checkpoint written."""
 
     def __init__(self, message: str, exit_code: int):

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request to stop at the next step."""
+"""SIGTERM, Ctrl-C and a terminal that closes as a request to stop at the next step."""
 
 import signal
 import time
@@ -7,7 +7,10 @@ from typing import Self
 
 
 class Interrupts:
-    """While entered, the first SIGTERM or SIGINT is noted; one a second later acts as usual."""
+    """While entered, the first SIGTERM, SIGINT or SIGHUP is noted.
+
+    One a second later acts as usual. A SIGHUP that is ignored, as under nohup, stays so.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -15,7 +18,11 @@ class Interrupts:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+            numbers.append(hangup)
+        for number in numbers:
             self._before[number] = signal.signal(number, self._note)
         return self
 

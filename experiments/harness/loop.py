@@ -20,17 +20,17 @@ from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .errors import RunStopped, UsageError, warn
 from .interrupts import Interrupts
-from .metrics import MetricsLog, TrainingClock
+from .metrics import Interval, MetricsLog, TrainingClock
 from .optimizer import make_optimizer
 from .plots import plot_loss
 from .progress import Report
 from .step import BITS_PER_NAT, StepMetrics, compile_train_step, init_state, make_evaluate, place
 
 
-def train(config: TrainConfig, corpus: data.Corpus) -> Path:
-    """Trains, or goes on training, as `config` says; returns the run's directory.
+def train(config: TrainConfig, corpus: data.Corpus, directory: Path) -> None:
+    """Trains, or goes on training, as `config` says, in a directory that is this process's own.
 
-    The directory gets `run.json` (configuration and versions), `corpus.jsonl` (the files read),
+    It gets `run.json` (configuration and versions), `corpus.jsonl` (the files read),
     `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `loss.png` and `sample.txt`.
 
     Raises:
@@ -54,10 +54,8 @@ def train(config: TrainConfig, corpus: data.Corpus) -> Path:
     state = place(init_state(model, optimizer, shape if flags.stateful else None), where)
     evaluate = make_evaluate(nnx.graphdef(model), val_batches, where, stateful=flags.stateful)
     batches = data.prefetch(windows)
-    step, best = 0, math.inf
+    step, best, interval = 0, math.inf, Interval()
 
-    directory = config.out if config.resume else run_directory.claim(config.out)
-    assert directory is not None, "the command line names the run to resume"
     description = run_directory.Description(
         config,
         corpus=corpus.fingerprint(),
@@ -67,6 +65,9 @@ def train(config: TrainConfig, corpus: data.Corpus) -> Path:
     )
     if config.resume:
         run_directory.check_continues(directory, description)
+    else:
+        corpus.write_listing(directory / run_directory.LISTING)
+        run_directory.describe(directory, description, resumed_at=None)
     with contextlib.ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
         checkpoints = stack.enter_context(
@@ -79,10 +80,11 @@ def train(config: TrainConfig, corpus: data.Corpus) -> Path:
                 step, state, meta = restored
                 best = math.inf if meta["best"] is None else meta["best"]
                 batches.set_state(meta["data"])
+                interval = Interval(**meta.get("interval", {}))
             if step > config.steps:
                 raise UsageError(f"the run in {directory} has done {step} steps: raise --steps.")
-        corpus.write_listing(directory / data.LISTING)
-        run_directory.describe(directory, description, resumed_at=step if config.resume else None)
+            corpus.write_listing(directory / run_directory.LISTING)
+            run_directory.describe(directory, description, resumed_at=step)
 
         report = stack.enter_context(Report(config.steps, start=step))
         report.say(
@@ -94,7 +96,7 @@ def train(config: TrainConfig, corpus: data.Corpus) -> Path:
         if step:
             report.say(f"continuing from step {step}")
         log = stack.enter_context(contextlib.closing(MetricsLog(directory, start=step)))
-        stack.callback(plot_loss, directory / "metrics.jsonl", directory / "loss.png")
+        stack.callback(_plot, directory)
 
         began = time.perf_counter()
         train_step = compile_train_step(
@@ -106,16 +108,27 @@ def train(config: TrainConfig, corpus: data.Corpus) -> Path:
         )
         report.say(f"compiled in {time.perf_counter() - began:.1f} s")
 
-        clock = TrainingClock()
+        clock, timed = TrainingClock(), step
         pending: list[StepMetrics] = []
         skipped_in_a_row = 0
+
+        def save(bits_per_byte: float | None) -> None:
+            interval.add(jax.device_get(pending))
+            pending.clear()
+            meta = {
+                "data": batches.get_state(),
+                "best": best if best < math.inf else None,
+                "interval": interval.sums(),
+            }
+            jax.block_until_ready(state)  # the clock counts the steps that still run
+            with clock.paused():
+                checkpoints.save(step, state, meta, bits_per_byte)
+
         while step < config.steps:
             try:
                 batch = next(batches)
             except data.CorpusError as error:
-                jax.block_until_ready(state)
-                meta = {"data": batches.get_state(), "best": best if best < math.inf else None}
-                checkpoints.save(step, state, meta, None)
+                save(None)
                 raise RunStopped(
                     f"stopped at step {step}: {error} When it is as it was, continue with "
                     f"--out {directory} --resume.",
@@ -129,14 +142,18 @@ def train(config: TrainConfig, corpus: data.Corpus) -> Path:
             stop = interrupts.received
             ends = step == config.steps or stop is not None
 
-            if ends or step % config.log_every == 0:
-                record = _summarise(jax.device_get(pending))
-                n_bytes = len(pending) * batch.windows[..., 1:].size
-                pending = []
-                record["bytes_per_second"] = n_bytes / clock.lap()
+            if step == config.steps or step % config.log_every == 0:
+                steps = jax.device_get(pending)
+                interval.add(steps)
+                record = _record(interval, steps[-1])
+                interval = Interval()
+                pending.clear()
+                n_bytes = (step - timed) * batch.windows[..., 1:].size
+                record["bytes_per_second"], timed = n_bytes / clock.lap(), step
                 log.write("train", step, **record)
                 report.advance(step, _line(record))
                 skipped_in_a_row = record["skipped_in_a_row"]
+                checkpoints.check()
             stuck = skipped_in_a_row >= config.optimizer.max_skipped_steps
 
             bits = None
@@ -150,10 +167,7 @@ def train(config: TrainConfig, corpus: data.Corpus) -> Path:
             if bits is not None and is_best:
                 best = bits
             if ends or stuck or is_best or step % config.save_every == 0:
-                meta = {"data": batches.get_state(), "best": best if best < math.inf else None}
-                jax.block_until_ready(state)
-                with clock.paused():
-                    checkpoints.save(step, state, meta, bits)
+                save(bits)
 
             if stuck:
                 raise RunStopped(
@@ -176,7 +190,6 @@ def train(config: TrainConfig, corpus: data.Corpus) -> Path:
             f"{directory}: best validation {best:.3f} bits per byte; metrics in metrics.jsonl and "
             f"tensorboard/, curve in loss.png, more text with experiments/sample.py {directory}"
         )
-    return directory
 
 
 def _build(config: TrainConfig) -> E88LM:
@@ -194,23 +207,22 @@ def _build(config: TrainConfig) -> E88LM:
     return model
 
 
-def _summarise(steps: list[StepMetrics]) -> dict[str, Any]:
-    """Means over the steps that counted, and the last of the counts."""
-    counted = [step for step in steps if np.isfinite(step.loss) and np.isfinite(step.grad_norm)]
-    summary: dict[str, Any] = {}
-    if counted:
-        loss = float(np.mean([step.loss for step in counted]))
-        summary = {
-            "loss": loss,
-            "bits_per_byte": loss * BITS_PER_NAT,
-            "grad_norm": float(np.mean([step.grad_norm for step in counted])),
-        }
-    newest = steps[-1]
-    return summary | {
+def _record(interval: Interval, newest: StepMetrics) -> dict[str, Any]:
+    """Means over the interval, and the last of the counts."""
+    means = interval.means()
+    bits = {"bits_per_byte": means["loss"] * BITS_PER_NAT} if means else {}
+    return {
+        **means,
+        **bits,
         "learning_rate": float(newest.learning_rate),
         "skipped": int(newest.skipped),
         "skipped_in_a_row": int(newest.skipped_in_a_row),
     }
+
+
+def _plot(directory: Path) -> None:
+    with run_directory.optional(directory / "loss.png"):
+        plot_loss(directory / "metrics.jsonl", directory / "loss.png")
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -229,5 +241,6 @@ def _sample(model: E88LM, config: TrainConfig, directory: Path, report: Report) 
     key = jax.random.key(config.data.seed)
     drawn = generate(model, prompt[None], config.sample_bytes, key=key)
     sample = bytes([*prompt.tolist(), *drawn[0].tolist()])
-    (directory / "sample.txt").write_bytes(sample)
+    with run_directory.optional(directory / "sample.txt"):
+        (directory / "sample.txt").write_bytes(sample)
     report.say(f"a sample:\n{sample.decode('utf-8', errors='replace')}\n")

@@ -1,14 +1,31 @@
 """Plots of a run's metrics."""
 
+import contextlib
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
+from .errors import warn
 from .metrics import read_metrics
 
 
 def plot_loss(metrics: Path, image: Path) -> None:
-    """Draws training and validation bits per byte over steps from `metrics.jsonl` into a PNG."""
+    """Draws training and validation bits per byte over steps from `metrics.jsonl` into a PNG.
+
+    Where the machine refuses, a full disk or memory for example, it is a warning: a run does not
+    fail for its plot.
+    """
+    partial = image.with_name(image.name + ".partial")
+    try:
+        _draw(metrics, partial)
+        partial.replace(image)
+    except (OSError, MemoryError, ImportError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        warn(f"{image} is not drawn: {error}.")
+
+
+def _draw(metrics: Path, image: Path) -> None:
+    from matplotlib.figure import Figure  # an OSError without a directory for its cache
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
     records = read_metrics(metrics)
@@ -33,4 +50,4 @@ def plot_loss(metrics: Path, image: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(image, dpi=120)
+    figure.savefig(image, dpi=120, format="png")

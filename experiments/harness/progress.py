@@ -1,6 +1,5 @@
 """What a run shows while it goes: a bar on a terminal, plain lines elsewhere."""
 
-import sys
 from typing import Self
 
 from rich.console import Console
@@ -11,7 +10,7 @@ class Report:
     """Messages and progress of a run of `steps` steps; a context manager."""
 
     def __init__(self, steps: int, start: int = 0):
-        self._console = Console(soft_wrap=True, highlight=False)
+        self._console = Console(soft_wrap=True, highlight=False, emoji=False)
         self._steps = steps
         self._bar = None
         if self._console.is_terminal:
@@ -36,7 +35,6 @@ class Report:
     def say(self, message: str) -> None:
         """A line that stays."""
         self._console.print(message, markup=False)
-        sys.stdout.flush()
 
     def advance(self, step: int, line: str) -> None:
         """The run has done `step` steps; `line` says how it stands."""

@@ -1,11 +1,14 @@
 """The directory of a run: chosen, claimed and described by `run.json`."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import e88_jax
 
 from .config import TrainConfig
 from .errors import UsageError, warn
+from .ownership import LOCK, owned
 
 RUNS = Path("runs")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -37,12 +41,18 @@ def newest_run() -> Path:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether `directory` is that of a training run, started or finished."""
-    try:
-        values = json.loads((directory / "run.json").read_bytes())
-    except (OSError, ValueError):  # no file, or cut short
-        return (directory / "run.json").exists() and (directory / "checkpoints").exists()
-    return isinstance(values, dict) and {"config", "corpus"} <= values.keys()
+    """Whether `directory` is that of a training run: finished, started or just claimed."""
+    marks = (("run.json", {"config", "corpus"}), (LOCK, {"boot", "pid"}))
+    for name, keys in marks:
+        try:
+            values = json.loads((directory / name).read_bytes())
+        except OSError:
+            continue
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, dict) and keys <= values.keys():
+            return True
+    return (directory / "run.json").exists() and (directory / "checkpoints").exists()
 
 
 def load_config(directory: Path) -> TrainConfig:
@@ -51,21 +61,46 @@ def load_config(directory: Path) -> TrainConfig:
     Raises:
         UsageError: there is no run, or this version does not know its configuration.
     """
+    values = _read(directory, "config")["config"]
     try:
-        return TrainConfig.from_dict(_read(directory)["config"])
-    except (KeyError, TypeError, ValueError) as error:
+        return TrainConfig.from_dict(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise UsageError(
-            f"{directory / 'run.json'} is of another version of this program: {error}."
+            f"the config in {directory / 'run.json'} is none that this version knows: {why}."
         ) from None
 
 
-def _read(directory: Path) -> dict[str, Any]:
+_KINDS = {
+    "config": (dict, "an object"),
+    "corpus": (str, "a string"),
+    "corpus_bytes": (int, "a whole number"),
+    "devices": (str, "a string"),
+    "versions": (dict, "an object"),
+    "resumed": (list, "a list"),
+}
+"""What is read of `run.json`, each with its type in Python and in JSON."""
+
+
+def _read(directory: Path, *needed: str) -> dict[str, Any]:
+    path = directory / "run.json"
     try:
-        return json.loads((directory / "run.json").read_text())
+        values = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{directory} holds no run (no run.json in it).") from None
-    except ValueError:
-        raise UsageError(f"{directory / 'run.json'} is not valid JSON.") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path} is not valid JSON.") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold an object, not {json.dumps(values)[:40]}.")
+    values.setdefault("resumed", [])
+    for key, (kind, name) in _KINDS.items():
+        if key not in values:
+            if needed and key not in needed:
+                continue
+            raise UsageError(f"{path} lacks {key!r}.")
+        if type(values[key]) is not kind:
+            raise UsageError(f"{key!r} in {path} must be {name}, got {values[key]!r:.40}.")
+    return values
 
 
 def steps_done(directory: Path) -> int:
@@ -74,9 +109,22 @@ def steps_done(directory: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
+_PARTIAL = "run.json.partial"
+LISTING = "corpus.jsonl"
+"""File that lists the files of the run's corpus."""
+
+
+def own(out: Path | None, *, resume: bool) -> contextlib.AbstractContextManager[Path]:
+    """The directory to train in, this process's own while entered: see `owned` and `claim`."""
+    if not resume:
+        return claim(out)
+    assert out is not None, "the command line names the run to resume"
+    return owned(out)
+
+
 def check_claimable(out: Path | None) -> None:
     """Raises UsageError if `claim(out)` could not make a new run there."""
-    out = _new_run() if out is None else out
+    out = RUNS / "a new run" if out is None else out
     existing = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         what = "is a file" if existing.exists() else "is a link to nothing"
@@ -86,23 +134,68 @@ def check_claimable(out: Path | None) -> None:
         raise UsageError(
             f"{out} already holds a run: continue it with --resume, or choose another --out."
         )
-    if existing == out and any(out.iterdir()):
+    if existing == out and not _holds_nothing(out):
         raise UsageError(f"--out {out} is not empty: choose another directory.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"--out {out} cannot be written: {existing} does not allow it.")
 
 
-def claim(out: Path | None) -> Path:
-    """A directory for a new run.
+def _holds_nothing(directory: Path) -> bool:
+    """Whether it is empty but for what a process leaves that is killed as it claims it."""
+    return all(
+        path.name in (LOCK, _PARTIAL, LISTING, f"{LISTING}.partial") for path in directory.iterdir()
+    )
+
+
+@contextlib.contextmanager
+def claim(out: Path | None, name: str = "byte-lm") -> Iterator[Path]:
+    """A directory for a new run, this process's own while entered.
+
+    Args:
+        out: the directory; None for a new one under `runs/`, by `name` and the time.
+        name: what a directory under `runs/` begins with.
+
+    A directory that is still empty at the end is removed again.
 
     Raises:
-        UsageError: `out` exists and is not an empty directory.
+        UsageError: `out` is a file, holds something or is in use.
     """
     check_claimable(out)
-    out = _new_run() if out is None else out
-    if not out.exists():
-        out.mkdir(parents=True)
-    return out
+    directory, made = _make(out, name)
+    try:
+        with owned(directory):
+            check_claimable(directory)
+            yield directory
+    finally:
+        for empty in made:
+            with contextlib.suppress(OSError):  # not empty
+                empty.rmdir()
+
+
+def _make(out: Path | None, name: str) -> tuple[Path, list[Path]]:
+    """The directory of a new run and those made for it, the deepest first."""
+    if out is not None:
+        made = [path for path in (out, *out.parents) if not path.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        return out, made
+    made = [] if RUNS.exists() else [RUNS]
+    started = time.strftime(f"{name}-%Y%m%d-%H%M%S")
+    for n in itertools.count(1):
+        directory = RUNS / (f"{started}-{n}" if n > 1 else started)
+        with contextlib.suppress(FileExistsError):  # of a process that started in the same second
+            directory.mkdir(parents=True)
+            return directory, [directory, *made]
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """What a run can do without: a file that cannot be written is a warning."""
+    try:
+        yield
+    except Exception as error:  # matplotlib's and TensorBoard's own ones, too
+        why = error.strerror if isinstance(error, OSError) else error
+        warn(f"{path} could not be written ({why}); the run goes on.")
 
 
 def _new_run() -> Path:
@@ -150,7 +243,21 @@ def describe(directory: Path, description: Description, *, resumed_at: int | Non
     if resumed_at is not None:
         before = _read(directory)
         here = {"step": resumed_at, "devices": description.devices, "versions": versions()}
-        values = {**before, "config": config, "resumed": [*before.get("resumed", []), here]}
-    partial = directory / "run.json.partial"
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(directory / "run.json")
+        values = {**before, "config": config, "resumed": [*before["resumed"], here]}
+    write(directory / "run.json", json.dumps(values, indent=2).encode() + b"\n")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        UsageError: the disk is full, say; the file is as it was before.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UsageError(f"{path} cannot be written: {error.strerror}.") from None

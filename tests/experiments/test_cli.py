@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import cli
+from harness.config import TrainConfig
 
 PROGRAM = Path(__file__).parents[2] / "experiments" / "train_byte_lm.py"
 
@@ -32,3 +34,16 @@ def test_one_sentence_whatever_the_terminal_can_draw(
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"train_byte_lm.py: {sentence}\n"
+
+
+def test_help_needs_no_wide_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In fewer columns than a word has, tyro's layout does not end."""
+    monkeypatch.setenv("COLUMNS", "20")
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(TrainConfig, ["--help"])
+    assert stopped.value.code == 0
+    frame = capsys.readouterr().out.splitlines()[-1]
+    assert len(frame) == cli.MIN_COLUMNS
+    assert os.environ["COLUMNS"] == "20"

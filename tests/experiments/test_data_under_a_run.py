@@ -11,6 +11,7 @@ import pytest
 import train_byte_lm
 from harness import data, loop
 from harness.errors import RunStopped, UsageError
+from harness.run_directory import LISTING
 from harness.step import StepMetrics
 
 TINY = [
@@ -65,7 +66,7 @@ def resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., da
         (texts / name).write_bytes(np.random.default_rng(number).bytes(2000))
     monkeypatch.chdir(tmp_path)
     config = train_byte_lm.parse_args([*TINY, "--data", "texts"])
-    data.open_corpus(config).write_listing(run / data.LISTING)
+    data.open_corpus(config).write_listing(run / LISTING)
     described = {"config": config.to_dict(), "corpus": "", "corpus_bytes": 4000}
     described |= {"devices": "", "versions": {}}
     (run / "run.json").write_text(json.dumps(described))
@@ -133,6 +134,6 @@ def test_a_corpus_that_moved(resumed: Resume, tmp_path: Path) -> None:
 
 
 def test_a_run_without_its_listing(resumed: Resume, tmp_path: Path) -> None:
-    (tmp_path / "run" / data.LISTING).unlink()
+    (tmp_path / "run" / LISTING).unlink()
     with pytest.raises(UsageError, match=r"corpus\.jsonl, which names the files .* is gone"):
         resumed()

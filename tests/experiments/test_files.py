@@ -133,9 +133,10 @@ def test_what_is_left_out_is_counted(here: Path) -> None:
     put("data/run/metrics.jsonl")
     put("data/killed/run.json", b'{"conf')
     put("data/killed/checkpoints/1/x")
+    put("data/claimed/lock", b'{"boot": "", "pid": 1}')
     put("data/no_run/run.json", b'{"config": 1}')
     counts = {"second names of files": 1, "links to nothing": 1, "special files": 1}
-    counts |= {"directories of runs": 2}
+    counts |= {"directories of runs": 3}
     assert found("data") == found("data/*") == ["data/a", "data/no_run/run.json"]
     assert left_out("data") == {**counts, "hidden names": 2}
     assert left_out("data/*") == counts

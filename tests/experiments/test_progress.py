@@ -1,7 +1,13 @@
 """What a run shows on a terminal and elsewhere."""
 
+import contextlib
+import os
+import sys
+
 import pytest
 from harness.progress import Report
+
+from e88_jax import command
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -25,3 +31,23 @@ def test_report(
     else:
         assert "step 20/30  loss [bold]1.5\n" in printed
         assert "step 30/30  loss 1.25\n" in printed
+
+
+def test_a_terminal_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    os.set_blocking(master, False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", command._open_stream(slave, "ascii", required=False))
+    with Report(steps=30) as report:
+        report.say("größer :bug:")
+        report.show(10, "loss 1.5")
+        seen = b""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                seen += os.read(master, 1 << 16)
+        os.close(master)
+        report.advance(20, "loss 1.25")
+        report.say("nobody hears this")
+        report.advance(30, "loss 1")
+    os.close(slave)
+    assert b"gr\\xf6\\xdfer :bug:" in seen

@@ -1,12 +1,16 @@
+import dataclasses
+from typing import Any
+
 import pytest
 
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.hardware import find
-from e88_jax.sizing import PRESETS, balance, check
+from e88_jax.sizing import PRESETS, balance, check, d_inner_of, training_memory
 
 
-def lm(dim: int, n_heads: int, n_state: int, depth: int = 20) -> LMConfig:
-    return LMConfig(layer=E88Config(dim=dim, n_heads=n_heads, n_state=n_state), depth=depth)
+def lm(dim: int, n_heads: int, n_state: int, depth: int = 20, **options: Any) -> LMConfig:
+    layer = E88Config(dim=dim, n_heads=n_heads, n_state=n_state, **options)
+    return LMConfig(layer=layer, depth=depth)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,12 @@ def test_dim_and_d_inner_far_apart() -> None:
     assert "far apart" in finding.problem
     assert "16 heads" in finding.change
     assert check(lm(2176, 72, 32)) == []
+    (finding,) = check(lm(8, 4, 32))
+    assert "take 1 heads" in finding.change
+
+
+def test_d_inner_is_of_keys() -> None:
+    assert d_inner_of(lm(64, 2, 32, expansion=2.0)) == 64
 
 
 def test_n_state_too_large_for_the_gpu() -> None:
@@ -55,6 +65,9 @@ def test_n_state_too_large_for_the_gpu() -> None:
     assert any("n_state 96 is too large" in p and "64" in p for p in problems)
     assert any("lax.scan" in p for p in problems)
     assert check(lm(1024, 11, 96, depth=2), find("h100")) == []
+    # The published maximum itself is none too many.
+    problems = [f.problem for f in check(lm(1024, 16, 64, depth=2), find("rtx4090"))]
+    assert not any("too large" in p for p in problems)
 
 
 def test_what_the_kernels_do_not_take() -> None:
@@ -62,6 +75,12 @@ def test_what_the_kernels_do_not_take() -> None:
     assert "n_state 130" in keys.problem
     assert "n_value 130" in values.problem
     assert "128" in keys.change
+    keys, values = check(lm(64, 2, 30, depth=1), find("h200"))
+    assert "n_state 30" in keys.problem
+    (values,) = check(lm(64, 1, 64, depth=1, expansion=4.0), find("h200"))
+    assert "n_value 256" in values.problem
+    (finding,) = check(lm(64, 2, 32, depth=1), find("l40s"))
+    assert finding.problem == "L40S runs the recurrence by lax.scan"
 
 
 def test_memory() -> None:
@@ -69,3 +88,18 @@ def test_memory() -> None:
     assert check(config, find("h100"), batch=1, length=2048) == []
     (finding,) = check(config, find("h100"), batch=64, length=2048)
     assert "of 80 GB" in finding.problem
+    (finding,) = check(config, find("h100"), batch=1, length=64 * 2048)
+    assert "at batch 1 and length 131072, of 80 GB" in finding.problem
+    again = dataclasses.replace(config, remat="layer")
+    assert check(again, find("h100"), batch=32) == []
+
+
+def test_memory_is_that_of_what_runs_the_recurrence_there() -> None:
+    config = PRESETS["h40n64-500m"].config
+    *_, finding = check(config, find("rtx4090"), batch=64)
+    by_scan, by_kernels = (
+        training_memory(config, 64, 2048, implementation=name).total / 1e9
+        for name in ("scan", "mosaic_gpu")
+    )
+    assert f"about {by_scan:.0f} GB" in finding.problem
+    assert round(by_scan) != round(by_kernels)

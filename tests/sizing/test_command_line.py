@@ -1,12 +1,14 @@
 import json
+import os
 import subprocess
 import sys
 import time
 
 import pytest
 
+from e88_jax import hardware
 from e88_jax.config import E88Config
-from e88_jax.sizing import PRESETS, count_params
+from e88_jax.sizing import PRESETS, count_params, training_memory
 from e88_jax.sizing import __main__ as command
 
 BUDGET = ["500M", "--gpu", "h100"]
@@ -67,6 +69,48 @@ def test_options_of_a_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["params"] == count_params(command.LMConfig(layer=layer, depth=3, vocab_size=99))
 
 
+def test_options_of_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--vocab-size 32000 --gate none --depth 18 --n-state 48 --rows 2"
+    rows = json.loads(answer(capsys, *BUDGET, *words.split(), "--json"))["configurations"]
+    assert 1 <= len(rows) <= 2
+    for row in rows:
+        assert (row["depth"], row["n_state"]) == (18, 48)
+        sizes = {name: row[name] for name in ("dim", "n_heads", "n_state")}
+        layer = E88Config(**sizes, output_gate="none")
+        config = command.LMConfig(layer=layer, depth=18, vocab_size=32_000)
+        assert row["params"] == count_params(config)
+        memory = training_memory(config, 8, 2048)
+        assert row["training_bytes"] == memory.total
+
+
+def test_the_batch_of_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*BUDGET, "--rows", "1", "--json", "--batch-size", "3", "--seq-len", "100"]
+    (row,) = json.loads(answer(capsys, *words))["configurations"]
+    layer = E88Config(**{name: row[name] for name in ("dim", "n_heads", "n_state")})
+    config = command.LMConfig(layer=layer, depth=row["depth"])
+    assert row["training_bytes"] == training_memory(config, 3, 100).total
+
+
+def test_the_gpu_asked_for_else_the_one_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def n_states(*words: str) -> set[int]:
+        rows = json.loads(answer(capsys, "500M", "--json", *words))["configurations"]
+        return {row["n_state"] for row in rows}
+
+    monkeypatch.setattr(hardware, "detect", lambda: hardware.find("rtx4090"))
+    assert n_states() == {32, 48}
+    assert n_states("--gpu", "a100-80gb") == {64}
+    out = answer(capsys, "500M", "--batch-size", "64", "--rows", "1")
+    assert "RTX 4090 runs the recurrence by lax.scan" in out
+    assert "GB at batch 64 and length 2048, of 24 GB" in out
+
+
+def test_names_of_several_checks_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    out = answer(capsys, "--check", "dim=64", "--check", "n_heads=2", "depth=1", "--gpu", "h100")
+    assert "Nothing to change." in out
+
+
 def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
     out = answer(capsys, "--presets")
     for name, preset in PRESETS.items():
@@ -98,6 +142,26 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
         (["--check", "dim=x", "n_heads=1", "depth=1"], ["dim", "whole number", "'x'"]),
         (["--check", "dim=8", "n_heads=1", "depth=1", "write_gate=3"], ["true or false", "'3'"]),
         (["--check", "dim=0", "n_heads=1", "depth=1"], ["dim", "at least 1", "0"]),
+        (["--check", "dim=8", "n_heads=1", "depth=1", "dim=8"], ["dim twice"]),
+        (["--check", "dim=8", "n_heads=1", "depth=1", "expansion=1e400"], ["expansion", "inf"]),
+        (["--check", "dim=8", "n_heads=1", "depth=1", "expansion=nan"], ["expansion", "nan"]),
+        (["--check", "dim=8", "n_heads=1", "depth=9e9"], ["depth", "whole number", "'9e9'"]),
+        (["--check", "dim=8", "n_heads=1", f"depth={2**31}"], ["depth", "2,147,483,647"]),
+        (["--check", "dim=8", "n_heads=1", "depth=1", "--depth", "2"], ["--depth", "--check"]),
+        (["--check", "dim=8", "n_heads=1", "depth=1", "--gate", "none"], ["--gate", "--check"]),
+        (["--presets", "--gpu", "h100"], ["--gpu does not go with --presets"]),
+        (["--presets", "--rows", "3"], ["--rows does not go with --presets"]),
+        (["0"], ["1M to 10B", "0"]),
+        (["nan"], ["500M", "'nan'"]),
+        (["1e400"], ["500M", "'1e400'"]),
+        (["9" * 400], ["500M", "999..."]),
+        (["5 M"], ["500M", "'5 M'"]),
+        ([""], ["500M", "''"]),
+        (["5M", "--gpu", ""], ["unknown GPU ''", "h100"]),
+        (["5M", "--batch-size", "9" * 30], ["batch", "2,147,483,647", "999"]),
+        (["5M", "--seq-len", "nan"], ["--seq-len", "'nan'"]),
+        (["5M", "--vocab-size", str(2**31)], ["vocab_size", "2147483648"]),
+        (["5M", "6M"], ["6M"]),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -109,3 +173,18 @@ def test_mistakes_are_one_sentence(
     assert len(printed.err.splitlines()) == 1
     for fragment in fragments:
         assert fragment in printed.err
+
+
+@pytest.mark.parametrize("reader", ["gone", "a full disk"])
+def test_output_that_cannot_be_written(reader: str) -> None:
+    """No traceback; that nobody reads any more needs no sentence."""
+    if reader == "gone":
+        read_end, out = os.pipe()
+        os.close(read_end)
+    else:
+        out = os.open("/dev/full", os.O_WRONLY)
+    program = [sys.executable, "-m", "e88_jax.sizing", "--presets"]
+    done = subprocess.run(program, stdout=out, stderr=subprocess.PIPE, text=True)
+    os.close(out)
+    assert done.returncode == 1
+    assert done.stderr == ("" if reader == "gone" else "[Errno 28] No space left on device\n")

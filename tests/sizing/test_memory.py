@@ -8,7 +8,15 @@ import pytest
 
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.hardware import find
-from e88_jax.sizing import PRESETS, check, state_bytes, state_per_layer, training_memory
+from e88_jax.sizing import (
+    PRESETS,
+    TrainingMemory,
+    check,
+    count_params,
+    state_bytes,
+    state_per_layer,
+    training_memory,
+)
 from e88_jax.sizing.memory import _GROUP, KERNEL_MULTIPLE, MAX_KERNEL_SIZE, implementation_on
 from pallas_kernels import geometry, support, vjp
 
@@ -55,6 +63,66 @@ def test_checkpoints() -> None:
     assert of(32) == of(1) == 2 * state * 13  # bfloat16, every 8 steps
     assert of(64) == 2 * state * 2
     assert of(64, dtype="float32") == 4 * state * 2
+
+
+@pytest.mark.parametrize("moments", [0, 1, 2, 3])
+def test_the_optimizers_moments(moments: int) -> None:
+    config = PRESETS["h72n32-500m"].config
+    memory = training_memory(config, 8, 2048, moments=moments)
+    assert memory.optimizer == moments * memory.parameters == moments * 4 * count_params(config)
+    assert training_memory(config, 8, 2048).optimizer == 2 * memory.parameters
+
+
+def small(model: dict[str, Any], layer: dict[str, Any], length: int = 100) -> TrainingMemory:
+    sizes = {"dim": 64, "n_heads": 3, "n_state": 16}
+    config = LMConfig(**{"layer": E88Config(**sizes, **layer), "depth": 5, **model})
+    return training_memory(config, 2, length)
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "per_token"),
+    [
+        ({}, {"conv_size": 4}, 2 * 3 * 48),  # what the convolutions read
+        ({}, {"use_l2_norm": False}, -4 * 2 * 3),  # lengths of q and k, of each head
+        ({}, {"write_gate": True}, 2 * 3),
+        ({}, {"decay_mode": "none"}, -2 * 3),
+        ({}, {"head_mix": "input_weighted"}, 2 * 3 - 2 * (48 - 16)),
+        ({}, {"output_gate": "none"}, -2 * 2 * 48),  # the gate, and what it gives
+        ({}, {"tie_kv": True}, -2 * 48),
+        # A norm's input in float32 and output, gate, up and their product.
+        ({"channel_mixer_dim": 40}, {}, 4 * 64 + 2 * (64 + 3 * 40)),
+    ],
+)
+def test_what_an_option_keeps_of_each_token(
+    model: dict[str, Any], layer: dict[str, Any], per_token: int
+) -> None:
+    def of_tokens(*options: dict[str, Any]) -> int:
+        return small(*options, length=101).activations - small(*options).activations
+
+    assert of_tokens(model, layer) - of_tokens({}, {}) == 5 * 2 * per_token
+
+
+def test_what_remat_keeps_of_each_token() -> None:
+    none, recurrence, layer = (small({"remat": x}, {}) for x in ("none", "recurrence", "layer"))
+    assert layer.activations == 5 * 200 * 4 * 64  # the residual stream
+    products = 2 * (4 * 48 + 3)  # q, k, v, gate and decay
+    assert recurrence.activations - layer.activations == 5 * 200 * products
+    assert layer.working - recurrence.working == 200 * products
+    copies = 2 * none.parameters // 4
+    states = none.checkpoints // 5
+    whole = (none.activations - copies) // 5
+    assert layer.working - none.working == whole - 200 * 4 * 64 + states
+    assert recurrence.checkpoints == layer.checkpoints == 0
+
+
+def test_logits_and_their_gradient() -> None:
+    more = small({"vocab_size": 300}, {}).working - small({"vocab_size": 256}, {}).working
+    assert more == 2 * 4 * 200 * (300 - 256)
+
+
+def test_the_larger_of_both_ends_of_the_backward_pass() -> None:
+    assert TrainingMemory(1, 20, 300, 4000, 50_000, 600_000).total == 654_021
+    assert TrainingMemory(1, 20, 300_000, 4000, 50_000, 600_000).total == 900_021
 
 
 def test_the_kernels_are_as_assumed() -> None:

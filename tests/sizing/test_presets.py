@@ -65,6 +65,19 @@ def test_a_corrected_dim_gives_the_printed_count(name: str) -> None:
     assert abs(count_params(preset.config) / preset.published_params - 1) > 0.02
 
 
+def test_corrected_dims_are_the_roundest_that_do() -> None:
+    """Multiples of 64 where one is near enough, else of 32 or 16."""
+    corrected = {name: p.corrected_dim for name, p in PRESETS.items() if p.corrected_dim}
+    assert corrected == {
+        "h32n32-100m": 1024,
+        "h40n32-100m": 832,
+        "h24n48-100m": 912,
+        "h96n32-1b": 2720,
+        "h80n48-1b": 2208,
+        "h64n64-1b": 2080,
+    }
+
+
 def test_rows_outside_of_the_balanced_band() -> None:
     bands = {name: balance(p.dim, d_inner_of(p.config)) for name, p in PRESETS.items()}
     assert {name: band for name, band in bands.items() if band != "balanced"} == {

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from e88_jax.hardware import GPU, GPUS, find
 from e88_jax.sizing import count_params, d_inner_of, parse_params, solve
+from e88_jax.sizing.solve import usual_depth
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -41,6 +42,30 @@ def test_what_is_given_is_kept() -> None:
             config = solution.config
             assert (config.depth, config.layer.n_state) == (depth, n_state)
             assert config.vocab_size == vocab_size
+
+
+def test_small_models_may_be_twice_as_deep_as_usual() -> None:
+    """Few multiples of 64 give such a count: then other depths must do."""
+    budget = 2_479_171
+    depths = {solution.config.depth for solution in solve(budget)}
+    assert (min(depths), max(depths)) == (1, 2 * usual_depth(budget))
+
+
+@pytest.mark.parametrize(
+    ("params", "depth"),
+    [
+        (10**4, 2),
+        (10**7, 9),
+        (99_999_999, 20),
+        (10**8, 20),
+        (749_999_999, 20),
+        (750_000_000, 24),
+        (10**9, 24),
+        (8 * 10**9, 48),
+    ],
+)
+def test_the_usual_depth(params: int, depth: int) -> None:
+    assert usual_depth(params) == depth
 
 
 def test_n_state_suits_the_gpu() -> None:

@@ -1,0 +1,238 @@
+"""Arguments that are checked by name: each error says what is needed and what was got.
+
+An argument of the wrong kind is a TypeError, one of the right kind that is out of range a
+ValueError. Neither JAX nor NumPy is imported until an array is checked.
+"""
+
+import math
+import numbers
+import operator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jax import Array
+
+LARGEST_INT = 2**31 - 1
+"""Largest size or count that is taken: what an int32 index reaches."""
+
+
+def shown(value: Any) -> str:
+    """A value in an error: itself where it is short and plain, else what it is."""
+    kind = type(value).__name__
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"an integer of {value.bit_length()} bits"
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{kind} of {value.dtype} and shape {value.shape}"
+    if isinstance(value, (list, tuple, dict, set)):
+        return f"{kind} of length {len(value)}"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{kind}"
+
+
+def _is_bool(value: Any) -> bool:
+    return type(value).__name__ == "bool"  # Python's and NumPy's
+
+
+def require_int(name: str, value: Any, minimum: int = 1, maximum: int = LARGEST_INT) -> int:
+    """The value as a Python int; NumPy's integers are integers, bools and floats are not.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is out of range.
+    """
+    try:
+        number = None if _is_bool(value) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be an integer, at least {minimum:,}, got {shown(value)}.")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum:,}, got {shown(number)}.")
+    if number > maximum:
+        raise ValueError(f"{name} must be at most {maximum:,}, got {shown(number)}.")
+    return number
+
+
+def require_number(name: str, value: Any) -> float:
+    """The value as a Python float.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is NaN, infinite or beyond what a float holds.
+    """
+    if _is_bool(value) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {shown(value)}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}.")
+    return number
+
+
+def require_bool(name: str, value: Any) -> bool:
+    """The value as a Python bool.
+
+    Raises:
+        TypeError: it is neither True nor False.
+    """
+    if not _is_bool(value):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}.")
+    return bool(value)
+
+
+def require_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> Any:
+    """The value, which is one of the choices.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        listed = ", ".join(map(str, choices))
+        raise ValueError(f"{name} must be one of {listed}; got {shown(value)}.")
+    return value
+
+
+def require_instance(name: str, value: Any, kind: type, needs: str | None = None) -> None:
+    """Raises:
+    TypeError: the value is no instance of `kind`; `needs` says what would do.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} must be {needs or f'of type {kind.__name__}'}, got {shown(value)}."
+        )
+
+
+def require_rngs(rngs: Any) -> None:
+    """Raises:
+    TypeError: the value is no `nnx.Rngs` with a stream for `params`.
+    """
+    from flax import nnx
+
+    if not isinstance(rngs, nnx.Rngs) or not hasattr(rngs, "params"):
+        raise TypeError(
+            f"rngs must be an nnx.Rngs with a stream for params, such as nnx.Rngs(0), "
+            f"got {shown(rngs)}."
+        )
+
+
+def values_at_hand(array: Any) -> "np.ndarray | None":
+    """What an array holds, where it can be read for nothing; else None.
+
+    That is, of NumPy arrays and lists, and of JAX arrays in this host's memory that no
+    transformation traces.
+    """
+    import jax
+    import numpy as np
+
+    if isinstance(array, jax.Array) and (
+        isinstance(array, jax.core.Tracer)
+        or not array.is_fully_addressable
+        or any(device.platform != "cpu" for device in array.devices())
+    ):
+        return None
+    return np.asarray(array)
+
+
+def as_array(name: str, value: Any, shape: str) -> "Array":
+    """The value as a JAX array: NumPy arrays, lists and numbers become one.
+
+    Args:
+        name: the argument.
+        shape: what its axes mean, for the error, such as `[B, T, H, N]`.
+
+    Raises:
+        TypeError: it cannot become an array.
+        ValueError: an integer that JAX's default integer cannot hold.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    if isinstance(value, jax.Array):
+        return value
+    needs = f"{name} must be an array {shape}"
+    if value is None:
+        raise TypeError(f"{needs}, got None.")
+    try:
+        array = jnp.asarray(value)
+        if isinstance(value, np.ndarray) and value.size and value.dtype.kind in "iu":
+            held = jnp.iinfo(array.dtype)  # JAX would drop the high bits of others
+            if value.min() < held.min or value.max() > held.max:
+                raise OverflowError
+    except OverflowError:
+        raise ValueError(f"{needs}, got integers beyond int32: {shown(value)}.") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{needs}, got {shown(value)}.") from None
+    return array
+
+
+def as_integers(name: str, value: Any, axes: str, shape: tuple[int, ...] | None = None) -> "Array":
+    """The value as a JAX array of integers.
+
+    Args:
+        name: the argument.
+        value: what was given.
+        axes: what its axes mean, such as `[B, T]`.
+        shape: sizes of these; None for any but 0.
+
+    Raises:
+        TypeError: it cannot become an array.
+        ValueError: another shape, or no integers.
+    """
+    import jax.numpy as jnp
+
+    array = as_array(name, value, axes)
+    if shape is None:
+        sizes, fits = "no axis empty", array.ndim == axes.count(",") + 1 and 0 not in array.shape
+    else:
+        sizes, fits = f"of shape {shape}", array.shape == shape
+    if not fits or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(
+            f"{name} must be integers {axes}, {sizes}; got {array.dtype} of shape {array.shape}."
+        )
+    return array
+
+
+def as_lengths(value: Any, batch: int, time: int) -> "Array":
+    """The lengths of the rows of a batch `[B, T, ...]` as a JAX array.
+
+    Raises:
+        TypeError: it cannot become an array.
+        ValueError: no integers `[B]`, or out of range where that can be seen for nothing.
+    """
+    lengths = as_integers("lengths", value, "[B]", (batch,))
+    if isinstance(time, int):  # not symbolic, of `jax.export`
+        require_range("lengths", value, 0, time)
+    return lengths
+
+
+def require_range(
+    name: str, value: Any, minimum: int, maximum: int, lengths: "Array | None" = None
+) -> None:
+    """Checks numbers where they can be seen for nothing.
+
+    Args:
+        name: the argument.
+        value: an array `[B, T]`, or of any shape without lengths.
+        minimum, maximum: the range of its numbers.
+        lengths: how many of each row count, `[B]`; None for all.
+
+    Raises:
+        ValueError: a number that is out of range.
+    """
+    import numpy as np
+
+    held, ends = values_at_hand(value), None if lengths is None else values_at_hand(lengths)
+    if held is None or (lengths is not None and ends is None):
+        return
+    if ends is not None:
+        held = held[np.arange(held.shape[1]) < ends[:, None]]
+    if held.size and not minimum <= held.min() <= held.max() <= maximum:
+        raise ValueError(
+            f"{name} must be from {minimum} to {maximum}, got {held.min()} to {held.max()}."
+        )

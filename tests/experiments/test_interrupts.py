@@ -1,0 +1,47 @@
+"""Signals as a request to stop."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+from harness.interrupts import Interrupts
+
+
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    before = signal.getsignal(request.param)
+    yield request.param
+    signal.signal(request.param, before)
+
+
+def test_the_first_is_noted_and_what_was_before_comes_back(number: signal.Signals):
+    before = signal.getsignal(number)
+    with Interrupts() as interrupts:
+        assert interrupts.received is None
+        signal.raise_signal(number)
+        signal.raise_signal(number)  # the same press, bouncing
+        assert interrupts.received is number
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_one_later_acts_as_usual(number: signal.Signals, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    signal.signal(number, lambda n, _: seen.append(n))
+    now = 0.0
+    monkeypatch.setattr("harness.interrupts.time.monotonic", lambda: now)
+    with Interrupts():
+        signal.raise_signal(number)
+        assert seen == []
+        now = 1.5
+        signal.raise_signal(number)
+    assert seen == [number]
+
+
+def test_a_hangup_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupts.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
