@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 from harness import cli
+from harness.bounds import require
 from harness.config import DEFAULT_MODEL
 from harness.model_size import parse_with_preset
 from harness.run_directory import versions
@@ -38,11 +39,9 @@ class DecodeConfig:
     model: LMConfig = DEFAULT_MODEL
 
     def __post_init__(self) -> None:
-        counts = {"prompt": self.prompt, "context": self.context, "repeats": self.repeats}
-        counts |= {"batch-sizes": min(self.batch_sizes, default=0)}
-        for flag, value in counts.items():
-            if value < 1:
-                raise ValueError(f"--{flag} must be at least 1, got {value}.")
+        require(self, "prompt", "context", "repeats", "batch_sizes", minimum=1)
+        if not self.batch_sizes:
+            raise ValueError("--batch-sizes must name at least one size.")
 
 
 def seconds_of(run: Callable[[], Any], repeats: int) -> float:
@@ -76,7 +75,7 @@ def build(config: DecodeConfig) -> tuple[int, Any, Any, dict[int, Any]]:
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, times, prints."""
     config = parse_with_preset(DecodeConfig, args)
-    cli.require_folder_of(config.json)
+    cli.require_writable(config.json)
 
     import jax
     import jax.numpy as jnp

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 from harness import cli
+from harness.bounds import require
 from harness.recurrence_timing import Shape, make_inputs, one_line
 from harness.timing import ClockSampler, time_calls
 from recurrence import NAMED
@@ -122,6 +123,10 @@ def main(args: Sequence[str] | None = None) -> int:
         "--limit", type=int, default=20, help="geometries tried for each pass of a shape"
     )
     options = parser.parse_args(args)
+    try:
+        require(options, "checkpoint_every", "repetitions", "limit", minimum=1)
+    except ValueError as error:
+        parser.error(str(error))
     if jax.default_backend() != "gpu":
         parser.error(f"needs a GPU, got {jax.default_backend()}.")
     rows = []

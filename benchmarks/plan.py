@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 from harness import cli
+from harness.bounds import require
 from harness.config import DEFAULT_MODEL, OptimizerConfig
 from harness.errors import UsageError
 from harness.gpu_profile import part_of
@@ -66,9 +67,7 @@ class PlanConfig:
     model: LMConfig = DEFAULT_MODEL
 
     def __post_init__(self) -> None:
-        for flag, value in (("batch-size", self.batch_size), ("seq-len", self.seq_len)):
-            if value < 1:
-                raise ValueError(f"--{flag} must be at least 1, got {value}.")
+        require(self, "batch_size", "seq_len", "kernels", minimum=1)
 
 
 class Kernel(NamedTuple):
@@ -273,6 +272,7 @@ def fill_in(path: Path) -> None:
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, prints."""
     config = parse_with_preset(PlanConfig, args)
+    cli.require_writable(config.memory)
     if config.memory is not None:
         fill_in(config.memory)
         return

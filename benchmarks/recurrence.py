@@ -21,6 +21,8 @@ import jax
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 from harness import cli
+from harness.bounds import require
+from harness.errors import UsageError
 from harness.recurrence_timing import Shape, time_passes
 from harness.timing import ClockSampler, Numbers
 
@@ -190,7 +192,13 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         "--repetitions", type=int, default=20, help="of which the median and p10, p90 are taken"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    try:
+        require(options, "checkpoint_every", "repetitions", minimum=1)
+        cli.require_writable(options.json)
+    except (ValueError, UsageError) as error:
+        parser.error(str(error))
+    return options
 
 
 def _shape(text: str) -> Shape:

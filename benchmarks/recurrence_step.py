@@ -18,6 +18,7 @@ from jax import Array, lax
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 from harness import cli
+from harness.bounds import require
 from harness.recurrence_timing import Shape, make_inputs
 from harness.timing import ClockSampler, time_calls
 
@@ -58,6 +59,10 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args(args)
+    try:
+        require(options, "batch", "heads", "n_state", "steps", "repetitions", minimum=1)
+    except ValueError as error:
+        parser.error(str(error))
     if jax.default_backend() != "gpu":
         parser.error(f"needs a GPU, got {jax.default_backend()}.")
     print("microseconds a step:", *(f"{way:>10}" for way in WAYS))

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 from harness import cli
+from harness.bounds import require
 from harness.config import DEFAULT_MODEL, DataConfig, OptimizerConfig
 from harness.errors import UsageError
 from harness.model_size import parse_with_preset
@@ -79,8 +80,7 @@ class BenchmarkConfig:
     model: LMConfig = DEFAULT_MODEL
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, got {self.repeats}.")
+        require(self, "repeats", "lengths", minimum=1)
         if self.lengths and not self.grid:
             raise ValueError("--lengths is for --grid; without it take --seq-len.")
 
@@ -88,7 +88,7 @@ class BenchmarkConfig:
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, times, prints."""
     config = parse_with_preset(BenchmarkConfig, args)
-    cli.require_folder_of(config.json)
+    cli.require_writable(config.json)
     if not config.grid:
         numbers = measure(config)
         record(config.json, numbers)

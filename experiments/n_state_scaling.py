@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from harness import cli, run_directory
+from harness.bounds import require
 from harness.errors import RunStopped, UsageError
 
 if TYPE_CHECKING:
@@ -44,17 +45,18 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         if self.n_state == ():
             raise ValueError("--n-state must name at least one size.")
-        counts = {
-            "n-state": min(self.n_state) if self.n_state else None,
-            "d-inner": self.d_inner,
-            "dim": self.dim,
-            "batch-size": self.batch_size,
-            "seq-len": self.seq_len,
-            "repetitions": self.repetitions,
-        }
-        for flag, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"--{flag} must be at least 1, got {value}.")
+        sizes = "n_state", "d_inner", "dim", "batch_size", "seq_len", "repetitions"
+        require(self, *sizes, minimum=1)
+        if self.n_state is not None and self.d_inner is not None:
+            _require_a_head(self.n_state, self.d_inner)
+
+
+def _require_a_head(n_states: tuple[int, ...], d_inner: int) -> None:
+    if d_inner < max(n_states):
+        raise ValueError(
+            f"--d-inner must be at least as large as every --n-state, as a head has n_state of it; "
+            f"got {d_inner} and {max(n_states)}."
+        )
 
 
 def resolve(config: ScalingConfig) -> "Setting":
@@ -63,10 +65,10 @@ def resolve(config: ScalingConfig) -> "Setting":
     Raises:
         UsageError: sizes or an implementation that cannot be.
     """
-    import jax
+    from harness import devices
     from harness.scaling import Setting, refusal
 
-    on_gpu = jax.default_backend() == "gpu"
+    on_gpu = devices.platform() == "gpu"
     n_states = config.n_state or ((16, 32, 48, 64, 72, 96, 128) if on_gpu else (16, 32, 64))
     dtype = config.dtype or ("bfloat16" if on_gpu else "float32")
     implementation = config.implementation
@@ -82,11 +84,10 @@ def resolve(config: ScalingConfig) -> "Setting":
                     "--implementation scan takes any."
                 )
     d_inner = config.d_inner or (2304 if on_gpu else 384)
-    if d_inner < max(n_states):
-        raise UsageError(
-            f"--d-inner must be at least as large as every --n-state, as a head has n_state of it; "
-            f"got {d_inner} and {max(n_states)}."
-        )
+    try:
+        _require_a_head(n_states, d_inner)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return Setting(
         n_states=tuple(sorted(set(n_states))),
         d_inner=d_inner,
@@ -125,6 +126,7 @@ def run(setting: "Setting", out: Path) -> "list[Measurement]":
 def main(args: Sequence[str]) -> None:
     """Parses, times, prints."""
     config = cli.parse(ScalingConfig, args)
+    run_directory.check_claimable(config.out)
     setting = resolve(config)
     with run_directory.claim(config.out, "n-state-scaling") as out:
         measured = run(setting, out)

@@ -1,9 +1,11 @@
 """Trains an E88 language model on bytes. `--help` explains every flag."""
 
+import dataclasses
 from collections.abc import Sequence
 
-from harness import cli, run_directory
+from harness import cli, data, files, run_directory
 from harness.config import TrainConfig, check_resumable
+from harness.errors import UsageError
 from harness.model_size import chosen_model, describe
 
 
@@ -11,25 +13,38 @@ def parse_args(args: Sequence[str]) -> TrainConfig:
     """The run that the command line asks for; a resumed run keeps the flags it had."""
     config = cli.parse(TrainConfig, args)
     if not config.resume:
-        if (model := chosen_model(config)) is None:
-            return config
-        config = cli.parse(TrainConfig, args, default=TrainConfig(model=model))
-        print(f"{config.preset or config.params}: {describe(config.model)}")
-        return config
+        if (model := chosen_model(config)) is not None:
+            config = cli.parse(TrainConfig, args, default=TrainConfig(model=model))
+            print(f"{config.preset or config.params}: {describe(config.model)}")
+        return _located(config, args)
     directory = config.out if config.out is not None else run_directory.newest_run()
     stored = run_directory.load_config(directory)
     asked = cli.parse(TrainConfig, [*args, "--out", str(directory)], default=stored)
+    asked = _located(asked, args)
     check_resumable(stored, asked)
     return asked
 
 
+def _located(config: TrainConfig, args: Sequence[str]) -> TrainConfig:
+    """`config` with --data as it can be given anywhere."""
+    if not config.data.data and "--data" in args:
+        raise UsageError("--data names nothing: is a shell variable unset?")
+    located = tuple(map(files.absolute, config.data.data))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=located))
+
+
 def main(args: Sequence[str]) -> None:
-    """Parses, then trains."""
+    """Parses, looks at the data and the directory, then trains."""
     config = parse_args(args)
+    if not config.resume:
+        run_directory.check_claimable(config.out)
+    elif config.out is not None and (done := run_directory.steps_done(config.out)) > config.steps:
+        raise UsageError(f"the run in {config.out} has done {done} steps: raise --steps.")
+    corpus = data.open_corpus(config)
     with run_directory.own(config.out, resume=config.resume) as directory:
         from harness.loop import train  # imports JAX, which --help and mistakes need not wait for
 
-        train(config, directory)
+        train(config, corpus, directory)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -30,6 +31,7 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
         UsageError: an unknown flag, or a value that does not fit.
         SystemExit: after printing the help that `--help` asks for.
     """
+    _refuse_empty_paths(config, args)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), _wide_enough():
@@ -63,10 +65,16 @@ def _wide_enough() -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def require_folder_of(path: Path | None) -> None:
-    """Raises UsageError if a file cannot be written there because there is no such folder."""
-    if path is not None and not path.absolute().parent.is_dir():
+def require_writable(path: Path | None) -> None:
+    """Raises UsageError if no file can be written there; None is no file."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{path} cannot be written: it is a directory.")
+    if not path.absolute().parent.is_dir():
         raise UsageError(f"{path} cannot be written: {path.parent} is not a directory.")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise UsageError(f"{path} cannot be written: permission denied.")
 
 
 def _first_sentence(box: str) -> str:
@@ -83,10 +91,24 @@ def _first_sentence(box: str) -> str:
     return re.sub(r"^Error parsing (?!--)\S+: ", "", sentence)
 
 
-def _flags(config: Any) -> Iterator[str]:
-    types = get_type_hints(config)
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(types[field.name]):
-            yield from _flags(types[field.name])
+def _refuse_empty_paths(config: Any, args: Sequence[str]) -> None:
+    """An empty path would mean the working directory; it is what an unset shell variable gives."""
+    for flag, value in itertools.pairwise((*args, "--")):
+        flag, equals, given = flag.partition("=")
+        if (given if equals else value) == "" and Path in _types(_flags(config).get(flag)):
+            raise UsageError(f"{flag} is empty: is a shell variable unset?")
+
+
+def _types(kind: Any) -> tuple[Any, ...]:
+    return (kind, *get_args(kind))
+
+
+def _flags(config: Any) -> dict[str, Any]:
+    """The type of each flag."""
+    flags: dict[str, Any] = {}
+    for name, kind in get_type_hints(config).items():
+        if dataclasses.is_dataclass(kind):
+            flags |= _flags(kind)
         else:
-            yield "--" + field.name.replace("_", "-")
+            flags["--" + name.replace("_", "-")] = kind
+    return flags

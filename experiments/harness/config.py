@@ -1,11 +1,15 @@
 """Configuration of a training run; its fields are the flags of `train_byte_lm.py`."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from e88_jax.config import E88Config, LMConfig
+from e88_jax.sizing import count_params
 
+from .bounds import FLOAT32_LIMIT, INT32_LIMIT, require
 from .errors import UsageError
 
 # Memory is no matter at this size, and keeping more states saves the backward pass a replay.
@@ -14,13 +18,19 @@ DEFAULT_MODEL = LMConfig(
 )
 """Small enough to learn bytes on a laptop's processor in minutes."""
 
+_BELOW_ONE = 1 - 2**-24
+"""The largest number below 1 in float32."""
+MOST_PARAMETERS = 10**10
+"""Each device holds a copy of the model and of what its optimiser keeps, 12 bytes a parameter."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and in which pieces."""
 
     data: tuple[str, ...] = ()
-    """Files, directories or globs of bytes; none for the Python standard library's source."""
+    """Files, directories or globs of bytes; none for the Python standard library's source. With
+    --resume, where the files of the run are now, if they were moved."""
     val_fraction: float = 0.05
     """Fraction of the bytes, at the end, that is kept for validation."""
     seq_len: int = 256
@@ -36,14 +46,15 @@ class DataConfig:
     """Of the initial weights and the order of the data."""
 
     def __post_init__(self) -> None:
-        counts = {
-            "seq-len": self.seq_len,
-            "batch-size": self.batch_size,
-            "accumulate": self.accumulate,
-        }
-        for flag, value in counts.items():
-            if value < 1:
-                raise ValueError(f"--{flag} must be at least 1, got {value}.")
+        require(self, "seq_len", "batch_size", "accumulate", minimum=1)
+        require(self, "val_fraction", above=0, below=1)
+        require(self, "seed", minimum=0, below=2**32)
+        n_bytes = self.accumulate * self.batch_size * (self.seq_len + 1)
+        if n_bytes >= INT32_LIMIT:
+            raise ValueError(
+                f"--accumulate {self.accumulate}, --batch-size {self.batch_size} and --seq-len "
+                f"{self.seq_len} make {n_bytes:,} bytes a step, which must be below 2**31."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +72,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decay of the weights of projections, convolutions and embedding, times the rate."""
     beta1: float = 0.9
-    """Decay of the mean of the gradient (of schedule-free's interpolation)."""
+    """Decay of the mean of the gradient (of schedule-free's interpolation); Muon's matrices have
+    0.95."""
     beta2: float = 0.95
     """Decay of the mean of the squared gradient."""
     clip_norm: float = 1.0
@@ -69,6 +81,13 @@ class OptimizerConfig:
     max_skipped_steps: int = 20
     """Stop after so many steps in a row whose loss or gradient is not finite (such a step changes
     nothing), counted at each --log-every."""
+
+    def __post_init__(self) -> None:
+        require(self, "max_skipped_steps", minimum=1)
+        require(self, "warmup_steps", minimum=0)
+        require(self, "beta1", "beta2", above=0, below=_BELOW_ONE)
+        require(self, "learning_rate", "clip_norm", above=0, below=FLOAT32_LIMIT)
+        require(self, "final_lr_fraction", "weight_decay", minimum=0, below=FLOAT32_LIMIT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,75 +128,71 @@ class TrainConfig:
     model: LMConfig = DEFAULT_MODEL
 
     def __post_init__(self) -> None:
-        counts = {
-            "steps": self.steps,
-            "log-every": self.log_every,
-            "eval-every": self.eval_every,
-            "eval-bytes": self.eval_bytes,
-            "save-every": self.save_every,
-            "keep": self.keep,
-            "max-skipped-steps": self.optimizer.max_skipped_steps,
-        }
-        for flag, value in counts.items():
-            if value < 1:
-                raise ValueError(f"--{flag} must be at least 1, got {value}.")
-        at_least_zero = {
-            "sample-bytes": self.sample_bytes,
-            "seed": self.data.seed,
-            "warmup-steps": self.optimizer.warmup_steps,
-            "final-lr-fraction": self.optimizer.final_lr_fraction,
-            "weight-decay": self.optimizer.weight_decay,
-        }
-        for flag, value in at_least_zero.items():
-            if not value >= 0:
-                raise ValueError(f"--{flag} must be at least 0, got {value}.")
-        above_zero = {
-            "learning-rate": self.optimizer.learning_rate,
-            "clip-norm": self.optimizer.clip_norm,
-        }
-        for flag, value in above_zero.items():
-            if not value > 0:
-                raise ValueError(f"--{flag} must be above 0, got {value}.")
-        fractions = {
-            "val-fraction": self.data.val_fraction,
-            "beta1": self.optimizer.beta1,
-            "beta2": self.optimizer.beta2,
-        }
-        for flag, value in fractions.items():
-            if not 0 < value < 1:
-                raise ValueError(f"--{flag} must be between 0 and 1, got {value}.")
+        counts = "steps", "log_every", "eval_every", "eval_bytes", "save_every", "keep"
+        require(self, *counts, minimum=1)
+        require(self, "sample_bytes", minimum=0)
         if self.sample_bytes and not self.prompt:
             raise ValueError("--prompt must have at least one byte when --sample-bytes is not 0.")
-        if self.data.seed >= 2**32:
-            raise ValueError(f"--seed must be below 2**32, got {self.data.seed}.")
         if self.model.layer.dtype == "float64":
             raise ValueError("--dtype float64 is for comparisons; train in float32 or bfloat16.")
         if self.model.vocab_size != 256:
             raise ValueError(
                 f"--vocab-size must be 256, as tokens are bytes; got {self.model.vocab_size}."
             )
+        if (n := count_params(self.model)) > MOST_PARAMETERS:
+            raise ValueError(
+                f"the model of these flags has {n:,} parameters, and {MOST_PARAMETERS:,} are the "
+                "most that one machine trains: choose a smaller --dim, --n-heads or --depth."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data for JSON."""
         values = dataclasses.asdict(self)
-        return {**values, "out": None if self.out is None else str(self.out)}
+        out = None if self.out is None else str(self.out)
+        return {**values, "out": out, "model": self.model.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The configuration that `to_dict` wrote."""
-        data = {**values["data"], "data": tuple(values["data"]["data"])}
-        return cls(
-            **{
-                **values,
-                "out": None if values["out"] is None else Path(values["out"]),
-                "data": DataConfig(**data),
-                "optimizer": OptimizerConfig(**values["optimizer"]),
-                "model": LMConfig.from_dict(values["model"]),
-            }
-        )
+        """The configuration that `to_dict` wrote.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value of another type or out of bounds;
+                the message names the key.
+        """
+        return _read(cls, values)
+
+
+def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:
+    """A `kind` (a type of a field of `TrainConfig`) from the plain data that stands for it."""
+    if kind is LMConfig:
+        try:
+            return LMConfig.from_dict(value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from None
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        types = get_type_hints(kind)
+        keys = set(value) if isinstance(value, dict) else set()
+        if wrong := sorted(keys ^ types.keys()):
+            what = "has no" if wrong[0] in types else "has an unknown"
+            raise ValueError(f"{name} {what} {wrong[0]}")
+        return kind(**{key: _read(types[key], value[key], key) for key in types})
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    for choice in get_args(kind) if get_origin(kind) is UnionType else ():
+        with contextlib.suppress(ValueError):
+            return _read(choice, value, name)
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_read(get_args(kind)[0], x, name) for x in value)
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if type(value) is kind or (kind is float and type(value) is int):
+        return value
+    what = kind.__name__ if isinstance(kind, type) else kind
+    raise ValueError(f"{name} is {value!r}, which is not of type {what}")
 
 
 _MAY_CHANGE_ON_RESUME = {
+    "data.data",  # the bytes may not, wherever they are
     "out",
     "resume",
     "steps",

@@ -1,79 +1,150 @@
-"""Bytes for training and validation: files as one memory-mapped sequence, cut into windows."""
+"""Bytes for training and validation: files as one sequence, cut into windows."""
 
 import bisect
+import collections
+import contextlib
 import dataclasses
 import functools
-import glob
 import hashlib
 import itertools
-import sysconfig
-from collections.abc import Sequence
+import json
+import os
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
-from .errors import UsageError
+from . import run_directory
+from .config import TrainConfig
+from .errors import UsageError, warn
+from .files import find_files
+
+if TYPE_CHECKING:
+    import grain
+
+DIGEST_BLOCK, DIGEST_BLOCKS = 16 * 1024, 64
+"""Bytes, and blocks from start to end, that the digest of a file reads; a smaller file is read
+whole."""
 
 
-def standard_library_files() -> list[Path]:
-    """The source files of the running Python's standard library, without its tests."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = (path.relative_to(root) for path in root.rglob("*.py"))
-    return [root / path for path in sorted(files) if not left_out.intersection(path.parts)]
+class CorpusError(UsageError):
+    """A file of the corpus no longer gives the bytes that it had."""
 
 
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that `patterns` name, in order; hidden files inside directories are left out.
+class _OpenFile:
+    """A file descriptor, closed when nobody uses it any more."""
 
-    Args:
-        patterns: paths of files or directories, or globs (`**` for any depth). None at all is the
-            Python standard library.
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
 
-    Raises:
-        UsageError: a pattern names nothing.
-    """
-    if not patterns:
-        return standard_library_files()
-    files: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        names = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
-        found = list(itertools.chain.from_iterable(map(_files_in, names)))
-        if not found:
-            what = "holds no file" if path.is_dir() else "is no file, directory or matching glob"
-            raise UsageError(f"--data {pattern} {what}.")
-        files += found
-    return list(dict.fromkeys(files))
+    def status(self) -> tuple[int, ...]:
+        """Size, and numbers that change with the bytes as far as the system knows."""
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
+    def read(self, start: int, length: int) -> bytes:
+        """`length` bytes from `start` on, fewer at the end of the file."""
+        data = os.pread(self._descriptor, length, start)
+        while len(data) < length:  # the system may give fewer at a time
+            more = os.pread(self._descriptor, length - len(data), start + len(data))
+            if not more:
+                break
+            data += more
+        return data
 
-def _files_in(path: Path) -> list[Path]:
-    if not path.is_dir():
-        if not path.is_file():
-            raise UsageError(f"--data {path} is not a regular file.")
-        return [path]
-    return [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    def digest(self, size: int) -> str:
+        """Digest of the first `size` bytes: of all up to 1 MiB, else of blocks among them."""
+        digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
+        if size <= DIGEST_BLOCK * DIGEST_BLOCKS:
+            digest.update(self.read(0, size))
+        else:
+            for block in range(DIGEST_BLOCKS):
+                start = (size - DIGEST_BLOCK) * block // (DIGEST_BLOCKS - 1)
+                digest.update(self.read(start, DIGEST_BLOCK))
+        return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=64)  # each holds a file descriptor
-def _map_file(path: Path) -> np.ndarray:
-    return np.memmap(path, np.uint8, mode="r")
+@contextlib.contextmanager
+def _in_a_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+_open = functools.lru_cache(maxsize=64)(_OpenFile)  # bounds the descriptors
+
+
+@dataclasses.dataclass
+class DataFile:
+    """The first `size` bytes of a file, held to what they were."""
+
+    path: Path
+    size: int
+    digest: str
+    _status: tuple[int, ...] | None = dataclasses.field(default=None, compare=False)
+    """That of the file when its bytes were last seen to be those of the digest."""
+
+    @classmethod
+    def at(cls, path: Path) -> "DataFile":
+        """All that a file holds now.
+
+        Raises:
+            CorpusError: it cannot be read.
+        """
+        with _in_a_sentence(path):
+            file = _OpenFile(path)
+            status = file.status()
+            return cls(path, status[0], file.digest(status[0]), status)
+
+    def check(self) -> int:
+        """Bytes that the file has now, of which the first are what they were.
+
+        Raises:
+            CorpusError: they are not, or the file cannot be read.
+        """
+        with _in_a_sentence(self.path):
+            return self._opened().status()[0]
+
+    def read(self, start: int, length: int) -> bytes:
+        """`length` bytes from `start` on.
+
+        Raises:
+            CorpusError: the file cannot be read, or holds other bytes than it did.
+        """
+        with _in_a_sentence(self.path):
+            file = self._opened()
+            data = file.read(start, length)
+            if len(data) < length:
+                self._hold(file, start + len(data))
+            return data
+
+    def _opened(self) -> _OpenFile:
+        file = _open(self.path)
+        if (status := file.status()) != self._status:
+            self._hold(file, status[0])
+            self._status = status
+        return file
+
+    def _hold(self, file: _OpenFile, size: int) -> None:
+        if size < self.size:
+            raise CorpusError(f"{self.path} was cut short, from {self.size:,} bytes to {size:,}.")
+        if file.digest(self.size) != self.digest:
+            raise CorpusError(f"{self.path} has changed: its {self.size:,} bytes are others now.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Part of the bytes of some files, end to end. Nothing is read before it is asked for."""
+    """Part of the bytes of some files, end to end."""
 
-    files: tuple[Path, ...]
-    ends: tuple[int, ...]
-    """Position just past each file."""
+    sources: tuple[DataFile, ...]
     start: int
     stop: int
+    left_out: str = ""
+    """What was found and is no part of it, such as "hidden names 2, empty files 1"."""
 
     @classmethod
     def of(cls, patterns: Sequence[str]) -> "Corpus":
@@ -82,19 +153,44 @@ class Corpus:
         Raises:
             UsageError: no such file, an unreadable one, or no bytes at all.
         """
-        files = find_files(patterns)
-        try:
-            sizes = {file: file.stat().st_size for file in files}
-            for file in files:
-                with file.open("rb"):  # may be forbidden
-                    pass
-        except OSError as error:
-            raise UsageError(f"--data {error.filename} cannot be read: {error.strerror}.") from None
-        full = tuple(file for file in files if sizes[file])  # an empty file cannot be mapped
-        if not full:
+        left_out: collections.Counter[str] = collections.Counter()
+        found = [DataFile.at(path) for path in find_files(patterns, left_out)]
+        sources = [source for source in found if source.size]
+        if not sources:
             raise UsageError(f"--data {' '.join(patterns)} holds no bytes: every file is empty.")
-        ends = tuple(itertools.accumulate(sizes[file] for file in full))
-        return cls(full, ends, 0, ends[-1])
+        left_out["empty files"] = len(found) - len(sources)
+        return cls._all(sources, ", ".join(f"{what} {n}" for what, n in left_out.items() if n))
+
+    @classmethod
+    def listed(cls, listing: Path) -> "Corpus":
+        """The corpus of which `write_listing` wrote; nothing is known of its files as they are now.
+
+        Raises:
+            UsageError: there is no such listing, or it is damaged.
+        """
+        try:
+            lines = map(json.loads, listing.read_text().splitlines())
+            return cls._all(
+                [DataFile(Path(line["path"]), line["bytes"], line["digest"]) for line in lines]
+            )
+        except FileNotFoundError:
+            raise UsageError(f"{listing}, which names the files of the corpus, is gone.") from None
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{listing} is damaged: no file of the corpus is known.") from None
+
+    @classmethod
+    def _all(cls, sources: Sequence[DataFile], left_out: str = "") -> "Corpus":
+        return cls(tuple(sources), 0, sum(source.size for source in sources), left_out)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The path of each file."""
+        return tuple(source.path for source in self.sources)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[int, ...]:
+        """Position just past each file."""
+        return tuple(itertools.accumulate(source.size for source in self.sources))
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -104,24 +200,100 @@ class Corpus:
         return dataclasses.replace(self, start=self.start + start, stop=self.start + stop)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """`length` bytes from `start` on, uint8."""
+        """`length` bytes from `start` on, uint8.
+
+        Raises:
+            CorpusError: a file cannot be read, or holds other bytes than it did.
+        """
         position, stop = self.start + start, self.start + start + length
         pieces = []
-        index = bisect.bisect_right(self.ends, position)
+        index = bisect.bisect_right(self._ends, position)
         while position < stop:
-            file_start = self.ends[index - 1] if index else 0
-            until = min(stop, self.ends[index])
-            data = _map_file(self.files[index])
-            pieces.append(data[position - file_start : until - file_start])
+            file_start = self._ends[index - 1] if index else 0
+            until = min(stop, self._ends[index])
+            pieces.append(self.sources[index].read(position - file_start, until - position))
             position, index = until, index + 1
-        return np.concatenate(pieces)
+        return np.frombuffer(b"".join(pieces), np.uint8)
+
+    def sources_inside(self) -> list[DataFile]:
+        """The files of which it holds all bytes."""
+        return [
+            source
+            for source, end in zip(self.sources, self._ends, strict=True)
+            if self.start <= end - source.size and end <= self.stop
+        ]
 
     def fingerprint(self) -> str:
-        """Changes when a file of the corpus is added, removed, renamed or resized."""
-        names = "\n".join(
-            f"{file.name}:{end}" for file, end in zip(self.files, self.ends, strict=True)
+        """Changes when a file of the corpus gets other bytes or another place in the order."""
+        contents = json.dumps([(source.size, source.digest) for source in self.sources])
+        return hashlib.sha256(contents.encode()).hexdigest()[:16]
+
+    def write_listing(self, listing: Path) -> None:
+        """Writes path, size and digest of each file, a line of JSON each."""
+        lines = [
+            {"path": str(source.path.absolute()), "bytes": source.size, "digest": source.digest}
+            for source in self.sources
+        ]
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        run_directory.write(listing, content.encode())
+
+
+def open_corpus(config: TrainConfig) -> Corpus:
+    """The corpus of a run, seen to be long enough; of a resumed run, seen to be the same.
+
+    Raises:
+        UsageError: it is not, or cannot be read.
+    """
+    flags = config.data
+    corpus = _same_corpus(config) if config.resume else Corpus.of(flags.data)
+    training, validation = split(corpus, flags.val_fraction, flags.seq_len)
+    shape = (flags.accumulate, flags.batch_size)
+    training_windows(training, shape, flags.seq_len, stateful=flags.stateful, seed=flags.seed)
+    _warn_of_copies(training, validation)
+    return corpus
+
+
+def _same_corpus(config: TrainConfig) -> Corpus:
+    """What the run to be resumed was reading, wherever its files are now."""
+    directory = config.out
+    assert directory is not None, "the command line names the run to resume"
+    before = Corpus.listed(directory / run_directory.LISTING)
+    stored = run_directory.load_config(directory).data.data
+    if config.data.data != stored:
+        given = Corpus.of(config.data.data)
+        if given.fingerprint() != before.fingerprint():
+            raise UsageError(
+                f"the run in {directory} has another configuration, --data {' '.join(stored)} (not "
+                f"{' '.join(config.data.data)}, which holds other bytes): leave --data out to "
+                "resume it, or choose another --out."
+            )
+        return given
+    for source in before.sources:
+        try:
+            grown = source.check() - source.size
+        except CorpusError as error:
+            raise UsageError(
+                f"the corpus is not the one that the run in {directory} began with: {error} If "
+                "it is elsewhere now, name it with --data."
+            ) from None
+        if grown:
+            warn(
+                f"{source.path} has grown by {grown:,} bytes since the run began: it goes on with "
+                f"the first {source.size:,}."
+            )
+    return before
+
+
+def _warn_of_copies(training: Corpus, validation: Corpus) -> None:
+    """Says so if files of the validation bytes, 1 % of these or more, are trained on as well."""
+    trained = {source.digest for source in training.sources_inside()}
+    copies = [x for x in validation.sources_inside() if x.digest in trained]
+    if (share := sum(x.size for x in copies) / len(validation)) >= 0.01:
+        warn(
+            f"{share:.0%} of the validation bytes are trained on: {copies[0].path}"
+            + (f" and {len(copies) - 1} more files are" if copies[1:] else " is")
+            + " among the training files under another name."
         )
-        return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
 def split(corpus: Corpus, val_fraction: float, seq_len: int) -> tuple[Corpus, Corpus]:
@@ -230,8 +402,10 @@ def validation_batches(corpus: Corpus, rows: int, seq_len: int, n_bytes: int) ->
     return [windows[index] for index in range(windows.per_row)]
 
 
-def prefetch(windows: Windows) -> grain.DatasetIterator[Batch]:
+def prefetch(windows: Windows) -> "grain.DatasetIterator[Batch]":
     """Reads batches ahead of the training loop; `get_state` and `set_state` give its position."""
+    import grain  # imports JAX
+
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     steps = grain.MapDataset.range(1 << 62)  # without end
     return iter(steps.map(windows.__getitem__).to_iter_dataset(ahead))

@@ -3,37 +3,100 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .errors import UsageError, warn
+
 GPU_MEMORY_FRACTION = "0.93"
 """Of a GPU's memory, what JAX takes at once; its own 0.75 would leave out what a large batch needs.
 Some hundred MB must be left to CUDA and its libraries."""
+
+_MEMORY_SETTINGS = tuple(
+    f"XLA_{client}_{setting}"
+    for client in ("CLIENT", "PYTHON_CLIENT")
+    for setting in ("MEM_FRACTION", "PREALLOCATE", "ALLOCATOR")
+)
+_CPU_LIMITS = "PJRT_NPROC", "PYTHON_CPU_COUNT"
+"""Variables by which users limit the CPU cores of XLA and of Python."""
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""A container's limit: microseconds of CPU time in each so many."""
 
 
 def set_up() -> None:
     """Settings of JAX for models, unless the user or JAX has others already.
 
-    - Each processor core is a JAX device: XLA's threads gain nothing on operations as small as a
-      step of the recurrence; rows of the batch on cores of their own do.
+    - Each CPU core that the process may use is a JAX device: XLA's threads gain nothing on
+      operations as small as a step of the recurrence; rows of the batch on cores of their own do.
     - JAX may use nearly all of a GPU's memory.
     - A GPU's compiled programs outlive the process, in `$XDG_CACHE_HOME/e88_jax` (of `~/.cache`). A
-      processor's take seconds, and might not run on another that shares the directory.
+      CPU's take seconds, and might not run on another that shares the directory.
+
+    Raises:
+        UsageError: JAX has no device of the kind that the user asks for.
     """
-    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the second is older
-    if not any(name in os.environ for name in names):
-        os.environ[names[0]] = GPU_MEMORY_FRACTION
+    if not any(os.environ.get(name) for name in _MEMORY_SETTINGS):
+        os.environ[_MEMORY_SETTINGS[0]] = GPU_MEMORY_FRACTION
+    settings: Any = jax.config
+    chosen = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if settings.jax_num_cpu_devices < 0 and not chosen:
+        with contextlib.suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", cores())
+    if (
+        platform() == "gpu"
+        and settings.jax_compilation_cache_dir is None
+        and (directory := _cache_directory()) is not None
+    ):
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def platform() -> str:
+    """Kind of the devices that JAX computes on: "cpu", "gpu" or "tpu".
+
+    Raises:
+        UsageError: JAX has no device of the kind that the user asks for.
+    """
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # the second without a message
+        why = str(error).partition("\n")[0] or "no such device, or no plugin of JAX for it."
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UsageError(f"JAX cannot start (JAX_PLATFORMS={asked!r}): {why}") from None
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
     available = getattr(os, "sched_getaffinity", None)  # Linux only
-    cores = len(available(0)) if available else os.cpu_count() or 1
-    with contextlib.suppress(RuntimeError):  # JAX has started
-        jax.config.update("jax_num_cpu_devices", cores)
-    chosen: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    if jax.default_backend() == "gpu" and chosen is None:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "e88_jax"))
+    n = len(available(0)) if available else os.cpu_count() or 1
+    for name in _CPU_LIMITS:
+        if (limit := os.environ.get(name, "")).isdecimal():
+            n = min(n, int(limit))
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        quota, period = map(int, _CPU_QUOTA.read_text().split())
+        n = min(n, round(quota / period))
+    return max(1, n)
+
+
+def _cache_directory() -> Path | None:
+    """Where compiled programs are kept; None, with a warning, if nothing can be written there."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    directory = Path(caches) / "e88_jax"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        writable = os.access(directory, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if writable:
+        return directory
+    if jax.config.jax_enable_compilation_cache:  # pyright: ignore[reportAttributeAccessIssue]
+        warn(
+            f"compiled programs are not kept for the next run, as {directory} cannot be written: "
+            "JAX_COMPILATION_CACHE_DIR names another directory."
+        )
+    return None
 
 
 class Placement(NamedTuple):
@@ -54,9 +117,16 @@ class Placement(NamedTuple):
 
 
 def placement(rows: int) -> Placement:
-    """Over as many devices as divide `rows` evenly."""
+    """Over as many devices as divide `rows` evenly; if these are not all, says so."""
     devices = jax.devices()
     n = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
+    if n < len(devices):
+        below = rows // len(devices) * len(devices)
+        sizes = " or ".join(str(size) for size in (below, below + len(devices)) if size)
+        warn(
+            f"{n} of {len(devices)} devices are used, as a batch of {rows} does not divide over "
+            f"all: {sizes} would use all."
+        )
     mesh = Mesh(np.array(devices[:n]), ("rows",))
     return Placement(
         NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "rows"))

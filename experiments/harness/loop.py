@@ -27,11 +27,11 @@ from .progress import Report
 from .step import BITS_PER_NAT, StepMetrics, compile_train_step, init_state, make_evaluate, place
 
 
-def train(config: TrainConfig, directory: Path) -> None:
+def train(config: TrainConfig, corpus: data.Corpus, directory: Path) -> None:
     """Trains, or goes on training, as `config` says, in a directory that is this process's own.
 
-    It gets `run.json` (configuration and versions), `metrics.jsonl`, `tensorboard/`,
-    `checkpoints/`, `loss.png` and `sample.txt`.
+    It gets `run.json` (configuration and versions), `corpus.jsonl` (the files read),
+    `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `loss.png` and `sample.txt`.
 
     Raises:
         UsageError: before anything is written, if the data or the directory will not do.
@@ -39,7 +39,6 @@ def train(config: TrainConfig, directory: Path) -> None:
     """
     devices.set_up()
     flags = config.data
-    corpus = data.Corpus.of(flags.data)
     training, validation = data.split(corpus, flags.val_fraction, flags.seq_len)
     shape = (flags.accumulate, flags.batch_size)
     windows = data.training_windows(
@@ -49,8 +48,8 @@ def train(config: TrainConfig, directory: Path) -> None:
         validation, flags.batch_size, flags.seq_len, config.eval_bytes
     )
 
-    where = devices.placement(flags.batch_size)
     model = _build(config)
+    where = devices.placement(flags.batch_size)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = place(init_state(model, optimizer, shape if flags.stateful else None), where)
     evaluate = make_evaluate(nnx.graphdef(model), val_batches, where, stateful=flags.stateful)
@@ -67,6 +66,7 @@ def train(config: TrainConfig, directory: Path) -> None:
     if config.resume:
         run_directory.check_continues(directory, description)
     else:
+        corpus.write_listing(directory / run_directory.LISTING)
         run_directory.describe(directory, description, resumed_at=None)
     with contextlib.ExitStack() as stack:
         interrupts = stack.enter_context(Interrupts())
@@ -83,13 +83,15 @@ def train(config: TrainConfig, directory: Path) -> None:
                 interval = Interval(**meta.get("interval", {}))
             if step > config.steps:
                 raise UsageError(f"the run in {directory} has done {step} steps: raise --steps.")
+            corpus.write_listing(directory / run_directory.LISTING)
             run_directory.describe(directory, description, resumed_at=step)
 
         report = stack.enter_context(Report(config.steps, start=step))
         report.say(
             f"{directory}: {count_params(model):,} parameters, {len(training):,} bytes for "
-            f"training and {len(validation):,} for validation in {len(corpus.files):,} files, "
-            f"{where}"
+            f"training and {len(validation):,} for validation in {len(corpus.files):,} files"
+            + (f" (left out: {corpus.left_out})" if corpus.left_out else "")
+            + f", {where}"
         )
         if step:
             report.say(f"continuing from step {step}")
@@ -123,7 +125,15 @@ def train(config: TrainConfig, directory: Path) -> None:
                 checkpoints.save(step, state, meta, bits_per_byte)
 
         while step < config.steps:
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except data.CorpusError as error:
+                save(None)
+                raise RunStopped(
+                    f"stopped at step {step}: {error} When it is as it was, continue with "
+                    f"--out {directory} --resume.",
+                    exit_code=1,
+                ) from None
             state, metrics = train_step(
                 state, where.put_rows(batch.windows), np.bool_(batch.restart)
             )

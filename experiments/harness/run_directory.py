@@ -40,13 +40,28 @@ def newest_run() -> Path:
     return runs[-1].parent
 
 
+def is_run(directory: Path) -> bool:
+    """Whether `directory` is that of a training run: finished, started or just claimed."""
+    marks = (("run.json", {"config", "corpus"}), (LOCK, {"boot", "pid"}))
+    for name, keys in marks:
+        try:
+            values = json.loads((directory / name).read_bytes())
+        except OSError:
+            continue
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, dict) and keys <= values.keys():
+            return True
+    return (directory / "run.json").exists() and (directory / "checkpoints").exists()
+
+
 def load_config(directory: Path) -> TrainConfig:
     """The configuration that the run in `directory` was started with.
 
     Raises:
         UsageError: there is no run, or this version does not know its configuration.
     """
-    values = _read(directory)["config"]
+    values = _read(directory, "config")["config"]
     try:
         return TrainConfig.from_dict(values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -67,7 +82,7 @@ _KINDS = {
 """What is read of `run.json`, each with its type in Python and in JSON."""
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def _read(directory: Path, *needed: str) -> dict[str, Any]:
     path = directory / "run.json"
     try:
         values = json.loads(path.read_bytes())
@@ -80,13 +95,23 @@ def _read(directory: Path) -> dict[str, Any]:
     values.setdefault("resumed", [])
     for key, (kind, name) in _KINDS.items():
         if key not in values:
+            if needed and key not in needed:
+                continue
             raise UsageError(f"{path} lacks {key!r}.")
         if type(values[key]) is not kind:
             raise UsageError(f"{key!r} in {path} must be {name}, got {values[key]!r:.40}.")
     return values
 
 
+def steps_done(directory: Path) -> int:
+    """Step of the newest checkpoint in `directory`, readable or not; 0 if there is none."""
+    names = [path.name for path in (directory / "checkpoints").glob("[0-9]*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
 _PARTIAL = "run.json.partial"
+LISTING = "corpus.jsonl"
+"""File that lists the files of the run's corpus."""
 
 
 def own(out: Path | None, *, resume: bool) -> contextlib.AbstractContextManager[Path]:
@@ -117,7 +142,9 @@ def check_claimable(out: Path | None) -> None:
 
 def _holds_nothing(directory: Path) -> bool:
     """Whether it is empty but for what a process leaves that is killed as it claims it."""
-    return all(path.name in (LOCK, _PARTIAL) for path in directory.iterdir())
+    return all(
+        path.name in (LOCK, _PARTIAL, LISTING, f"{LISTING}.partial") for path in directory.iterdir()
+    )
 
 
 @contextlib.contextmanager
@@ -169,6 +196,10 @@ def optional(path: Path) -> Iterator[None]:
     except Exception as error:  # matplotlib's and TensorBoard's own ones, too
         why = error.strerror if isinstance(error, OSError) else error
         warn(f"{path} could not be written ({why}); the run goes on.")
+
+
+def _new_run() -> Path:
+    return RUNS / time.strftime("byte-lm-%Y%m%d-%H%M%S")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,8 +167,8 @@ def xla_options() -> dict[str, str | bool]:
     """Those of `GPU_OPTIONS` that are for the device at hand and not the user's to choose."""
     if jax.default_backend() != "gpu":
         return {}
-    chosen = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in GPU_OPTIONS.items() if f"--{name}=" not in chosen}
+    chosen = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+    return {name: value for name, value in GPU_OPTIONS.items() if f"--{name}" not in chosen}
 
 
 def make_evaluate(

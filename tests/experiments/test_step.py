@@ -3,6 +3,7 @@
 import dataclasses
 
 import chex
+import harness.step
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,9 +53,10 @@ def make(model: E88LM, config: OptimizerConfig, carry_shape: tuple[int, int] | N
 
 
 def test_accumulation_equals_one_large_batch(model: E88LM):
-    step, state, _ = make(model, plain())
+    step, state, optimizer = make(model, plain())
     windows = windows_of((4, 2, 10))
     small, small_metrics = step(state, windows, ALWAYS)
+    np.testing.assert_allclose(small_metrics.learning_rate, optimizer.schedule(0), rtol=1e-6)
     large, large_metrics = step(state, windows.reshape(1, 8, 10), ALWAYS)
     chex.assert_trees_all_close(small_metrics, large_metrics, rtol=1e-5)
     # Adam's first update is the sign of the gradient, so compare its moments.
@@ -131,6 +133,23 @@ def test_a_step_that_is_not_finite_changes_nothing(model: E88LM):
     assert (good.updates, good.skipped, good.skipped_in_a_row) == (2, 2, 0)
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_a_gradient_alone_that_is_not_finite(
+    model: E88LM, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    def loss(model: E88LM, *_: object) -> tuple[jax.Array, None]:
+        total = jnp.sum(model.norm.scale[...])
+        return (jnp.inf + total if what == "loss" else jnp.sqrt(0 * total)), None
+
+    monkeypatch.setattr(harness.step, "next_byte_loss", loss)
+    step, state, _ = make(model, plain())
+    after, metrics = step(state, windows_of((1, 2, 10)), ALWAYS)
+    assert np.isfinite(metrics.loss) == (what == "gradient")
+    assert np.isfinite(metrics.grad_norm) == (what == "loss")
+    chex.assert_trees_all_equal(after.params, state.params)
+    assert (after.updates, after.skipped) == (0, 1)
+
+
 def test_stateful_training_carries_the_state_and_truncates(model: E88LM):
     step, state, _ = make(model, plain(), carry_shape=(2, 3))
     long = windows_of((2, 3, 21))
@@ -175,6 +194,8 @@ def test_data_parallel_steps_equal_those_of_one_device(model: E88LM, stateful: b
     for where in (placement(4), placement(1)):
         state = init_state(model, optimizer, (2, 4) if stateful else None)
         state = place(jax.tree.map(jnp.copy, state), where)  # steps consume their state
+        assert all(x.sharding == where.by_row for x in jax.tree.leaves(state.carry))
+        assert all(x.sharding == where.everywhere for x in jax.tree.leaves(state.params))
         placed = where.put_rows(windows)
         step = compile_train_step(nnx.graphdef(model), optimizer, 1.0, state, placed)
         for restart in (True, False):
