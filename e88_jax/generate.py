@@ -1,8 +1,13 @@
-"""Sampling from a model with its state carried along: constant memory in the length."""
+"""Sampling from a model with its state carried along: constant memory in the length.
 
+`prefill` reads the prompt and draws the first token, `decode` draws a block of tokens;
+`generate` and `generate_stream` check what they are given and run them.
+"""
+
+import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import jax
@@ -10,68 +15,128 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.typing import ArrayLike
 
+from e88_jax.checks import require_instance, require_int, require_number, shown
 from e88_jax.model import E88LM, LMState
 from e88_jax.projection import Projection
+from e88_jax.prompts import Prompt, check_prompt, is_traced, pad
 
 BLOCK = 32
 """Tokens that a stream draws in one program."""
+
+ENDED = -1
+"""Stands where a row has no token, as its stop token came before."""
+
+NOT_FINITE = -2
+"""Stands where a token was to be drawn from logits that are not finite; `ENDED` follows."""
+
+_MASS_ROUNDING = 1e-6
+"""Error of a float32 sum of probabilities, by which a set may fall short of `top_p`."""
 
 
 def filter_logits(logits: Array, temperature: Array, top_k: int | None, top_p: Array) -> Array:
     """Logits `[B, vocab]` of the distribution to sample from; -inf where a filter excludes.
 
-    top_k keeps the k likeliest tokens, top_p then the smallest set of likeliest tokens that holds
-    at least that probability (https://arxiv.org/abs/1904.09751); the likeliest always stays.
+    top_k keeps the k likeliest tokens; top_p keeps of these the smallest set of likeliest tokens
+    that holds at least that probability (https://arxiv.org/abs/1904.09751), to within 1e-6. Of
+    equal logits the lowest ids count as likelier. The likeliest token always stays.
     """
-    logits = logits / temperature
-    descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    rank = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
-    if top_k is not None:
-        descending = jnp.where(rank < top_k, descending, -jnp.inf)
-    probabilities = jax.nn.softmax(descending, axis=-1)
+    vocab_size = logits.shape[-1]
+    n_candidates = vocab_size if top_k is None else min(top_k, vocab_size)
+    descending, _ = lax.top_k(logits, n_candidates)
+    likeliest = descending[:, :1]
+    temperature = jnp.asarray(temperature, logits.dtype)
+    probabilities = jax.nn.softmax((descending - likeliest) / temperature, axis=-1)
     mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    within = (mass_before < top_p) | (top_p >= 1)  # rounding must not cut the tail off at 1
-    kept = (rank == 0) | (within & jnp.isfinite(descending))
-    threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= threshold, logits, -jnp.inf)
+    within = (mass_before < top_p - _MASS_ROUNDING) | (top_p >= 1)  # at 1 rounding cuts nothing off
+    n_kept = jnp.maximum(jnp.sum(within, axis=-1, keepdims=True, dtype=jnp.int32), 1)
+    rank = jnp.arange(n_candidates, dtype=jnp.int32)[None, :]
+    last = jnp.min(jnp.where(rank < n_kept, descending, jnp.inf), axis=-1, keepdims=True)
+    likelier, tied = logits > last, logits == last
+    n_tied_kept = n_kept - jnp.sum(likelier, axis=-1, keepdims=True, dtype=jnp.int32)
+    kept = likelier | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= n_tied_kept))
+    return jnp.where(kept, (logits - likeliest) / temperature, -jnp.inf)
 
 
-def read_and_draw(
-    graphdef: nnx.GraphDef[E88LM],
-    params: nnx.State,
-    state: LMState,
-    tokens: Array,
+def draw(
+    logits: Array,
     key: Array,
     temperature: Array,
     top_p: Array,
     *,
     top_k: int | None,
     greedy: bool,
+) -> Array:
+    """One token for each row of logits `[B, vocab]`: `[B]` int32, or `NOT_FINITE`.
+
+    Row b draws with `jax.random.fold_in(key, b)`, so that the other rows do not change its token.
+    """
+    if greedy:
+        drawn = jnp.argmax(logits, axis=-1)
+    else:
+        filtered = filter_logits(logits, temperature, top_k, top_p)
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            key, jnp.arange(logits.shape[0], dtype=jnp.uint32)
+        )
+        drawn = jax.vmap(jax.random.categorical)(row_keys, filtered)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return jnp.where(finite, drawn.astype(jnp.int32), NOT_FINITE)
+
+
+def read(
+    graphdef: nnx.GraphDef[E88LM],
+    params: nnx.State,
+    state: LMState | None,
+    tokens: Array,
+    lengths: Array | None = None,
+) -> tuple[LMState, Array]:
+    """Reads `tokens` `[B, T]` from `state`; of row b the first `lengths[b]`, where given.
+
+    Returns:
+        The state after each row's last token, and the logits `[B, vocab]` there.
+    """
+    model = nnx.merge(graphdef, params)
+    if lengths is None:
+        logits, state = model(tokens, state)
+        return state, logits[:, -1]
+    logits, state = model(tokens, state, lengths=lengths)
+    is_last = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] == lengths[:, None] - 1
+    return state, jnp.sum(jnp.where(is_last[:, :, None], logits, 0), axis=1)
+
+
+def read_and_draw(
+    graphdef: nnx.GraphDef[E88LM],
+    params: nnx.State,
+    state: LMState | None,
+    tokens: Array,
+    key: Array,
+    temperature: Array,
+    top_p: Array,
+    lengths: Array | None = None,
+    *,
+    top_k: int | None,
+    greedy: bool,
 ) -> tuple[LMState, Array, Array]:
-    """Reads `tokens` `[B, T]` from `state` and draws one more.
+    """Reads `tokens` as `read` does and draws one more for each row.
 
     Args:
         graphdef, params: `for_inference` of the model.
 
     Returns:
-        The state, the token drawn `[B]` int32 and the key for those to come.
+        The state, the tokens drawn `[B]` int32 (see `draw`) and the key for those to come.
     """
-    logits, state = nnx.merge(graphdef, params)(tokens, state)
-    logits = logits[:, -1]
+    state, logits = read(graphdef, params, state, tokens, lengths)
     key, step_key = jax.random.split(key)
-    if greedy:
-        drawn = jnp.argmax(logits, axis=-1)
-    else:
-        logits = filter_logits(logits, temperature, top_k, top_p)
-        drawn = jax.random.categorical(step_key, logits)
-    return state, drawn.astype(jnp.int32), key
+    return state, draw(logits, step_key, temperature, top_p, top_k=top_k, greedy=greedy), key
 
 
 _STATIC = ("graphdef", "top_k", "greedy")
 
 prefill = jax.jit(read_and_draw, static_argnames=_STATIC, donate_argnames="state")
 """`read_and_draw` as one program, which consumes the state."""
+
+_read = jax.jit(read, static_argnames="graphdef", donate_argnames="state")
 
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "length"), donate_argnames="state")
@@ -83,6 +148,7 @@ def decode(
     key: Array,
     temperature: Array,
     top_p: Array,
+    stop: Array | None = None,
     *,
     top_k: int | None,
     greedy: bool,
@@ -91,7 +157,7 @@ def decode(
     """Draws `length` tokens one after the other, of which `token` `[B]` is the one before.
 
     One program, so that the device does not wait for the host at each; otherwise as `prefill`, the
-    state included.
+    state included. After one of `stop` `[n]` int32, or `NOT_FINITE`, a row's tokens are `ENDED`.
 
     Returns:
         The state, the tokens drawn `[B, length]` int32 and the key for those to come.
@@ -99,18 +165,22 @@ def decode(
 
     def one(carry: Any, _: None) -> tuple[Any, Array]:
         state, token, key = carry
-        carry = read_and_draw(
+        ended = token < 0
+        if stop is not None:
+            ended |= jnp.any(token[:, None] == stop[None, :], axis=1)
+        state, drawn, key = read_and_draw(
             graphdef,
             params,
             state,
-            token[:, None],
+            jnp.maximum(token, 0)[:, None],
             key,
             temperature,
             top_p,
             top_k=top_k,
             greedy=greedy,
         )
-        return carry, carry[1]
+        drawn = jnp.where(ended, ENDED, drawn)
+        return (state, drawn, key), drawn
 
     (state, _, key), drawn = lax.scan(one, (state, token, key), length=length)
     return state, drawn.T, key
@@ -137,109 +207,237 @@ def for_inference(model: E88LM) -> tuple[nnx.GraphDef[E88LM], nnx.State]:
 
 def generate_stream(
     model: E88LM,
-    prompt: Array | np.ndarray,
+    prompt: Prompt,
     *,
     key: Array,
     temperature: float = 0.8,
     top_k: int | None = 40,
     top_p: float = 1.0,
+    lengths: ArrayLike | None = None,
+    state: LMState | None = None,
+    stop: int | Iterable[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """Draws tokens without end; the memory used does not grow.
 
-    The prompt is read in one pass. The defaults are those of the original implementation.
-
-    Args:
-        model: the language model.
-        prompt: ids `[B, T]`, integers, T at least 1.
-        key: a JAX random key; the same key gives the same tokens.
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: sample among the k likeliest tokens; None for all.
-        top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
+    Arguments are those of `generate`.
 
     Yields:
-        The next token of each row, `[B]` int32.
+        The next token of each row, `[B]` int32; with `stop`, until every row has ended.
 
     Raises:
-        ValueError: a prompt that is empty or not of the vocabulary, or an option out of range.
+        TypeError, ValueError: as `generate`; by the call, for logits when they are drawn from.
     """
-    return _checked(model, prompt, None, key, temperature, top_k, top_p)
+    call = _Call(model, prompt, key, temperature, top_k, top_p, lengths, state, stop)
+    state, token, key = call.prefill()
+    if is_traced(token):
+        raise ValueError("generate_stream cannot run under jax.jit; generate can.")
+    return call.tokens(state, token, key)
 
 
 def generate(
     model: E88LM,
-    prompt: Array | np.ndarray,
+    prompt: Prompt,
     length: int,
     *,
     key: Array,
     temperature: float = 0.8,
     top_k: int | None = 40,
     top_p: float = 1.0,
-) -> np.ndarray:
-    """The next `length` tokens of each row, `[B, length]` int32; see `generate_stream`.
+    lengths: ArrayLike | None = None,
+    state: LMState | None = None,
+    stop: int | Iterable[int] | None = None,
+    return_state: bool = False,
+) -> Any:
+    """Continues each row of `prompt` by `length` tokens.
+
+    Each row is continued as if it were alone, to within rounding of the logits. Row b's random
+    numbers are of `key` and b, and the first n tokens are the same for every length of at least n.
+    The defaults of the options are those of the original implementation.
+
+    Under `jax.jit` everything but model, prompt, key, lengths and state is static. The result is a
+    JAX array then, values of traced arguments are not checked, and the whole length is computed.
+
+    Args:
+        model: the language model.
+        prompt: ids `[B, T]`, integers; or B rows of different lengths, a list of lists or of 1-D
+            arrays; or, for a model of bytes (a vocabulary of 256), text: str (as UTF-8) or bytes
+            for one row, a list of them for B. Each row has at least one token.
+        length: tokens to draw, at least 0.
+        key: one JAX random key, by `jax.random.key` or `jax.random.PRNGKey`.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_k: sample among the k likeliest tokens; None for all.
+        top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
+        lengths: `[B]` integers, for a padded prompt: the first `lengths[b]` tokens of row b are
+            its prompt.
+        state: what the prompt continues, of as many rows; None for nothing.
+        stop: an id or several: a row ends with the first of them that it draws.
+        return_state: also return the state after the tokens returned.
+
+    Returns:
+        tokens `[B, length]` int32; after a row's stop token they are `ENDED`, -1. With
+        `return_state`, `(tokens, state)`: the state of row b is after its prompt and its tokens,
+        the stop token included, so that the next prompt can continue it.
 
     Raises:
-        ValueError: as `generate_stream`, or a negative length.
+        TypeError: an argument of another type.
+        ValueError: an argument out of range, or logits that are not finite. Under `jax.jit` these
+            give `NOT_FINITE`, -2, in place of the token, and then `ENDED`.
     """
-    if length < 0:
-        raise ValueError(f"length must be at least 0 tokens, got {length}.")
-    tokens = _checked(model, prompt, length, key, temperature, top_k, top_p)
-    rows = list(itertools.islice(tokens, length))
-    return np.stack(rows, axis=1) if rows else np.zeros((prompt.shape[0], 0), np.int32)
+    length = require_int("length", length, 0)
+    call = _Call(model, prompt, key, temperature, top_k, top_p, lengths, state, stop)
+    if length == 0 and not return_state:
+        return np.zeros((call.batch, 0), np.int32)
+    state, token, key = call.prefill()
+    after_prompt = _copy(state) if return_state else None
+    if is_traced(token):
+        _, drawn, _ = call.decode(state, token, key, length=max(length - 1, 0))
+        tokens = jnp.concatenate([token[:, None], drawn], axis=1)[:, :length]
+    else:
+        drawn = itertools.islice(call.tokens(state, token, key, length), length)
+        tokens = np.full((call.batch, length), ENDED, np.int32)
+        for t, token in enumerate(drawn):
+            tokens[:, t] = token
+    return tokens if after_prompt is None else (tokens, call.read(after_prompt, tokens))
 
 
-def _checked(
-    model: E88LM,
-    prompt: Array | np.ndarray,
-    length: int | None,
-    key: Array,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-) -> Iterator[np.ndarray]:
-    """`_tokens`, of arguments that are checked before any of them is asked for."""
-    prompt = np.asarray(prompt)
-    if prompt.ndim != 2 or prompt.size == 0 or not np.issubdtype(prompt.dtype, np.integer):
-        raise ValueError(
-            f"prompt must be integers [B, T] with at least one token, got {prompt.dtype} of shape "
-            f"{prompt.shape}."
+class _Call:
+    """The arguments of a call of `generate`, checked, and the programs run with them."""
+
+    def __init__(
+        self,
+        model: E88LM,
+        prompt: Prompt,
+        key: Array,
+        temperature: float,
+        top_k: int | None,
+        top_p: float,
+        lengths: ArrayLike | None,
+        state: LMState | None,
+        stop: int | Iterable[int] | None,
+    ):
+        require_instance("model", model, E88LM)
+        vocab_size = model.config.vocab_size
+        self.prompt, self.lengths = check_prompt(prompt, lengths, vocab_size)
+        self.batch = self.prompt.shape[0]
+        self.key = _check_key(key)
+        self.options = _check_options(temperature, top_k, top_p, vocab_size)
+        self.stop = _check_stop(stop, vocab_size)
+        self.state = None if state is None else _check_state(state, model, self.batch)
+        self.graphdef, self.params = for_inference(model)
+        # What a user has put on devices stays there; the rest goes where the parameters are.
+        placed = isinstance(prompt, Array) and not is_traced(prompt) and prompt.committed
+        self.sharding = prompt.sharding if placed else None
+
+    def prefill(self) -> tuple[LMState, Array, Array]:
+        """Reads the prompt; the state, the first token drawn `[B]` and the key for the next."""
+        state = None if self.state is None else _copy(self.state)  # the caller keeps theirs
+        tokens, lengths = pad(self.prompt, self.lengths, self.sharding)
+        return prefill(
+            self.graphdef, self.params, state, tokens, self.key, lengths=lengths, **self.options
         )
-    vocab_size = model.config.vocab_size
-    if prompt.min() < 0 or prompt.max() >= vocab_size:
-        raise ValueError(
-            f"the prompt's ids must be from 0 to {vocab_size - 1}, got {prompt.min()} to "
-            f"{prompt.max()}."
-        )
-    if not temperature >= 0:
+
+    def decode(
+        self, state: LMState, token: Array, key: Array, length: int
+    ) -> tuple[LMState, Array, Array]:
+        """The `length` tokens after `token`, as one program."""
+        options = {**self.options, "stop": self.stop, "length": length}
+        return decode(self.graphdef, self.params, state, token, key, **options)
+
+    def tokens(
+        self, state: LMState, token: Array, key: Array, length: int | None = None
+    ) -> Iterator[np.ndarray]:
+        """`token` and those after it, until every row has ended; `length` or more if given."""
+        block, n_queued = token[:, None], 1
+        while block is not None:
+            queued = None
+            if length is None or n_queued < length:
+                # The device goes on while the host reads what it has drawn.
+                state, queued, key = self.decode(state, block[:, -1], key, BLOCK)
+                n_queued += BLOCK
+            for drawn in np.asarray(block).T:
+                if np.any(drawn == NOT_FINITE):
+                    row = int(np.argmax(drawn == NOT_FINITE))
+                    raise ValueError(
+                        f"the logits of row {row} are not finite: the model's weights or its state "
+                        "hold NaN or infinity, or a sum overflowed."
+                    )
+                if np.all(drawn == ENDED):
+                    return
+                yield drawn
+            block = queued
+
+    def read(self, state: LMState, tokens: np.ndarray | Array) -> LMState:
+        """The state after the `tokens` `[B, T]` that were drawn from `state`, which it consumes.
+
+        They are read again, as the blocks in which they were drawn went past them.
+        """
+        if tokens.shape[1] == 0:
+            return state
+        lengths = (tokens >= 0).sum(axis=1).astype(np.int32)
+        tokens, lengths = pad(tokens.clip(0), lengths, self.sharding)
+        state, _ = _read(self.graphdef, self.params, state, tokens, lengths)
+        return state
+
+
+def _check_key(key: Any) -> Array:
+    """The key, typed."""
+    if isinstance(key, Array | np.ndarray):
+        if key.ndim == 1 and key.dtype == np.uint32:  # by jax.random.PRNGKey
+            with contextlib.suppress(TypeError, ValueError):
+                return jax.random.wrap_key_data(key)
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+            return key
+    raise TypeError(f"key must be one random key, such as jax.random.key(0), got {shown(key)}.")
+
+
+def _check_options(temperature: Any, top_k: Any, top_p: Any, vocab_size: int) -> dict[str, Any]:
+    """Options of `read_and_draw`."""
+    temperature = require_number("temperature", temperature)
+    if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}.")
+    top_p = require_number("top_p", top_p)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
-    greedy = temperature < 1e-6  # where dividing by it would overflow
-    options = {
-        "temperature": jnp.float32(1 if greedy else temperature),
-        "top_p": jnp.float32(top_p),
-        "top_k": top_k,
+    if top_k is not None:
+        top_k = require_int("top_k", top_k)
+    greedy = temperature < np.finfo(np.float32).tiny  # smaller is 0 to a device
+    return {
+        "temperature": np.float32(1 if greedy else temperature),
+        "top_p": np.float32(top_p),
+        "top_k": None if top_k is None or top_k >= vocab_size else top_k,
         "greedy": greedy,
     }
-    return _tokens(model, jnp.asarray(prompt, jnp.int32), length, key, options)
 
 
-def _tokens(
-    model: E88LM, tokens: Array, length: int | None, key: Array, options: dict[str, Any]
-) -> Iterator[np.ndarray]:
-    """Without end for a length of None; else in whole blocks, so that some are too many."""
-    graphdef, params = for_inference(model)
-    state = model.init_state(tokens.shape[0])
-    state, drawn, key = prefill(graphdef, params, state, tokens, key, **options)
-    yield np.asarray(drawn)
-    queued = decode(graphdef, params, state, drawn, key, **options, length=BLOCK)
-    for n_drawn in itertools.count(1 + BLOCK, BLOCK):
-        state, block, key = queued
-        is_last = length is not None and n_drawn >= length
-        if not is_last:
-            # The device goes on while the host reads what it has drawn.
-            queued = decode(graphdef, params, state, block[:, -1], key, **options, length=BLOCK)
-        yield from np.asarray(block).T
-        if is_last:
-            return
+def _check_stop(stop: Any, vocab_size: int) -> np.ndarray | None:
+    """The ids, int32; None if there are none."""
+    if stop is None:
+        return None
+    ids = None if isinstance(stop, str | bytes) or is_traced(stop) else stop
+    ids = np.asarray(list(ids) if isinstance(ids, Set | Iterator) else ids)
+    if ids.size == 0:
+        return None
+    if ids.ndim > 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"stop must be ids, such as ord('.') or [10, 46], got {shown(stop)}.")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(
+            f"stop must be ids from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}."
+        )
+    ids = np.unique(ids).astype(np.int32)
+    # A power of two of them, so that few programs serve all numbers.
+    return np.pad(ids, (0, (1 << (ids.size - 1).bit_length()) - ids.size), mode="edge")
+
+
+def _check_state(state: Any, model: E88LM, batch: int) -> LMState:
+    wanted = jax.eval_shape(lambda: model.init_state(batch))
+    shapes = [jax.tree.map(np.shape, tree) for tree in (wanted, state)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"state must be as of model.init_state({batch}), of shapes {shapes[0]}, got "
+            f"{shapes[1]}."
+        )
+    return state
+
+
+def _copy(state: LMState) -> LMState:
+    return jax.tree.map(jnp.copy, state)

@@ -1,0 +1,140 @@
+"""Prompts: text, or ids in lists and arrays, as one padded array of ids."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from e88_jax.checks import shown
+
+Prompt = str | bytes | ArrayLike | Sequence[str | bytes | ArrayLike]
+"""One row of text, several as a list, or ids: see `generate`."""
+
+_TEXT = (str, bytes, bytearray, memoryview)
+
+
+def check_prompt(
+    prompt: Prompt, lengths: ArrayLike | None, vocab_size: int
+) -> tuple[np.ndarray | Array, np.ndarray | Array | None]:
+    """The prompt as int32 `[B, T]`, and as int32 `[B]` its rows' lengths; None for T each."""
+    if isinstance(prompt, _TEXT):
+        prompt = [prompt]
+    if isinstance(prompt, list | tuple) and not any(is_traced(row) for row in prompt):
+        rows = [_text_ids(row, vocab_size) if isinstance(row, _TEXT) else row for row in prompt]
+        rows = [_as_array("each row of the prompt", row) for row in rows]
+        if any(isinstance(row, _TEXT) for row in prompt) or len({row.shape for row in rows}) > 1:
+            if lengths is not None:
+                raise ValueError(
+                    "lengths must be None for a prompt that is text or rows of different lengths."
+                )
+            return _pad_rows(rows, vocab_size)
+        prompt = rows
+    prompt = jnp.asarray(prompt) if is_traced(prompt) else _as_array("prompt", prompt)
+    if prompt.ndim != 2 or prompt.size == 0 or not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError(
+            f"prompt must be integers [B, T] with at least one token, got {prompt.dtype} of shape "
+            f"{prompt.shape}."
+        )
+    batch, width = prompt.shape
+    if lengths is not None and not is_traced(lengths):
+        lengths = _as_array("lengths", lengths)
+    if lengths is not None:
+        if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
+            raise ValueError(
+                f"lengths must be {batch} integers, one for each row of the prompt, got "
+                f"{lengths.dtype} of shape {lengths.shape}."
+            )
+        if isinstance(lengths, np.ndarray):
+            if lengths.min() < 1 or lengths.max() > width:
+                raise ValueError(
+                    f"lengths must be from 1 to the prompt's {width} tokens, got {lengths.min()} "
+                    f"to {lengths.max()}."
+                )
+            width = int(lengths.max())
+            prompt = prompt[:, :width]
+        lengths = lengths.astype(np.int32)
+    if isinstance(prompt, np.ndarray):
+        if lengths is None or is_traced(lengths):
+            _check_ids(prompt, vocab_size)
+        else:
+            is_token = np.arange(width)[None, :] < lengths[:, None]
+            _check_ids(prompt[is_token], vocab_size)
+            prompt = np.where(is_token, prompt, 0)
+    return prompt.astype(np.int32), lengths
+
+
+def _pad_rows(rows: list[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as one array `[B, T]`, and their lengths `[B]`."""
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or row.size == 0 or not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(
+                f"row {i} of the prompt must be text or integers [T], at least one, got "
+                f"{row.dtype} of shape {row.shape}."
+            )
+        _check_ids(row, vocab_size)
+    lengths = np.asarray([row.size for row in rows], np.int32)
+    padded = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : row.size] = row
+    return padded, lengths
+
+
+def _check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(
+            f"the prompt's ids must be from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}."
+        )
+
+
+def _text_ids(text: str | bytes, vocab_size: int) -> np.ndarray:
+    if vocab_size != 256:
+        raise ValueError(
+            f"a prompt of text is for models of bytes, of 256 ids; this one has {vocab_size}: give "
+            "the ids of its tokens."
+        )
+    return np.frombuffer(text.encode() if isinstance(text, str) else bytes(text), np.uint8)
+
+
+def _as_array(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an array of integers, got {shown(value)}.") from None
+
+
+def padded_length(length: int) -> int:
+    """Tokens that a prompt of `length` is padded to, so that few programs serve all lengths.
+
+    The powers of two to 16, then the multiples of a quarter of the power of two below: 4 sizes for
+    each doubling, at most 25 % more than `length`, and a power of two stays what it is.
+    """
+    above = 1 << (length - 1).bit_length()
+    return above if length <= 16 else -(-length // (above // 8)) * (above // 8)
+
+
+def pad(
+    tokens: np.ndarray | Array, lengths: np.ndarray | Array | None, sharding: Any
+) -> tuple[Array, np.ndarray | Array | None]:
+    """`tokens` as `[B, padded_length(T)]` on devices; `lengths`, None if each is all of that.
+
+    Traced tokens stay as they are: they are part of a program for their length.
+    """
+    if isinstance(tokens, Array):
+        return tokens, lengths
+    batch, width = tokens.shape
+    padded = np.zeros((batch, padded_length(width)), np.int32)
+    padded[:, :width] = tokens
+    if lengths is None:
+        lengths = np.full(batch, width, np.int32)
+    if isinstance(lengths, np.ndarray) and np.all(lengths == padded.shape[1]):
+        lengths = None
+    return jax.device_put(padded, sharding), lengths
+
+
+def is_traced(x: object) -> bool:
+    """If `x` is an array whose values a transformation, such as `jax.jit`, does not know yet."""
+    return isinstance(x, jax.core.Tracer)
