@@ -97,7 +97,7 @@ def main(args: Sequence[str]) -> None:
     print(f"{n_params:,} parameters on {numbers['device']}")
     options: dict[str, Any] = {
         "temperature": jnp.float32(0.8),
-        "top_p": jnp.float32(1),
+        "top_p": None,
         "top_k": 40,
         "greedy": False,
     }

@@ -17,10 +17,11 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from e88_jax.checks import require_instance, require_int, require_number, shown
+from e88_jax.checks import require_instance, require_int, shown
 from e88_jax.model import E88LM, LMState
 from e88_jax.projection import Projection
 from e88_jax.prompts import Prompt, check_prompt, is_traced, pad
+from e88_jax.sampling_options import check_sampling_options
 
 BLOCK = 32
 """Tokens that a stream draws in one program."""
@@ -35,35 +36,43 @@ _MASS_ROUNDING = 1e-6
 """Error of a float32 sum of probabilities, by which a set may fall short of `top_p`."""
 
 
-def filter_logits(logits: Array, temperature: Array, top_k: int | None, top_p: Array) -> Array:
+def filter_logits(
+    logits: Array, temperature: Array, top_k: int | None, top_p: Array | None
+) -> Array:
     """Logits `[B, vocab]` of the distribution to sample from; -inf where a filter excludes.
 
     top_k keeps the k likeliest tokens; top_p keeps of these the smallest set of likeliest tokens
     that holds at least that probability (https://arxiv.org/abs/1904.09751), to within 1e-6. Of
     equal logits the lowest ids count as likelier. The likeliest token always stays.
     """
+    temperature = jnp.asarray(temperature, logits.dtype)
+    # Not the first of the top k: for a slice of these XLA sorts the whole vocabulary.
+    likeliest = jnp.max(logits, axis=-1, keepdims=True)
+    scaled = (logits - likeliest) / temperature
+    if top_k is None and top_p is None:
+        return scaled
     vocab_size = logits.shape[-1]
     n_candidates = vocab_size if top_k is None else min(top_k, vocab_size)
-    descending, _ = lax.top_k(logits, n_candidates)
-    likeliest = descending[:, :1]
-    temperature = jnp.asarray(temperature, logits.dtype)
-    probabilities = jax.nn.softmax((descending - likeliest) / temperature, axis=-1)
-    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    within = (mass_before < top_p - _MASS_ROUNDING) | (top_p >= 1)  # at 1 rounding cuts nothing off
-    n_kept = jnp.maximum(jnp.sum(within, axis=-1, keepdims=True, dtype=jnp.int32), 1)
-    rank = jnp.arange(n_candidates, dtype=jnp.int32)[None, :]
-    last = jnp.min(jnp.where(rank < n_kept, descending, jnp.inf), axis=-1, keepdims=True)
-    likelier, tied = logits > last, logits == last
-    n_tied_kept = n_kept - jnp.sum(likelier, axis=-1, keepdims=True, dtype=jnp.int32)
-    kept = likelier | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= n_tied_kept))
-    return jnp.where(kept, (logits - likeliest) / temperature, -jnp.inf)
+    logits = jnp.where(logits == 0, 0, logits)  # a sort would put -0.0 behind 0.0
+    descending, ids = lax.top_k(logits, n_candidates)  # of equal ones the lowest ids first
+    kept = jnp.ones_like(ids, bool)
+    if top_p is not None:
+        probabilities = jax.nn.softmax((descending - likeliest) / temperature, axis=-1)
+        mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        is_first = jnp.arange(n_candidates, dtype=jnp.int32)[None, :] == 0
+        # At 1 rounding must not cut the tail off.
+        kept = is_first | (mass_before < top_p - _MASS_ROUNDING) | (top_p >= 1)
+    last = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+    last_id = jnp.max(jnp.where(kept & (descending == last), ids, 0), axis=-1, keepdims=True)
+    its_id = jnp.arange(vocab_size, dtype=jnp.int32)[None, :]
+    return jnp.where((logits > last) | ((logits == last) & (its_id <= last_id)), scaled, -jnp.inf)
 
 
 def draw(
     logits: Array,
     key: Array,
     temperature: Array,
-    top_p: Array,
+    top_p: Array | None,
     *,
     top_k: int | None,
     greedy: bool,
@@ -112,7 +121,7 @@ def read_and_draw(
     tokens: Array,
     key: Array,
     temperature: Array,
-    top_p: Array,
+    top_p: Array | None,
     lengths: Array | None = None,
     *,
     top_k: int | None,
@@ -147,7 +156,7 @@ def decode(
     token: Array,
     key: Array,
     temperature: Array,
-    top_p: Array,
+    top_p: Array | None,
     stop: Array | None = None,
     *,
     top_k: int | None,
@@ -391,20 +400,13 @@ def _check_key(key: Any) -> Array:
 
 
 def _check_options(temperature: Any, top_k: Any, top_p: Any, vocab_size: int) -> dict[str, Any]:
-    """Options of `read_and_draw`."""
-    temperature = require_number("temperature", temperature)
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}.")
-    top_p = require_number("top_p", top_p)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
-    if top_k is not None:
-        top_k = require_int("top_k", top_k)
+    """Options of `read_and_draw`; those that change nothing are left out, as is their program."""
+    temperature, top_k, top_p = check_sampling_options(temperature, top_k, top_p)
     greedy = temperature < np.finfo(np.float32).tiny  # smaller is 0 to a device
     return {
         "temperature": np.float32(1 if greedy else temperature),
-        "top_p": np.float32(top_p),
-        "top_k": None if top_k is None or top_k >= vocab_size else top_k,
+        "top_p": None if greedy or top_p == 1 else np.float32(top_p),
+        "top_k": None if greedy or top_k is None or top_k >= vocab_size else top_k,
         "greedy": greedy,
     }
 

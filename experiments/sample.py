@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from harness import cli
+from harness import cli, run_directory
 from harness.errors import UsageError
+
+from e88_jax.sampling_options import check_sampling_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,14 +40,17 @@ class SampleConfig:
             raise ValueError(f"--length must be at least 0 bytes, got {self.length}.")
         if not self.prompt:
             raise ValueError("--prompt must have at least one byte.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}.")
+        check_sampling_options(self.temperature, self.top_k, self.top_p)
 
 
 def main(args: Sequence[str]) -> None:
     """Parses, then writes to standard output as the bytes come."""
     config = cli.parse(SampleConfig, args)
+    run_directory.load_config(config.run)  # before the seconds that JAX takes to start
 
     import jax
-    import numpy as np
     from harness import devices
     from harness.trained import load_trained
 
@@ -53,23 +58,17 @@ def main(args: Sequence[str]) -> None:
 
     devices.set_up()
     model, _ = load_trained(config.run, latest=config.latest)
-    prompt = np.frombuffer(os.fsencode(config.prompt), np.uint8)
+    prompt = os.fsencode(config.prompt)
+    options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    out = sys.stdout.buffer
     try:
-        tokens = generate_stream(
-            model,
-            prompt[None],
-            key=jax.random.key(config.seed),
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-        )
+        tokens = generate_stream(model, prompt, key=jax.random.key(config.seed), **options)
+        out.write(prompt)
+        for _ in range(config.length):
+            out.write(bytes(next(tokens).tolist()))
+            out.flush()
     except ValueError as error:
         raise UsageError(str(error)) from None
-    out = sys.stdout.buffer
-    out.write(prompt.tobytes())
-    for _ in range(config.length):
-        out.write(bytes(next(tokens).tolist()))
-        out.flush()
     out.write(b"\n")
     out.flush()
 
