@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from e88_jax.checks import require_instance, require_int, shown
+from e88_jax.meshes import with_automatic_axes
 from e88_jax.model import E88LM, LMState
 from e88_jax.projection import Projection
 from e88_jax.prompts import Prompt, check_prompt, is_traced, pad
@@ -81,16 +82,20 @@ def draw(
 
     Row b draws with `jax.random.fold_in(key, b)`, so that the other rows do not change its token.
     """
-    if greedy:
-        drawn = jnp.argmax(logits, axis=-1)
-    else:
-        filtered = filter_logits(logits, temperature, top_k, top_p)
-        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            key, jnp.arange(logits.shape[0], dtype=jnp.uint32)
-        )
-        drawn = jax.vmap(jax.random.categorical)(row_keys, filtered)
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return jnp.where(finite, drawn.astype(jnp.int32), NOT_FINITE)
+
+    def of_rows(logits: Array, key: Array, temperature: Array, top_p: Array | None) -> Array:
+        if greedy:
+            drawn = jnp.argmax(logits, axis=-1)
+        else:
+            filtered = filter_logits(logits, temperature, top_k, top_p)
+            rows = jnp.arange(logits.shape[0], dtype=jnp.uint32)
+            row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+            drawn = jax.vmap(jax.random.categorical)(row_keys, filtered)
+        finite = jnp.all(jnp.isfinite(logits), axis=-1)
+        return jnp.where(finite, drawn.astype(jnp.int32), NOT_FINITE)
+
+    arguments = logits, key, temperature, top_p
+    return with_automatic_axes(of_rows, arguments, ("b", "", "", ""), results="b")
 
 
 def read(

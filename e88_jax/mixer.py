@@ -21,7 +21,7 @@ from e88_jax.checks import (
 from e88_jax.config import E88Config
 from e88_jax.documents import document_starts, live_steps
 from e88_jax.fused import activate_product, decode_product
-from e88_jax.meshes import call_with_automatic_axes, explicit_mesh
+from e88_jax.meshes import call_with_automatic_axes, explicit_mesh, with_automatic_axes
 from e88_jax.precision import compute_dtype, wide, wide_dtype
 from e88_jax.projection import Projection, multiply
 from e88_jax.recurrence import e88_recurrence
@@ -260,11 +260,17 @@ class E88Mixer(nnx.Module):
     def _side_by_side(self, names: list[str]) -> tuple[dict[str, int], Array]:
         """The kernels of projections as one, and the columns of each by its name."""
         kernels = {name: getattr(self, name).kernel[...].astype(self.dtype) for name in names}
-        short = -sum(kernel.shape[1] for kernel in kernels.values()) % COLUMNS_MULTIPLE
-        if short and len(names) > 1:
-            kernels["padding"] = jnp.zeros((self.config.dim, short), self.dtype)
         widths = {name: kernel.shape[1] for name, kernel in kernels.items()}
-        return widths, jnp.concatenate(list(kernels.values()), axis=1)
+        short = -sum(widths.values()) % COLUMNS_MULTIPLE if len(names) > 1 else 0
+        if short:
+            widths["padding"] = short
+
+        def join(*kernels: Array) -> Array:
+            padding = [jnp.zeros((self.config.dim, short), self.dtype)] if short else []
+            return jnp.concatenate([*kernels, *padding], axis=1)
+
+        axes = ("b h",) * len(kernels)  # divided as the first of them
+        return widths, with_automatic_axes(join, tuple(kernels.values()), axes, "b h")
 
     def _products(self, x: Array) -> list[Product]:
         """The products that read the input.

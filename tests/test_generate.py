@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from e88_jax import generate as generate_module
 from e88_jax.config import E88Config, LMConfig
@@ -535,6 +536,26 @@ class TestNotFinite:
         assert draw(model, length=4).shape == (2, 4)
         with pytest.raises(ValueError, match="row 1"):
             draw(model, length=5)
+
+
+class TestOnAMesh:
+    @pytest.mark.parametrize("axis_type", list(AxisType)[:2], ids=str)
+    def test_rows_and_parameters_divided(self, model: E88LM, axis_type: AxisType) -> None:
+        mesh = jax.make_mesh((2,), ("data",), (axis_type,), devices=jax.devices()[:2])
+
+        def put(x: Any) -> Any:
+            spec = PartitionSpec("data") if x.shape[0] % 2 == 0 else PartitionSpec()
+            return jax.device_put(x, NamedSharding(mesh, spec))
+
+        graphdef, params = nnx.split(model)
+        options: dict[str, Any] = {"length": 2, "lengths": [5, 3], "return_state": True}
+        expected, expected_state = draw(model, **options)
+        divided = nnx.merge(graphdef, jax.tree.map(put, params))
+        with jax.set_mesh(mesh):
+            tokens, state = draw(divided, prompt=put(PROMPT), **options)
+        np.testing.assert_array_equal(tokens, expected)
+        assert_close(state, expected_state)
+        assert state[0].recurrent.sharding.spec[0] == "data"
 
 
 class TestUnderJit:
