@@ -437,6 +437,7 @@ def _check_stop(stop: Any, vocab_size: int) -> np.ndarray | None:
 
 def _check_state(state: Any, model: E88LM, batch: int) -> LMState:
     wanted = jax.eval_shape(lambda: model.init_state(batch))
+    state = tuple(state) if isinstance(state, list) else state
     shapes = [jax.tree.map(np.shape, tree) for tree in (wanted, state)]
     if shapes[0] != shapes[1]:
         raise ValueError(
