@@ -58,12 +58,10 @@ def check_prompt(
             prompt = prompt[:, :width]
         lengths = lengths.astype(np.int32)
     if isinstance(prompt, np.ndarray):
-        if lengths is None or is_traced(lengths):
-            _check_ids(prompt, vocab_size)
+        if isinstance(lengths, np.ndarray):  # past them there may be any numbers
+            _check_ids(prompt[np.arange(width)[None, :] < lengths[:, None]], vocab_size)
         else:
-            is_token = np.arange(width)[None, :] < lengths[:, None]
-            _check_ids(prompt[is_token], vocab_size)
-            prompt = np.where(is_token, prompt, 0)
+            _check_ids(prompt, vocab_size)
     return prompt.astype(np.int32), lengths
 
 

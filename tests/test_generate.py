@@ -14,6 +14,7 @@ from e88_jax.generate import (
     BLOCK,
     ENDED,
     NOT_FINITE,
+    decode,
     filter_logits,
     for_inference,
     generate,
@@ -166,7 +167,6 @@ class TestGenerate:
             shapes.append([x.shape for x in jax.tree.leaves((state, a))])
             return decode(graphdef, params, state, *a, **k)
 
-        decode = generate_module.decode
         monkeypatch.setattr(generate_module, "decode", watched)
         draw(model, length=1 + 3 * BLOCK)
         assert shapes == [shapes[0]] * 3
@@ -429,7 +429,10 @@ class TestState:
         expected = draw(model)
         nothing, state = draw(model, 0, PROMPT[:, :4], return_state=True)
         assert nothing.shape == (2, 0)
-        for same in (state, state, jax.tree.map(np.asarray, state)):  # it is not consumed
+        drawn = draw(model, prompt=PROMPT[:, 4:], state=state)
+        np.testing.assert_array_equal(drawn, expected)
+        # It is not consumed. A NumPy view of an array keeps JAX from consuming it.
+        for same in (list(state), jax.tree.map(np.asarray, state)):
             drawn = draw(model, prompt=PROMPT[:, 4:], state=same)
             np.testing.assert_array_equal(drawn, expected)
 
@@ -439,6 +442,14 @@ class TestState:
         np.testing.assert_array_equal(drawn, draw(model, length))
         tokens = np.concatenate([PROMPT, drawn], axis=1)
         assert_close(state, state_after(model, tokens))
+
+    def test_token_0_is_a_token(self, flat: E88LM) -> None:
+        before = jax.tree.map(lambda x: x + 0.5, flat.init_state(2))
+        options: dict[str, Any] = {"state": before, "return_state": True}
+        drawn, state = draw(flat, 7, temperature=0, **options)
+        assert np.all(drawn == 0)
+        reads_all = draw(flat, 0, np.pad(PROMPT, ((0, 0), (0, 7))), **options)[1]
+        assert_close(state, reads_all)
 
     def test_of_rows_that_ended(self, model: E88LM) -> None:
         prompts = [PROMPT[0], PROMPT[1, :3]]
@@ -474,6 +485,13 @@ class TestStop:
             assert np.all(row[n_drawn:] == ENDED)
         for same in (set(stop.tolist()), tuple(stop), jnp.asarray(stop), iter(stop.tolist())):
             np.testing.assert_array_equal(draw(model, length=1 + BLOCK, stop=same), drawn)
+
+    def test_numbers_of_stop_tokens_share_programs(self, model: E88LM) -> None:
+        draw(model, length=2, stop=range(8))
+        n_programs = decode._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+        for n in (5, 6, 7):
+            draw(model, length=2, stop=range(n))
+        assert decode._cache_size() == n_programs  # pyright: ignore[reportFunctionMemberAccess]
 
     def test_none_of_them_drawn(self, model: E88LM) -> None:
         expected = draw(model)
@@ -641,7 +659,13 @@ class TestFilterLogits:
 
     def test_the_set_is_the_smallest_that_holds_the_mass(self) -> None:
         logits = np.log(np.array([[0.125, 0.5, 0.25, 0.125]], np.float32))
-        for top_p, kept in [(0.4, [1]), (0.6, [1, 2]), (0.74, [1, 2]), (0.76, [0, 1, 2])]:
+        for top_p, kept in [
+            (1e-9, [1]),
+            (0.4, [1]),
+            (0.6, [1, 2]),
+            (0.74, [1, 2]),
+            (0.76, [0, 1, 2]),
+        ]:
             assert np.flatnonzero(self.probabilities(logits, top_p=top_p)).tolist() == kept
 
     def test_everything_is_kept_by_default(self) -> None:
