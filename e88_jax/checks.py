@@ -128,9 +128,10 @@ def values_at_hand(array: Any) -> "np.ndarray | None":
     """
     import jax
     import numpy as np
+    from jax.core import Tracer
 
     if isinstance(array, jax.Array) and (
-        isinstance(array, jax.core.Tracer)
+        isinstance(array, Tracer)
         or not array.is_fully_addressable
         or any(device.platform != "cpu" for device in array.devices())
     ):

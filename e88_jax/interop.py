@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from e88_jax.checks import require_instance, shown
 from e88_jax.config import E88Config
@@ -124,7 +125,7 @@ def mixer_to_torch(mixer: E88Mixer) -> dict[str, np.ndarray]:
             "inference."
         )
     for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)):
-        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
             raise TypeError(f"mixer must hold arrays that have their values, got {shown(leaf)}.")
     return {
         key: np.array(array, order="C")

@@ -166,8 +166,9 @@ class E88Mixer(nnx.Module):
         Raises:
             TypeError, ValueError: batch is no integer, or below 1.
         """
-        if not export.is_symbolic_dim(batch):
-            batch = require_int("batch", batch)
+        is_symbolic: bool = export.is_symbolic_dim(batch)
+        if not is_symbolic:
+            require_int("batch", batch)
         config = self.config
         convs = {} if config.conv_size is None else {"q": self.q_conv, "k": self.k_conv}
         if convs and not config.tie_kv:
