@@ -63,7 +63,7 @@ class KillConfig:
         for flag, value in (("runs", self.runs), ("jobs", self.jobs)):
             if value < 1:
                 raise ValueError(f"--{flag} must be at least 1, got {value}.")
-        cli.require_folder_of(self.json)
+        cli.require_writable(self.json)
 
 
 @dataclasses.dataclass(frozen=True)
