@@ -339,8 +339,9 @@ class _Call:
         self.state = None if state is None else _check_state(state, model, self.batch)
         self.graphdef, self.params = for_inference(model)
         # What a user has put on devices stays there; the rest goes where the parameters are.
-        placed = isinstance(prompt, Array) and not is_traced(prompt) and prompt.committed
-        self.sharding = prompt.sharding if placed else None
+        self.sharding = None
+        if isinstance(prompt, Array) and not is_traced(prompt) and prompt.committed:
+            self.sharding = prompt.sharding
 
     def prefill(self) -> tuple[LMState, Array, Array]:
         """Reads the prompt; the state, the first token drawn `[B]` and the key for the next."""
@@ -395,7 +396,8 @@ class _Call:
 
 def _check_key(key: Any) -> Array:
     """The key, typed."""
-    if isinstance(key, Array | np.ndarray):
+    key = jnp.asarray(key) if isinstance(key, np.ndarray) else key
+    if isinstance(key, Array):
         if key.ndim == 1 and key.dtype == np.uint32:  # by jax.random.PRNGKey
             with contextlib.suppress(TypeError, ValueError):
                 return jax.random.wrap_key_data(key)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, core
 from jax.typing import ArrayLike
 
 from e88_jax.checks import shown
@@ -18,12 +18,12 @@ _TEXT = (str, bytes, bytearray, memoryview)
 
 
 def check_prompt(
-    prompt: Prompt, lengths: ArrayLike | None, vocab_size: int
+    prompt: Any, lengths: Any, vocab_size: int
 ) -> tuple[np.ndarray | Array, np.ndarray | Array | None]:
-    """The prompt as int32 `[B, T]`, and as int32 `[B]` its rows' lengths; None for T each."""
+    """A `Prompt` as int32 `[B, T]`, and as int32 `[B]` its rows' lengths; None for T each."""
     if isinstance(prompt, _TEXT):
         prompt = [prompt]
-    if isinstance(prompt, list | tuple) and not any(is_traced(row) for row in prompt):
+    if isinstance(prompt, list | tuple):
         rows = [_text_ids(row, vocab_size) if isinstance(row, _TEXT) else row for row in prompt]
         rows = [_as_array("each row of the prompt", row) for row in rows]
         if any(isinstance(row, _TEXT) for row in prompt) or len({row.shape for row in rows}) > 1:
@@ -88,7 +88,7 @@ def _check_ids(ids: np.ndarray, vocab_size: int) -> None:
         )
 
 
-def _text_ids(text: str | bytes, vocab_size: int) -> np.ndarray:
+def _text_ids(text: Any, vocab_size: int) -> np.ndarray:
     if vocab_size != 256:
         raise ValueError(
             f"a prompt of text is for models of bytes, of 256 ids; this one has {vocab_size}: give "
@@ -135,4 +135,4 @@ def pad(
 
 def is_traced(x: object) -> bool:
     """If `x` is an array whose values a transformation, such as `jax.jit`, does not know yet."""
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, core.Tracer)
