@@ -38,7 +38,7 @@ def make_layer_step(
         params, opt_state = state
 
         def loss_of(params: Any) -> Array:
-            y, _ = nnx.merge(graphdef, params)(x, None, None)
+            y, _ = nnx.merge(graphdef, params)(x, None, None, None)
             return jnp.mean(jnp.square(y))
 
         loss, grads = jax.value_and_grad(loss_of)(params)
