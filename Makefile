@@ -10,7 +10,7 @@ train: .venv/.train
 	$(BIN)/python experiments/train_byte_lm.py $(ARGS)
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -126,7 +126,7 @@ def test_a_refusal_is_seen_wherever_the_call_is(
 
 def test_kernels_that_lower_are_not_refused() -> None:
     arrays = tensors(make_inputs(100, 12, 20, ("write_gate",), batch=1, heads=3), "float32")
-    options = {"segment_ids": jnp.zeros((1, 100), jnp.int32), "initial_state": None}
+    options = {"starts": jnp.zeros((1, 100), bool), "initial_state": None}
     options |= {"linear_state": False, "checkpoint_every": 32}
     assert kernels.lowering_refusal(pallas_kernels.recurrence, **arrays, **options) is None
     split = activation.Split(3, 16, 16, True, True)
