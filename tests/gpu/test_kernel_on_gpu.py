@@ -40,6 +40,15 @@ SCAN = functools.partial(e88_recurrence, implementation="scan")
 MOSAIC_GPU = functools.partial(e88_recurrence, implementation="mosaic_gpu")
 
 
+def kernels_alone(**options: Any) -> Op:
+    def op(*, segment_ids: Any, linear_state: bool, **arrays: Any) -> Any:
+        return rows_by(
+            pallas_kernels.recurrence, arrays, segment_ids, linear_state=linear_state, **options
+        )
+
+    return op
+
+
 class TestMosaicGpu(RecurrenceContract):
     implementation = "mosaic_gpu"
     dtypes = ("float32", "bfloat16")
@@ -154,12 +163,8 @@ def test_geometries(name: str, dtype: str) -> None:
     (batch, time, heads, n_state, n_value), geometry = GEOMETRIES[name]
     if dtype == "float32":  # twice the shared memory
         geometry = dataclasses.replace(geometry, warpgroups=1, chunk=8)
-    kernels = functools.partial(
-        pallas_kernels.recurrence,
-        write_gate=None,  # it takes shared memory
-        backward_geometry=geometry,
-        checkpoint_every=32,
-    )
+    # Without a write gate, which takes shared memory.
+    kernels = kernels_alone(backward_geometry=geometry)
     check_against_scan(
         time, n_state, n_value, dtype, ("initial_state",), kernels, batch=batch, heads=heads
     )
@@ -168,11 +173,7 @@ def test_geometries(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("chunk", [16, 24, 32])
 def test_several_groups_in_a_chunk_of_the_forward_kernel(chunk: int, dtype: str) -> None:
-    kernels = functools.partial(
-        pallas_kernels.recurrence,
-        forward_geometry=Geometry(1, 32, chunk),
-        checkpoint_every=32,
-    )
+    kernels = kernels_alone(forward_geometry=Geometry(1, 32, chunk))
     check_against_scan(75, 32, 32, dtype, op=kernels, batch=2, heads=3)
 
 
