@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -48,10 +49,10 @@ def of_rows(
         starts &= live
     x, spoilt = _keep_apart(x, starts, live)
     out, state = recurrence(*x, starts, live)
-    out = jnp.where(spoilt.out[..., None], jnp.nan, out)
+    out = _filled(out, spoilt.out, jnp.nan)
     if live is not None:
-        out = _zero_where(~live, out)
-    return out, jnp.where(spoilt.final_state[..., None, None], jnp.nan, state)
+        out = _filled(out, ~live, 0)
+    return out, _filled(state, spoilt.final_state, jnp.nan)
 
 
 def document_starts(segment_ids: Array) -> Array:
@@ -82,16 +83,16 @@ def _keep_apart(x: Inputs, starts: Array | None, live: Array | None) -> tuple[In
     if initial_state is not None:
         bad = _not_finite(initial_state, 2)
         writes_bad = jnp.concatenate([writes_bad[:, :1] | bad[:, None], writes_bad[:, 1:]], axis=1)
-        initial_state = _zero_where(bad, initial_state)
+        initial_state = _filled(initial_state, bad, 0)
 
     latest_bad = lax.cummax(jnp.where(writes_bad, steps[:, :, None], -1), axis=1)
     begins = jnp.zeros_like(steps) if starts is None else jnp.where(starts, steps, 0)
     state_bad = latest_bad >= lax.cummax(begins, axis=1)[:, :, None]
     out_bad = state_bad | reads_bad
     k, v, decay, write_gate = (
-        None if y is None else _zero_where(state_bad | past_end, y) for y in x[1:5]
+        None if y is None else _filled(y, state_bad | past_end, 0) for y in x[1:5]
     )
-    q = _zero_where(out_bad | past_end, x.q)
+    q = _filled(x.q, out_bad | past_end, 0)
     inputs = Inputs(q, k, v, decay, write_gate, initial_state)  # pyright: ignore[reportArgumentType]
     return inputs, _Spoilt(out_bad, state_bad[:, -1])
 
@@ -101,7 +102,8 @@ def _not_finite(x: Array, n_axes: int) -> Array:
     return jnp.any(~jnp.isfinite(x), axis=tuple(range(n_axes, x.ndim)))
 
 
-def _zero_where(gone: Array, x: Array) -> Array:
-    """x, with zeros where `gone`, of its first axes, holds."""
-    gone = gone.reshape(*gone.shape, *(1,) * (x.ndim - gone.ndim))
-    return jnp.where(gone, jnp.zeros_like(x), x)
+@functools.partial(jax.checkpoint, static_argnums=2)  # keeps `where`, not what it is repeated to
+def _filled(x: Array, where: Array, value: float) -> Array:
+    """x, with `value` where `where`, of its first axes, holds."""
+    where = where.reshape(*where.shape, *(1,) * (x.ndim - where.ndim))
+    return jnp.where(where, jnp.asarray(value, x.dtype), x)

@@ -41,7 +41,7 @@ def test_the_search_starts_from_what_a_call_uses(
     d_out = inputs.pop("d_out")
 
     def out(arrays: Any) -> Any:
-        options = {"write_gate": None, "initial_state": None, "segment_ids": None}
+        options = {"write_gate": None, "initial_state": None}
         return recurrence(**arrays, **options, linear_state=False, checkpoint_every=32)[0]
 
     def gradient(arrays: Any, d_out: Any) -> Any:

@@ -89,8 +89,8 @@ def no_gradient_from_the_final_state(*args: Any, **options: Any) -> Any:
 
 
 def documents_leak(*args: Any, **options: Any) -> Any:
-    *others, _ = args
-    return scan_recurrence(*others, None, **options)
+    *others, _, live = args
+    return scan_recurrence(*others, None, live, **options)
 
 
 def one_nan(*args: Any, **options: Any) -> Any:

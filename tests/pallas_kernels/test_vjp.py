@@ -1,16 +1,17 @@
 """The op around the kernels, with their functions in plain JAX in their place."""
 
 import functools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import kernels_in_jax
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from numpy_reference import rms_ratio
 from recurrence_contract import (
     EVERY_OPTION,
     RecurrenceContract,
@@ -20,6 +21,7 @@ from recurrence_contract import (
     tensors,
 )
 
+from e88_jax.documents import document_starts
 from pallas_kernels import Geometry, calls, recurrence
 
 call = functools.partial(rows_by, recurrence)
@@ -70,7 +72,9 @@ class TestAroundTheKernels(RecurrenceContract):
             assert collective not in str(compiled.as_text())
         actual, expected = compiled(sharded), jax.jit(gradient)(arrays)
         assert actual[0][0].sharding.spec == PartitionSpec("data", None, "model")
-        jax.tree.map(np.testing.assert_allclose, actual, expected)
+        # XLA's older code for a CPU sums shards otherwise.
+        ratios = jax.tree.map(rms_ratio, actual, expected)
+        assert all(ratio < 1e-6 for ratio in jax.tree.leaves(ratios)), ratios
 
 
 @pytest.mark.parametrize(
@@ -88,16 +92,22 @@ def test_what_is_kept_for_the_backward_pass(
     inputs = make_inputs(100, 4, 12, EVERY_OPTION, batch=2, heads=3)
     arrays = tensors(inputs, "bfloat16")
     ids = jnp.asarray(inputs.segment_ids)
-    _, pullback = jax.vjp(
-        lambda arrays: call(arrays, ids, checkpoint_every=checkpoint_every), arrays
-    )
+    starts = document_starts(ids)
+
+    def kept(op: Callable[[Tensors], Any]) -> Counter[str]:
+        return Counter(str(x.aval) for x in jax.tree.leaves(jax.vjp(op, arrays)[1]))
+
+    options: Any = {"linear_state": False, "checkpoint_every": checkpoint_every}
     wanted = arrays | {
         "v": jnp.zeros(*values),
-        "starts": jnp.zeros(ids.shape, bool),
+        "starts": starts,
         "checkpoints": jnp.zeros((2, 3, checkpoints, 16, 16), "bfloat16"),  # padded
     }
-    kept = jax.tree.leaves(pullback)
-    assert sorted(str(x.aval) for x in kept) == sorted(str(x.aval) for x in wanted.values())
+    by_kernels = kept(lambda arrays: recurrence(**arrays, starts=starts, **options))
+    assert by_kernels == Counter(str(x.aval) for x in wanted.values())
+    # What keeps documents apart keeps no more than a bool of each step and head.
+    others = kept(lambda arrays: call(arrays, ids, **options)) - by_kernels
+    assert set(others) == {"bool[2,100,3]", "bool[2,3]"}, others
 
 
 def test_nothing_is_kept_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
