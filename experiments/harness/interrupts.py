@@ -5,11 +5,14 @@ import time
 from types import FrameType
 from typing import Self
 
+_HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+
 
 class Interrupts:
     """While entered, the first SIGTERM, SIGINT or SIGHUP is noted.
 
-    One a second later acts as usual. A SIGHUP that is ignored, as under nohup, stays so.
+    SIGTERM or SIGINT a second later acts as usual; SIGHUP comes from the shell and from the kernel,
+    and does no more. A SIGHUP that is ignored, as under nohup, stays so.
     """
 
     def __init__(self) -> None:
@@ -19,9 +22,8 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         numbers = [signal.SIGTERM, signal.SIGINT]
-        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
-            numbers.append(hangup)
+        if _HANGUP is not None and signal.getsignal(_HANGUP) is not signal.SIG_IGN:
+            numbers.append(_HANGUP)
         for number in numbers:
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -32,7 +34,7 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._at = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self._at > 1:  # not the same press, bouncing
+        elif number != _HANGUP and time.monotonic() - self._at > 1:  # not the same press, bouncing
             self._restore()
             signal.raise_signal(number)
 

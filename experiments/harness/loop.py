@@ -239,7 +239,11 @@ def _sample(model: E88LM, config: TrainConfig, directory: Path, report: Report) 
         return
     prompt = np.frombuffer(os.fsencode(config.prompt), np.uint8)
     key = jax.random.key(config.data.seed)
-    drawn = generate(model, prompt[None], config.sample_bytes, key=key)
+    try:
+        drawn = generate(model, prompt[None], config.sample_bytes, key=key)
+    except ValueError as error:  # weights that are not finite
+        warn(f"no sample: {error}")
+        return
     sample = bytes([*prompt.tolist(), *drawn[0].tolist()])
     with run_directory.optional(directory / "sample.txt"):
         (directory / "sample.txt").write_bytes(sample)

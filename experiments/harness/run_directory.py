@@ -124,6 +124,12 @@ def own(out: Path | None, *, resume: bool) -> contextlib.AbstractContextManager[
 
 def check_claimable(out: Path | None) -> None:
     """Raises UsageError if `claim(out)` could not make a new run there."""
+    try:
+        str(Path.cwd() if out is None else out.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"--out {out}: TensorBoard needs a directory whose path is UTF-8."
+        ) from None
     out = RUNS / "a new run" if out is None else out
     existing = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():

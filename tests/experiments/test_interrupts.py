@@ -35,7 +35,7 @@ def test_a_second_one_later_acts_as_usual(number: signal.Signals, monkeypatch: p
         assert seen == []
         now = 1.5
         signal.raise_signal(number)
-    assert seen == [number]
+    assert seen == ([] if number == signal.SIGHUP else [number])
 
 
 def test_a_hangup_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch):

@@ -196,3 +196,10 @@ def test_what_a_run_can_do_without_is_a_warning(capsys: pytest.CaptureFixture[st
     first, second = capsys.readouterr().err.splitlines()
     assert "loss.png could not be written (No space left on device)" in first
     assert "loss.png could not be written (no such colour)" in second
+
+
+def test_tensorboard_needs_a_path_in_utf_8(tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode(b"run\xff")
+    with pytest.raises(UsageError, match="UTF-8"):
+        run_directory.check_claimable(out)
+    assert not out.exists()
