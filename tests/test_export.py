@@ -108,7 +108,6 @@ def test_the_op_of_any_batch_and_length() -> None:
 
 
 def test_a_written_program_is_read_back(model: E88LM) -> None:
-    pytest.importorskip("flatbuffers", reason="jax.export writes by it")
     (batch,) = export.symbolic_shape("b")
     shapes = jax.ShapeDtypeStruct((batch, 1), jnp.int32), in_place_of(model.init_state(1), batch)
     exported = export.export(jax.jit(model))(*shapes)
