@@ -135,8 +135,8 @@ def overwritten(path: Path) -> None:
 
 
 def removed(path: Path) -> None:
-    data._open.cache_clear()
     path.unlink()
+    data._open.cache_clear()  # after it: the prefetch thread may have the file open
 
 
 def replaced(path: Path) -> None:
