@@ -128,12 +128,12 @@ def scan_recurrence(
     """
     batch, _, heads, n_state = q.shape
     wide = wide_dtype(q.dtype)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, n_state, v.shape[-1]), wide)
-        initial_state, q = varying_alike(initial_state, q)
+    state = initial_state
+    if state is None:
+        state, q = varying_alike(jnp.zeros((batch, heads, n_state, v.shape[-1]), wide), q)
     run = functools.partial(_steps, linear_state)
     if checkpoint_every > MAX_WRITTEN_OUT:
         run = functools.partial(_in_pieces, run, MAX_WRITTEN_OUT)
     inputs = Inputs(q, k, v, decay, write_gate, starts, live)
-    state, out = _in_pieces(run, checkpoint_every, initial_state.astype(wide), inputs)
+    state, out = _in_pieces(run, checkpoint_every, state.astype(wide), inputs)
     return out, state

@@ -278,7 +278,7 @@ def _varying_over(axes: frozenset[str], x: Array) -> Array:
 _forget_varying = Primitive("forget_varying")
 """The array as it is, its type varying over no manual axis: in kernels, JAX 0.12 refuses what
 does."""
-_forget_varying.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+_forget_varying.def_abstract_eval(lambda x: type(x)(x.shape, x.dtype))
 mlir.register_lowering(_forget_varying, lambda _, x: [x])
 
 
