@@ -36,7 +36,7 @@ KINDS = {
     "closed output": set(),
     "full disk": {1, 2},
 }
-"""What is done to a run, and the exit codes that it may have then besides 0."""
+"""Kinds of disturbance, each with the exit codes besides 0 that a run may have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class KillConfig:
     jobs: int = 2
     """Runs at once."""
     seed: int = 0
-    """Of the moments."""
+    """Seed of the random moments."""
     json: Path | None = None
     """File to write what happened to each run to, as JSON."""
     keep: Path | None = None
@@ -81,18 +81,18 @@ class Reference:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a run."""
+    """Outcome of a run."""
 
     kind: str
     flags: list[str]
     disturbed_after: list[float] = dataclasses.field(default_factory=list)
     """Seconds after the start of each disturbed process."""
     exit_codes: list[int] = dataclasses.field(default_factory=list)
-    """Of all its processes."""
+    """Exit codes of the run's processes."""
     identical: bool = False
     """Parameters and metrics at the end are those of the undisturbed run."""
     wrong: list[str] = dataclasses.field(default_factory=list)
-    """What else was not as it should be."""
+    """Other findings."""
 
 
 def start(directory: Path, flags: Sequence[str], errors: Path) -> subprocess.Popen[str]:

@@ -121,7 +121,7 @@ def require_rngs(rngs: Any) -> None:
 
 
 def values_at_hand(array: Any) -> "np.ndarray | None":
-    """What an array holds, where it can be read for nothing; else None.
+    """The numbers of an array as NumPy, where they can be read for nothing; else None.
 
     That is, of NumPy arrays and lists, and of JAX arrays in this host's memory that no
     transformation traces.

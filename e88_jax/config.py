@@ -89,8 +89,8 @@ class E88Config:
     implementation: Literal["scan", "mosaic_gpu"] | None = None
     """Who computes the recurrence; None for the fastest that can."""
     dtype: Dtype | None = None
-    """Of the matrix products; None for bfloat16 on a GPU and float32 elsewhere. A dtype of NumPy or
-    JAX, such as `jnp.bfloat16`, is stored as its name."""
+    """Compute dtype of the matmuls; None for bfloat16 on a GPU and float32 elsewhere. A dtype of
+    NumPy or JAX, such as `jnp.bfloat16`, is stored as its name."""
 
     def __post_init__(self) -> None:
         _set(self, require_int, "dim", "n_heads", "n_state", "checkpoint_every")

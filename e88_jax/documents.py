@@ -21,7 +21,7 @@ class Inputs(NamedTuple):
 
 
 class _Spoilt(NamedTuple):
-    """What is NaN because a number that it depends on was not finite."""
+    """Results that are NaN, as a number that they depend on was not finite."""
 
     out: Array  # [B, T, H] bool
     final_state: Array  # [B, H] bool

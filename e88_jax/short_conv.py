@@ -60,7 +60,7 @@ class ShortConv(nnx.Module):
         return jnp.asarray(y).astype(x.dtype), new_state
 
     def _last(self, padded: Array, lengths: Array | None) -> Array:
-        """Of rows after `size - 1` others, the last `size - 1`, or those before a row's end."""
+        """The last `size - 1` inputs of each row, or those before its end."""
         if lengths is None:
             return padded[:, padded.shape[1] - (self.size - 1) :]
         rows = lengths[:, None] + jnp.arange(self.size - 1, dtype=lengths.dtype)[None, :]

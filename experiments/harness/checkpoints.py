@@ -198,7 +198,7 @@ class Checkpoints:
     def _restore(
         self, step: int, like: Any
     ) -> tuple[str | None, tuple[Any, dict[str, Any]] | None]:
-        """What is damaged, or else state and meta; neither if the checkpoint is gone meanwhile."""
+        """The damage, or else state and meta; neither if the checkpoint is gone meanwhile."""
         directory = self._directory / str(step)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
@@ -287,7 +287,7 @@ def _damage(checkpoint: Path, only: str | None = None) -> str | None:
 
 
 def _bits_per_byte(checkpoint: Path) -> tuple[str | None, float | None]:
-    """What is wrong with the metrics of a checkpoint, or else its bits per byte if it has any."""
+    """The damage to a checkpoint's metrics, or else its bits per byte if it has any."""
     name = "metrics/metrics"
     if (content := _read(checkpoint / name)) is None:  # or its owner was killed as it deleted it
         return None, None
@@ -311,7 +311,7 @@ def _sha256_of(files: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
 
 
 def _read(path: Path) -> bytes | None:
-    """What a file holds, or None if there is no such file."""
+    """The bytes of a file, or None if there is no such file."""
     with _reading(path):
         return path.read_bytes()
 
@@ -340,7 +340,7 @@ def _reason(error: Exception) -> str:
 
 
 def _print_no_errors_of_threads() -> None:
-    """What goes wrong while saving is raised as one error; its echoes are left out.
+    """Failures to save are raised as one error; its echoes are left out.
 
     Orbax also logs it, and asyncio and TensorStore print a traceback for each array whose writing
     ends after that of another failed.

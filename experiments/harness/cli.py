@@ -21,7 +21,7 @@ from .errors import UsageError
 Config = TypeVar("Config")
 
 MIN_COLUMNS = 60
-"""Of a terminal that help is laid out for; in a few columns tyro needs minutes and gigabytes."""
+"""Narrowest layout of the help; in a few columns tyro needs minutes and gigabytes."""
 
 
 def parse(config: type[Config], args: Sequence[str], default: Config | None = None) -> Config:

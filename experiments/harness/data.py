@@ -144,7 +144,7 @@ class Corpus:
     start: int
     stop: int
     left_out: str = ""
-    """What was found and is no part of it, such as "hidden names 2, empty files 1"."""
+    """Files that were found and left out, such as "hidden names 2, empty files 1"."""
 
     @classmethod
     def of(cls, patterns: Sequence[str]) -> "Corpus":
@@ -254,7 +254,7 @@ def open_corpus(config: TrainConfig) -> Corpus:
 
 
 def _same_corpus(config: TrainConfig) -> Corpus:
-    """What the run to be resumed was reading, wherever its files are now."""
+    """The corpus of the run to be resumed, wherever its files are now."""
     directory = config.out
     assert directory is not None, "the command line names the run to resume"
     before = Corpus.listed(directory / run_directory.LISTING)

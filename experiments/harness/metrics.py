@@ -160,7 +160,7 @@ class _TensorBoard:
 
 
 class StepLoss(Protocol):
-    """What a step says of itself; see `step.StepMetrics`."""
+    """Numbers of one step; see `step.StepMetrics`."""
 
     @property
     def loss(self) -> Any: ...

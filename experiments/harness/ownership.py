@@ -27,7 +27,7 @@ class Owner:
 
     host: str
     boot: str
-    """Of the host's kernel: one in all containers of a machine, another after it was restarted."""
+    """Boot id of the host's kernel: one in all containers of a machine, another after a restart."""
     pid: int
     started: int | None
     """Clock ticks from the kernel's start to that of the process, where /proc tells."""

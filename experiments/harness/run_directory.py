@@ -79,7 +79,7 @@ _KINDS = {
     "versions": (dict, "an object"),
     "resumed": (list, "a list"),
 }
-"""What is read of `run.json`, each with its type in Python and in JSON."""
+"""Keys that are read of `run.json`, each with its type in Python and in JSON."""
 
 
 def _read(directory: Path, *needed: str) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _make(out: Path | None, name: str) -> tuple[Path, list[Path]]:
 
 @contextlib.contextmanager
 def optional(path: Path) -> Iterator[None]:
-    """What a run can do without: a file that cannot be written is a warning."""
+    """Writes a file that a run can do without: a failure is a warning."""
     try:
         yield
     except Exception as error:  # matplotlib's and TensorBoard's own ones, too
