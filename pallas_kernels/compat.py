@@ -1,4 +1,4 @@
-"""What differs between the versions of JAX that `pyproject.toml` allows."""
+"""Differences between the versions of JAX that `pyproject.toml` allows."""
 
 # 0.10.2 has them in a private module only.
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as _interpreter

@@ -40,7 +40,7 @@ def model() -> E88LM:
 
 @pytest.fixture(scope="module")
 def flat(model: E88LM) -> E88LM:
-    """Of the same programs as `model`; all logits are 0."""
+    """A model with the compiled programs of `model`; all logits are 0."""
     flat = nnx.clone(model)
     flat.embed.embedding[...] = 0 * flat.embed.embedding[...]
     return flat

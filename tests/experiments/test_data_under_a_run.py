@@ -58,7 +58,7 @@ def test_the_run_stops_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., data.Corpus]:
-    """What a run on two files in `texts/` reads as it is resumed from a folder beside it."""
+    """The corpus of a run on two files in `texts/`, resumed from a folder beside it."""
     texts, run = tmp_path / "texts", tmp_path / "run"
     for folder in (texts, run, tmp_path / "beside"):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""What --data names: each file once, by what it is."""
+"""Files that --data names: each once, by what it is."""
 
 import collections
 import os

@@ -1,4 +1,4 @@
-"""What the training loop does around its steps."""
+"""The training loop around its steps."""
 
 from pathlib import Path
 from typing import Any

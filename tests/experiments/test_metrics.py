@@ -1,4 +1,4 @@
-"""What a run writes about itself, and reads when it goes on."""
+"""Records that a run writes about itself, and reads when it goes on."""
 
 import contextlib
 import errno

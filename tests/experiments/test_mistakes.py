@@ -1,4 +1,4 @@
-"""What can be refused is refused before JAX is imported: the programs' mains, in one process."""
+"""Mistakes are refused before JAX is imported: the programs' mains, in one process."""
 
 import json
 import os
@@ -78,7 +78,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each program said, and the slow modules that were imported by then."""
+    """The message of each program, and the slow modules that were imported by then."""
     here = tmp_path_factory.mktemp("here")
     for name in ("full", "run", "broken", "runs"):
         (here / name).mkdir()
