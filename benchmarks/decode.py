@@ -3,21 +3,17 @@
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-from harness import cli
-from harness.bounds import require
-from harness.config import DEFAULT_MODEL
-from harness.model_size import parse_with_preset
-from harness.run_directory import versions
-
 from e88_jax.config import LMConfig
+from experiments.harness import cli
+from experiments.harness.bounds import require
+from experiments.harness.config import DEFAULT_MODEL
+from experiments.harness.model_size import parse_with_preset
+from experiments.harness.run_directory import versions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,9 +76,9 @@ def main(args: Sequence[str]) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from harness import devices
 
     from e88_jax.generate import BLOCK, decode, prefill
+    from experiments.harness import devices
 
     devices.set_up()
     n_params, graphdef, params, states = build(config)

@@ -10,21 +10,17 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-from harness import cli
-from harness.bounds import require
-from harness.recurrence_timing import Shape, make_inputs, one_line
-from harness.timing import ClockSampler, time_calls
-from recurrence import NAMED
-
 import pallas_kernels
+from benchmarks.recurrence import NAMED
+from experiments.harness import cli
+from experiments.harness.bounds import require
+from experiments.harness.recurrence_timing import Shape, make_inputs, one_line
+from experiments.harness.timing import ClockSampler, time_calls
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.tuning import backward_geometry, forward_geometry, neighbours
 
@@ -65,7 +61,7 @@ def milliseconds(
         write_gate=None,
         initial_state=None,
         linear_state=False,
-        checkpoint_every=options.checkpoint_every,
+        saved_state_interval=options.saved_state_interval,
         **{PASSES[name].argument: geometry},
     )
 
@@ -117,14 +113,14 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=list(NAMED), choices=NAMED, metavar="NAME")
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--checkpoint-every", type=int, default=32, metavar="STEPS")
+    parser.add_argument("--saved-state-interval", type=int, default=32, metavar="STEPS")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
         "--limit", type=int, default=20, help="geometries tried for each pass of a shape"
     )
     options = parser.parse_args(args)
     try:
-        require(options, "checkpoint_every", "repetitions", "limit", minimum=1)
+        require(options, "saved_state_interval", "repetitions", "limit", minimum=1)
     except ValueError as error:
         parser.error(str(error))
     if jax.default_backend() != "gpu":

@@ -17,11 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-from harness import cli
-from harness.errors import RunStopped
-from harness.progress import Report
+from experiments.harness import cli
+from experiments.harness.errors import RunStopped
+from experiments.harness.progress import Report
 
 TRAIN = Path(__file__).parents[1] / "experiments" / "train_byte_lm.py"
 STEPS = 240
@@ -136,7 +134,8 @@ def parameters(directory: Path) -> list[Any]:
     import jax
     import numpy as np
     from flax import nnx
-    from harness.trained import load_trained
+
+    from experiments.harness.trained import load_trained
 
     model, step = load_trained(directory, latest=True)
     assert step == STEPS, f"the newest checkpoint is of step {step}"
@@ -145,7 +144,7 @@ def parameters(directory: Path) -> list[Any]:
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
     """The records of a run without their times."""
-    from harness.metrics import read_metrics
+    from experiments.harness.metrics import read_metrics
 
     records = read_metrics(directory / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k != "bytes_per_second"} for record in records]
@@ -280,7 +279,7 @@ def main(args: Sequence[str]) -> None:
             shutil.rmtree(where, ignore_errors=True)
     seconds = round(time.perf_counter() - began)
     if config.json is not None:
-        from harness.run_directory import versions
+        from experiments.harness.run_directory import versions
 
         said = {"seed": config.seed, "seconds": seconds, "versions": versions()}
         said["runs"] = [dataclasses.asdict(outcome) for outcome in outcomes]

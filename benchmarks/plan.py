@@ -10,23 +10,19 @@ import functools
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-from harness import cli
-from harness.bounds import require
-from harness.config import DEFAULT_MODEL, OptimizerConfig
-from harness.errors import UsageError
-from harness.gpu_profile import part_of
-from harness.model_size import parse_with_preset
-
 from e88_jax import hardware
 from e88_jax.config import LMConfig
 from e88_jax.sizing import PRESETS, training_memory
+from experiments.harness import cli
+from experiments.harness.bounds import require
+from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
+from experiments.harness.errors import UsageError
+from experiments.harness.gpu_profile import part_of
+from experiments.harness.model_size import parse_with_preset
 
 FLAGS = "--xla_gpu_autotune_level=0"
 
@@ -104,10 +100,10 @@ def lower_step(model: LMConfig, batch: int, length: int, sharding: Any = None) -
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from harness.optimizer import make_optimizer
-    from harness.step import init_state, make_train_step
 
     from e88_jax.model import E88LM
+    from experiments.harness.optimizer import make_optimizer
+    from experiments.harness.step import init_state, make_train_step
 
     config = OptimizerConfig()
     optimizer = make_optimizer(config, steps=1000)
@@ -160,7 +156,7 @@ def h100_device() -> Any:
 def compile_for_h100(model: LMConfig, batch: int, length: int) -> Any:
     """The training step, with the options of XLA that it has on a GPU."""
     device = h100_device()  # before JAX is imported
-    from harness.step import GPU_OPTIONS
+    from experiments.harness.step import GPU_OPTIONS
 
     return lower_step(model, batch, length, device).compile(compiler_options=GPU_OPTIONS)
 

@@ -18,15 +18,12 @@ from typing import get_args
 
 import jax
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-from harness import cli
-from harness.bounds import require
-from harness.errors import UsageError
-from harness.recurrence_timing import Shape, time_passes
-from harness.timing import ClockSampler, Numbers
-
 from e88_jax.recurrence import Implementation, e88_recurrence
+from experiments.harness import cli
+from experiments.harness.bounds import require
+from experiments.harness.errors import UsageError
+from experiments.harness.recurrence_timing import Shape, time_passes
+from experiments.harness.timing import ClockSampler, Numbers
 
 TANH_PER_CYCLE = 16
 """Of one SM's special-function units, on an H100 or H200: CUDA C++ Programming Guide, throughput of
@@ -55,13 +52,13 @@ def time_shape(
     shape: Shape,
     dtype: str,
     implementation: Implementation,
-    checkpoint_every: int,
+    saved_state_interval: int,
     repetitions: int,
     clock: ClockSampler,
 ) -> tuple[dict[str, Numbers], str | None]:
     """Numbers of each pass, and what stopped those that are missing."""
     recurrence = functools.partial(
-        e88_recurrence, implementation=implementation, checkpoint_every=checkpoint_every
+        e88_recurrence, implementation=implementation, saved_state_interval=saved_state_interval
     )
 
     def say(line: str) -> None:
@@ -79,7 +76,11 @@ def time_all(
     measured = []
     for shape in shapes:
         time_with = functools.partial(
-            time_shape, shape, options.dtype, checkpoint_every=options.checkpoint_every, clock=clock
+            time_shape,
+            shape,
+            options.dtype,
+            saved_state_interval=options.saved_state_interval,
+            clock=clock,
         )
         passes, error = time_with(options.implementation, repetitions=options.repetitions)
         add_rates(shape, passes, sm_count)
@@ -187,14 +188,14 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         "--implementation", default="mosaic_gpu", choices=get_args(Implementation), help="to time"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--checkpoint-every", type=int, default=32, metavar="STEPS")
+    parser.add_argument("--saved-state-interval", type=int, default=32, metavar="STEPS")
     parser.add_argument(
         "--repetitions", type=int, default=20, help="of which the median and p10, p90 are taken"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there")
     options = parser.parse_args(args)
     try:
-        require(options, "checkpoint_every", "repetitions", minimum=1)
+        require(options, "saved_state_interval", "repetitions", minimum=1)
         cli.require_writable(options.json)
     except (ValueError, UsageError) as error:
         parser.error(str(error))
@@ -232,7 +233,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "implementation": options.implementation,
         "dtype": options.dtype,
-        "checkpoint_every": options.checkpoint_every,
+        "saved_state_interval": options.saved_state_interval,
         "repetitions": options.repetitions,
     }
     if options.json is not None:

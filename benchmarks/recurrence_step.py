@@ -6,27 +6,22 @@ launch a program does not count.
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-from harness import cli
-from harness.bounds import require
-from harness.recurrence_timing import Shape, make_inputs
-from harness.timing import ClockSampler, time_calls
-
 import pallas_kernels
+from experiments.harness import cli
+from experiments.harness.bounds import require
+from experiments.harness.recurrence_timing import Shape, make_inputs
+from experiments.harness.timing import ClockSampler, time_calls
 
 WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "plain JAX": pallas_kernels.single_step,
-    "kernel": functools.partial(pallas_kernels.recurrence, checkpoint_every=32),
+    "kernel": functools.partial(pallas_kernels.recurrence, saved_state_interval=32),
 }
 
 

@@ -17,18 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-from harness import cli
-from harness.bounds import require
-from harness.config import DEFAULT_MODEL, DataConfig, OptimizerConfig
-from harness.errors import UsageError
-from harness.model_size import parse_with_preset
-from harness.run_directory import versions
-
 from e88_jax import hardware
 from e88_jax.config import LMConfig
 from e88_jax.sizing import training_flops
+from experiments.harness import cli
+from experiments.harness.bounds import require
+from experiments.harness.config import DEFAULT_MODEL, DataConfig, OptimizerConfig
+from experiments.harness.errors import UsageError
+from experiments.harness.model_size import parse_with_preset
+from experiments.harness.run_directory import versions
 
 UNTIMED_STEPS = 2
 PROFILED_STEPS = 3
@@ -164,12 +161,12 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     import jax
     import numpy as np
     from flax import nnx
-    from harness import devices
-    from harness.gpu_profile import breakdown, longest, profile
-    from harness.optimizer import make_optimizer
-    from harness.step import compile_train_step, init_state, place
 
     from e88_jax.model import E88LM, count_params
+    from experiments.harness import devices
+    from experiments.harness.gpu_profile import breakdown, longest, profile
+    from experiments.harness.optimizer import make_optimizer
+    from experiments.harness.step import compile_train_step, init_state, place
 
     devices.set_up()
     jax.config.update("jax_enable_compilation_cache", False)  # it is timed

@@ -84,7 +84,7 @@ class E88Config:
     """Normalise q and k to unit length."""
     head_mix: HeadMix = "concat"
     """How the heads' outputs become one vector."""
-    checkpoint_every: int = 32
+    saved_state_interval: int = 32
     """Steps between the states that the backward pass keeps."""
     implementation: Literal["scan", "mosaic_gpu"] | None = None
     """Who computes the recurrence; None for the fastest that can."""
@@ -93,7 +93,7 @@ class E88Config:
     NumPy or JAX, such as `jnp.bfloat16`, is stored as its name."""
 
     def __post_init__(self) -> None:
-        _set(self, require_int, "dim", "n_heads", "n_state", "checkpoint_every")
+        _set(self, require_int, "dim", "n_heads", "n_state", "saved_state_interval")
         _set(self, require_number, "expansion")
         _set(self, require_bool, "write_gate", "linear_state", "output_norm", "value_residual")
         _set(self, require_bool, "tie_kv", "use_silu", "use_l2_norm")

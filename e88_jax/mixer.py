@@ -343,7 +343,7 @@ class E88Mixer(nnx.Module):
             segment_ids=segment_ids,
             lengths=lengths,
             linear_state=config.linear_state,
-            checkpoint_every=config.checkpoint_every,
+            saved_state_interval=config.saved_state_interval,
             implementation=config.implementation,
         )
         return self._mix_heads(out, v, read), MixerState(recurrent, conv_state)

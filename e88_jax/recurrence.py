@@ -71,7 +71,7 @@ def _mosaic_gpu(
     live: Array | None,
     *,
     linear_state: bool,
-    checkpoint_every: int,
+    saved_state_interval: int,
 ) -> tuple[Array, Array]:
     _require(unsupported_device())
     _require(kernels.import_refusal())
@@ -83,7 +83,7 @@ def _mosaic_gpu(
             q, k, v, decay, write_gate, initial_state, live, linear_state=linear_state
         )
     arguments = q, k, v, decay, write_gate, initial_state, starts, live
-    options: Any = {"linear_state": linear_state, "checkpoint_every": checkpoint_every}
+    options: Any = {"linear_state": linear_state, "saved_state_interval": saved_state_interval}
     _require(kernels.lowering_refusal(pallas_kernels.recurrence, *arguments, **options))
     return pallas_kernels.recurrence(*arguments, **options)
 
@@ -116,7 +116,7 @@ def e88_recurrence(
     segment_ids: Array | None = None,
     lengths: Array | None = None,
     linear_state: bool = False,
-    checkpoint_every: int = 32,
+    saved_state_interval: int = 32,
     implementation: Implementation | None = None,
 ) -> tuple[Array, Array]:
     """Runs the nonlinear matrix-state recurrence over T steps.
@@ -151,8 +151,8 @@ def e88_recurrence(
             final state is that after a row's own last step, outputs after it are zeros, and what
             the arrays hold there is not read. None: every row has T.
         linear_state: leave out the tanh.
-        checkpoint_every: the backward pass keeps one state every so many steps and recomputes
-            those between: memory grows with `T / checkpoint_every`. The GPU kernel rounds it up
+        saved_state_interval: the backward pass keeps one state every so many steps and recomputes
+            those between: memory grows with `T / saved_state_interval`. The GPU kernel rounds it up
             to a multiple of 32 and keeps bfloat16 states for bfloat16 inputs. Up to 32 it keeps one
             every 8 steps instead, and `v - S^T k` in float32 in place of v, which makes the
             backward pass faster.
@@ -183,14 +183,17 @@ def e88_recurrence(
     if lengths is not None:
         lengths = as_lengths(lengths, batch, time)
     linear_state = require_bool("linear_state", linear_state)
-    checkpoint_every = require_int("checkpoint_every", checkpoint_every)
+    saved_state_interval = require_int("saved_state_interval", saved_state_interval)
     require_choice("implementation", implementation, (None, *_IMPLEMENTATIONS))
     inputs = Inputs(q, k, v, decay, write_gate, initial_state)
     axes = Inputs("b t h n", "b t h n", "b t h v", "b t h", "b t h", "b h n v")  # pyright: ignore[reportArgumentType]
 
     def run(*arrays: Any) -> tuple[Array, Array]:
         recurrence = functools.partial(
-            _run, implementation, linear_state=linear_state, checkpoint_every=checkpoint_every
+            _run,
+            implementation,
+            linear_state=linear_state,
+            saved_state_interval=saved_state_interval,
         )
         return of_rows(recurrence, *varying_alike(*arrays))
 

@@ -119,7 +119,7 @@ def scan_recurrence(
     live: Array | None,
     *,
     linear_state: bool,
-    checkpoint_every: int,
+    saved_state_interval: int,
 ) -> tuple[Array, Array]:
     """`e88_recurrence` by `lax.scan`; arguments as there, already checked.
 
@@ -132,8 +132,8 @@ def scan_recurrence(
     if state is None:
         state, q = varying_alike(jnp.zeros((batch, heads, n_state, v.shape[-1]), wide), q)
     run = functools.partial(_steps, linear_state)
-    if checkpoint_every > MAX_WRITTEN_OUT:
+    if saved_state_interval > MAX_WRITTEN_OUT:
         run = functools.partial(_in_pieces, run, MAX_WRITTEN_OUT)
     inputs = Inputs(q, k, v, decay, write_gate, starts, live)
-    state, out = _in_pieces(run, checkpoint_every, state.astype(wide), inputs)
+    state, out = _in_pieces(run, saved_state_interval, state.astype(wide), inputs)
     return out, state

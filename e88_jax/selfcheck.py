@@ -37,12 +37,12 @@ class Case:
     """Of q, k and v."""
     options: tuple[str, ...] = ()
     """Which of write_gate, initial_state, segment_ids and linear_state it uses."""
-    checkpoint_every: int = 32
+    saved_state_interval: int = 32
     extreme: Extreme | None = None
 
     def __str__(self) -> str:
         sizes = " ".join(f"{letter}{n}" for letter, n in zip("BTHNV", self.shape, strict=True))
-        words = [f"every {self.checkpoint_every}", *(_SHORT[option] for option in self.options)]
+        words = [f"every {self.saved_state_interval}", *(_SHORT[option] for option in self.options)]
         words += [] if self.extreme is None else [self.extreme]
         return f"{sizes:20} {self.dtype:8} {', '.join(words)}"
 
@@ -308,7 +308,7 @@ def _inputs_and_reference(case: Case) -> tuple[Arrays, Arrays]:
 def _evaluator(name: str) -> Callable[[Arrays, Case], Arrays]:
     """Results and gradients by the implementation; compiled once for cases alike."""
 
-    @functools.partial(jax.jit, static_argnames=("linear_state", "checkpoint_every"))
+    @functools.partial(jax.jit, static_argnames=("linear_state", "saved_state_interval"))
     def run(
         arrays: dict[str, jax.Array],
         segment_ids: jax.Array | None,
@@ -336,7 +336,7 @@ def _evaluator(name: str) -> Callable[[Arrays, Case], Arrays]:
             segment_ids,
             cotangents,
             linear_state="linear_state" in case.options,
-            checkpoint_every=case.checkpoint_every,
+            saved_state_interval=case.saved_state_interval,
         )
         return {x: np.asarray(results[x]) for x in results}
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from harness import cli, run_directory
-from harness.bounds import require
-from harness.errors import RunStopped, UsageError
+from experiments.harness import cli, run_directory
+from experiments.harness.bounds import require
+from experiments.harness.errors import RunStopped, UsageError
 
 if TYPE_CHECKING:
-    from harness.scaling import Measurement, Setting
+    from experiments.harness.scaling import Measurement, Setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ def resolve(config: ScalingConfig) -> "Setting":
     Raises:
         UsageError: sizes or an implementation that cannot be.
     """
-    from harness import devices
-    from harness.scaling import Setting, refusal
+    from experiments.harness import devices
+    from experiments.harness.scaling import Setting, refusal
 
     on_gpu = devices.platform() == "gpu"
     n_states = config.n_state or ((16, 32, 48, 64, 72, 96, 128) if on_gpu else (16, 32, 64))
@@ -102,10 +102,10 @@ def resolve(config: ScalingConfig) -> "Setting":
 
 def run(setting: "Setting", out: Path) -> "list[Measurement]":
     """Times one n_state after the other; what is measured so far is always in `out`."""
-    from harness import scaling_report
-    from harness.progress import Report
-    from harness.scaling import measure
-    from harness.timing import ClockSampler
+    from experiments.harness import scaling_report
+    from experiments.harness.progress import Report
+    from experiments.harness.scaling import measure
+    from experiments.harness.timing import ClockSampler
 
     measured: list[Measurement] = []
     with ClockSampler() as clock, Report(steps=len(setting.n_states)) as report:
@@ -130,7 +130,7 @@ def main(args: Sequence[str]) -> None:
     setting = resolve(config)
     with run_directory.claim(config.out, "n-state-scaling") as out:
         measured = run(setting, out)
-    from harness import scaling_report
+    from experiments.harness import scaling_report
 
     rows = [measurement.row() for measurement in measured]
     print(scaling_report.table(rows))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from harness import cli, run_directory
-from harness.errors import UsageError
 
 from e88_jax.sampling_options import check_sampling_options
+from experiments.harness import cli, run_directory
+from experiments.harness.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,10 @@ def main(args: Sequence[str]) -> None:
     run_directory.load_config(config.run)  # before the seconds that JAX takes to start
 
     import jax
-    from harness import devices
-    from harness.trained import load_trained
 
     from e88_jax.generate import generate_stream
+    from experiments.harness import devices
+    from experiments.harness.trained import load_trained
 
     devices.set_up()
     model, _ = load_trained(config.run, latest=config.latest)

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-from harness import cli, data, files, run_directory
-from harness.config import TrainConfig, check_resumable
-from harness.errors import UsageError
-from harness.model_size import chosen_model, describe
+from experiments.harness import cli, data, files, run_directory
+from experiments.harness.config import TrainConfig, check_resumable
+from experiments.harness.errors import UsageError
+from experiments.harness.model_size import chosen_model, describe
 
 
 def parse_args(args: Sequence[str]) -> TrainConfig:
@@ -42,7 +42,9 @@ def main(args: Sequence[str]) -> None:
         raise UsageError(f"the run in {config.out} has done {done} steps: raise --steps.")
     corpus = data.open_corpus(config)
     with run_directory.own(config.out, resume=config.resume) as directory:
-        from harness.loop import train  # imports JAX, which --help and mistakes need not wait for
+        from experiments.harness.loop import (
+            train,  # imports JAX, which --help and mistakes need not wait for
+        )
 
         train(config, corpus, directory)
 

@@ -70,18 +70,18 @@ def _geometry(choose: Callable[..., Geometry], x: Inputs, *options: Any) -> Geom
 
 @functools.cache
 def forward_call(
-    options: Options, checkpoint_every: int | None, keep_errors: bool
+    options: Options, saved_state_interval: int | None, keep_errors: bool
 ) -> Callable[[Inputs, Array | None], tuple[Array, Array, Any]]:
     """From inputs and the initial state to `out`, the final state, and what is kept, if it is.
 
-    Checkpoint i, in v's dtype, is the state before step `i * checkpoint_every`, a multiple of
+    Checkpoint i, in v's dtype, is the state before step `i * saved_state_interval`, a multiple of
     `GROUP`.
     """
 
     def call(x: Inputs, initial_state: Array | None) -> tuple[Array, Array, Kept | None]:
         geometry = options.forward_geometry or _geometry(tuning.forward_geometry, x)
-        if checkpoint_every is not None and geometry.chunk % checkpoint_every:
-            chunk = math.gcd(geometry.chunk, checkpoint_every)
+        if saved_state_interval is not None and geometry.chunk % saved_state_interval:
+            chunk = math.gcd(geometry.chunk, saved_state_interval)
             geometry = dataclasses.replace(geometry, chunk=chunk)
         if initial_state is not None:
             initial_state = prepare_states(jnp.swapaxes(initial_state, 2, 3), geometry)
@@ -89,7 +89,7 @@ def forward_call(
             prepare(x, geometry, options.interpret),
             initial_state,
             geometry,
-            checkpoint_every,
+            saved_state_interval,
             keep_errors,
             linear_state=options.linear_state,
             interpret=options.interpret,
@@ -107,7 +107,7 @@ def forward_call(
 
     def results(x: Inputs, _: Any) -> Any:
         kept = KEPT if keep_errors else KEPT._replace(errors=None)
-        return x.v, STATE, None if checkpoint_every is None else kept
+        return x.v, STATE, None if saved_state_interval is None else kept
 
     return over_rows(call, (INPUTS, STATE), results, options.interpret is None)
 

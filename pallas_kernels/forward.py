@@ -54,7 +54,7 @@ def forward(
     x: Operands,
     initial_state: Array | None,
     geometry: Geometry,
-    checkpoint_every: int | None,
+    saved_state_interval: int | None,
     keep_errors: bool,
     *,
     linear_state: bool,
@@ -63,15 +63,15 @@ def forward(
     """Returns out `[B, T, H, V]`, the final state `[B, H, V, N]` and what is kept, if wanted, all
     with the padding of whole blocks.
 
-    Checkpoint i is the state before step `i * checkpoint_every`, in v's dtype. Of the steps between
-    two and of a chunk, one is a multiple of the other.
+    Checkpoint i is the state before step `i * saved_state_interval`, in v's dtype. Of the steps
+    between two and of a chunk, one is a multiple of the other.
     """
     batch, _, n_heads, n_state = x.q.shape
     sizes = geometry.padded(n_heads, x.v.shape[-1], n_state)
     dtype = x.v.dtype
     chunks = Chunks(x.time, geometry.chunk)
     # Steps between the places where there may be a checkpoint.
-    span = min(checkpoint_every or geometry.chunk, geometry.chunk)
+    span = min(saved_state_interval or geometry.chunk, geometry.chunk)
     registers = geometry.registers(sizes.keys, dtype, interpret is not None)
     n_scalars = x.scalars.shape[2]
 
@@ -83,8 +83,8 @@ def forward(
         "out": jax.ShapeDtypeStruct(columns, dtype),
         "final_state": jax.ShapeDtypeStruct((batch, *sizes), jnp.float32),
     }
-    if checkpoint_every is not None:
-        n_checkpoints = -(-x.time // checkpoint_every)
+    if saved_state_interval is not None:
+        n_checkpoints = -(-x.time // saved_state_interval)
         outputs["checkpoints"] = jax.ShapeDtypeStruct(
             (batch, sizes.heads, n_checkpoints, sizes.values, sizes.keys), dtype
         )
@@ -109,9 +109,9 @@ def forward(
 
         def keep(i: Any, state: Array) -> None:
             """The state before step `i * span`, if there is a checkpoint."""
-            if checkpoint_every is None:
+            if saved_state_interval is None:
                 return
-            apart = checkpoint_every // span
+            apart = saved_state_interval // span
 
             @pl.when(lax.rem(i, apart) == 0)
             def _() -> None:
@@ -200,6 +200,6 @@ def forward(
         interpret=interpret,
     )
     kept = None
-    if checkpoint_every is not None:
+    if saved_state_interval is not None:
         kept = Kept(results["checkpoints"], results.get("errors"))
     return results["out"], results["final_state"], kept

@@ -28,7 +28,7 @@ def recurrence(
     live: Array | None = None,
     *,
     linear_state: bool,
-    checkpoint_every: int,
+    saved_state_interval: int,
     forward_geometry: Geometry | None = None,
     backward_geometry: Geometry | None = None,
     interpret: Any = None,
@@ -36,8 +36,8 @@ def recurrence(
     """The recurrence by the GPU kernels; differentiable once, in reverse mode.
 
     Between the two passes it keeps its arguments, and, in v's dtype, a state every
-    `checkpoint_every` steps, rounded up to a multiple of 32; up to 32, a state every 8 steps, and
-    `v - S^T k` in float32 in place of v.
+    `saved_state_interval` steps, rounded up to a multiple of 32; up to 32, a state every 8 steps,
+    and `v - S^T k` in float32 in place of v.
 
     Args:
         q, k: `[B, T, H, N]`, float32 or bfloat16.
@@ -51,7 +51,7 @@ def recurrence(
             steps q, k, v and the gradient of out must be zeros; their outputs, and their gradients
             of decay and the write gate, mean nothing.
         linear_state: leave out the tanh.
-        checkpoint_every: steps between the states that are kept, as above; T counts if it is less.
+        saved_state_interval: steps between the states that are kept, as above; at most T counts.
         forward_geometry, backward_geometry: how the kernels cut up the work; chosen by the
             functions of these names in `tuning.py` if not given.
         interpret: `compat.InterpretGPUParams` to run the kernels on a CPU.
@@ -60,7 +60,7 @@ def recurrence(
         out `[B, T, H, V]` in v's dtype and the final state `[B, H, N, V]` float32.
     """
     options = Options(linear_state, forward_geometry, backward_geometry, interpret)
-    every = min(checkpoint_every, q.shape[1])
+    every = min(saved_state_interval, q.shape[1])
     every = GROUP if every <= KEEPS_GROUPS else round_up(every, KEEPS_GROUPS)
     inputs = Inputs(q, k, v, decay, write_gate, starts, live)
     return _recurrence(options, every, inputs, initial_state)

@@ -1,12 +1,9 @@
 """Settings that every test runs under; they must be set before JAX starts."""
 
-import importlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,14 +29,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A program compiled by another machine or version must not be what is tested.
 jax.config.update("jax_enable_compilation_cache", False)
 
-pytest.register_assert_rewrite("numpy_layer", "numpy_reference", "recurrence_contract")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """The program of a name in `benchmarks/`, as a module."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    return importlib.import_module
+pytest.register_assert_rewrite("tests.recurrence_contract", "tests.reference")
 
 
 @pytest.fixture

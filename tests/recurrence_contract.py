@@ -16,13 +16,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from numpy_reference import Inputs, rms_ratio
 
 from e88_jax import documents
 from e88_jax.recurrence import e88_recurrence
+from tests.reference import recurrence as numpy_reference
+from tests.reference.recurrence import Inputs, rms_ratio
 
 # Of ||x - reference|| / ||reference||, per tensor.
 BOUNDS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 4e-3}
@@ -124,7 +124,7 @@ def rows_by(
     """The op, as `e88_recurrence` makes it of a recurrence alone."""
     x = documents.Inputs(**{"write_gate": None, "initial_state": None, **arrays})
     lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
-    options = {"linear_state": False, "checkpoint_every": 32, **options}
+    options = {"linear_state": False, "saved_state_interval": 32, **options}
     return documents.of_rows(functools.partial(recurrence, **options), x, segment_ids, lengths)
 
 
@@ -158,7 +158,7 @@ class RecurrenceContract:
     quick_to_compile: tuple[str, ...] = ("float64",)
     checkpoint_intervals: tuple[int, ...] = (1, 5, 32, 1000)
     kept_every: Mapping[int, int] = MappingProxyType({16: 16, 64: 64})
-    """Steps between the states that are kept where `checkpoint_every` is so many."""
+    """Steps between the states that are kept where `saved_state_interval` is so many."""
     uses_xla_memory: bool = True
     """Whether XLA's analysis counts all the device memory that a program uses."""
 
@@ -180,7 +180,7 @@ class RecurrenceContract:
     ) -> Tensors:
         """`out`, `final_state` and the gradient `d_x` of each input, in NumPy."""
         # Few steps between checkpoints: implementations may write those out, and compile longer.
-        options = {"linear_state": inputs.linear_state, "checkpoint_every": 4, **options}
+        options = {"linear_state": inputs.linear_state, "saved_state_interval": 4, **options}
         run = _evaluator(type(self), tuple(sorted(options.items())), dtype)
         wide = "float64" if dtype == "float64" else "float32"
         d_out, d_final_state = cotangents
@@ -231,7 +231,7 @@ class RecurrenceContract:
         if size not in self.sizes:
             pytest.skip(f"{self.implementation} does not take (T, N, V) = {size}")
         inputs = make_inputs(*size, EVERY_OPTION, **self.rows)
-        self.check_against_numpy(inputs, dtype, checkpoint_every=32)
+        self.check_against_numpy(inputs, dtype, saved_state_interval=32)
 
     @pytest.mark.parametrize("options", OPTIONS, ids="+".join)
     def test_options(self, options: tuple[str, ...]) -> None:
@@ -276,7 +276,7 @@ class RecurrenceContract:
                     dict(zip(arrays, values, strict=True)),
                     None if inputs.segment_ids is None else jnp.asarray(inputs.segment_ids),
                     linear_state=inputs.linear_state,
-                    checkpoint_every=2,
+                    saved_state_interval=2,
                 )
                 return jnp.sum(out * d_out) + jnp.sum(final_state * d_final_state)
 
@@ -309,7 +309,7 @@ class RecurrenceContract:
             assert np.any(ids[:, 1:] != ids[:, :-1])
 
             def whole(arrays: Tensors) -> Any:
-                out, final_state = self.call(arrays, jnp.asarray(ids), checkpoint_every=4)
+                out, final_state = self.call(arrays, jnp.asarray(ids), saved_state_interval=4)
                 return loss(out, final_state), (out, final_state)
 
             def split(arrays: Tensors) -> Any:
@@ -458,15 +458,19 @@ class RecurrenceContract:
                 np.testing.assert_array_equal(x[:, start:], clean[name][:, start:], err_msg=name)
                 assert name == "out" or not np.any(x[:, :start]), name
 
-    def test_checkpoint_every_changes_nothing(self) -> None:
+    def test_saved_state_interval_changes_nothing(self) -> None:
         inputs = self.inputs(67, EVERY_OPTION)
         cotangents = make_cotangents(inputs)
         bound = 1e-13 if self.best_dtype == "float64" else 1e-6
         with jax.enable_x64(self.best_dtype == "float64"):
             first, *others = self.checkpoint_intervals
-            expected = self.evaluate(inputs, cotangents, self.best_dtype, checkpoint_every=first)
+            expected = self.evaluate(
+                inputs, cotangents, self.best_dtype, saved_state_interval=first
+            )
             for every in others:
-                actual = self.evaluate(inputs, cotangents, self.best_dtype, checkpoint_every=every)
+                actual = self.evaluate(
+                    inputs, cotangents, self.best_dtype, saved_state_interval=every
+                )
                 assert_tensors_close(actual, expected, bound)
 
     @pytest.mark.parametrize("options", [(), EVERY_OPTION], ids="+".join)
@@ -547,7 +551,7 @@ class RecurrenceContract:
         ids = jnp.asarray(inputs.segment_ids)
 
         def gradient(arrays: Tensors, ids: Any, d_out: Any, d_state: Any) -> Any:
-            results, pullback = jax.vjp(lambda a: self.call(a, ids, checkpoint_every=4), arrays)
+            results, pullback = jax.vjp(lambda a: self.call(a, ids, saved_state_interval=4), arrays)
             return results, pullback((d_out, d_state))
 
         arguments = (
@@ -575,7 +579,7 @@ class RecurrenceContract:
         arguments = (tensors(inputs, "float32"), jnp.asarray(inputs.segment_ids), d_out, d_state)
 
         def gradient(arrays: Tensors, ids: Any, d_out: Any, d_state: Any) -> Any:
-            results, pullback = jax.vjp(lambda a: self.call(a, ids, checkpoint_every=4), arrays)
+            results, pullback = jax.vjp(lambda a: self.call(a, ids, saved_state_interval=4), arrays)
             return results, pullback((d_out, d_state))
 
         mesh = jax.make_mesh((n_devices,), ("data",), axis_types=(AxisType.Auto,))
@@ -605,11 +609,11 @@ class RecurrenceContract:
         step_bytes = heads * 4 * (2 * n_state + 2 * n_value + 2)
 
         @functools.cache
-        def temporary(time: int, checkpoint_every: int) -> int:
+        def temporary(time: int, saved_state_interval: int) -> int:
             """Bytes of working memory of the compiled gradient, arguments and results excluded."""
 
             def loss(arrays: Tensors) -> Any:
-                out, final_state = self.call(arrays, checkpoint_every=checkpoint_every)
+                out, final_state = self.call(arrays, saved_state_interval=saved_state_interval)
                 return jnp.sum(out * out) + jnp.sum(final_state * final_state)
 
             def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -630,9 +634,9 @@ class RecurrenceContract:
         # decides the most that is in use at once.
         time = 8192
 
-        def per_step(checkpoint_every: int) -> float:
-            twice = temporary(2 * time, checkpoint_every)
-            return (twice - temporary(time, checkpoint_every)) / time
+        def per_step(saved_state_interval: int) -> float:
+            twice = temporary(2 * time, saved_state_interval)
+            return (twice - temporary(time, saved_state_interval)) / time
 
         # All states would be state_bytes a step. Checkpoints are a fraction of that, and copies of
         # the inputs and gradients in the order that the implementation wants come on top.

@@ -22,7 +22,7 @@ def layer(**changes: Any) -> E88Config:
         ({"dim": 0}, ["dim", "0"]),
         ({"n_heads": -3}, ["n_heads", "-3"]),
         ({"n_state": 0}, ["n_state", "0"]),
-        ({"checkpoint_every": 0}, ["checkpoint_every", "0"]),
+        ({"saved_state_interval": 0}, ["saved_state_interval", "0"]),
         ({"conv_size": 1}, ["conv_size", "2", "1"]),
         ({"conv_size": 0}, ["conv_size", "2", "0"]),
         ({"expansion": 0.0}, ["expansion", "0.0 * 32 = 0.0"]),

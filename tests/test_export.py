@@ -13,7 +13,7 @@ from jax import export
 from e88_jax import E88LM, E88Config, LMConfig, e88_recurrence
 from e88_jax.generate import for_inference
 
-LAYER = E88Config(dim=8, n_heads=2, n_state=4, conv_size=2, checkpoint_every=2, dtype="float32")
+LAYER = E88Config(dim=8, n_heads=2, n_state=4, conv_size=2, saved_state_interval=2, dtype="float32")
 VOCAB = 19
 
 
@@ -95,7 +95,7 @@ def test_the_op_of_any_batch_and_length() -> None:
     @jax.jit
     def gradients(q: Any, k: Any, v: Any, decay: Any, lengths: Any) -> Any:
         def loss(*arrays: Any) -> Any:
-            out, state = e88_recurrence(*arrays, lengths=lengths, checkpoint_every=2)
+            out, state = e88_recurrence(*arrays, lengths=lengths, saved_state_interval=2)
             return jnp.sum(out * out) + jnp.sum(state)
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(q, k, v, decay)

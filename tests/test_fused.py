@@ -4,18 +4,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import layer_by_xla
 import numpy as np
 import pytest
 from flax import nnx
-from numpy_reference import rms_ratio
-from test_mixer import OPTIONS, name_of
 
 import pallas_kernels.activation
 import pallas_kernels.decode_layer
 from e88_jax import kernels, recurrence
 from e88_jax.config import E88Config
 from e88_jax.mixer import E88Mixer
+from tests.reference import layer_by_xla
+from tests.reference.recurrence import rms_ratio
+from tests.test_mixer import OPTIONS, name_of
 
 over_options = pytest.mark.parametrize("options", OPTIONS, ids=name_of)
 

@@ -4,13 +4,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_layer
 import pytest
 from flax import nnx
-from test_mixer import OPTIONS, make_config, name_of
 
 from e88_jax.interop import mixer_from_torch, mixer_to_torch
 from e88_jax.mixer import E88Mixer
+from tests.reference import layer as numpy_layer
+from tests.test_mixer import OPTIONS, make_config, name_of
 
 CONFIG = make_config({"conv_size": 3, "head_mix": "per_head"}, "float32")
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from recurrence_contract import make_inputs, tensors
 
 import pallas_kernels
 from e88_jax import kernels, recurrence
@@ -19,6 +18,7 @@ from e88_jax.config import E88Config
 from e88_jax.mixer import E88Mixer
 from e88_jax.recurrence import e88_recurrence
 from pallas_kernels import activation, backward, decode_layer, forward
+from tests.recurrence_contract import make_inputs, tensors
 
 VALUE_ERROR = ValueError("Out of bound slice: start=0.\nThe kernel's frames.")
 ATTRIBUTE_ERROR = AttributeError("module 'mosaic_gpu' has no attribute 'CompilerParams'")
@@ -127,7 +127,7 @@ def test_a_refusal_is_seen_wherever_the_call_is(
 def test_kernels_that_lower_are_not_refused() -> None:
     arrays = tensors(make_inputs(100, 12, 20, ("write_gate",), batch=1, heads=3), "float32")
     options = {"starts": jnp.zeros((1, 100), bool), "initial_state": None}
-    options |= {"linear_state": False, "checkpoint_every": 32}
+    options |= {"linear_state": False, "saved_state_interval": 32}
     assert kernels.lowering_refusal(pallas_kernels.recurrence, **arrays, **options) is None
     split = activation.Split(3, 16, 16, True, True)
     y = jnp.ones((2, 5, split.columns + 48))

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from recurrence_contract import EVERY_OPTION, make_inputs, tensors
 
 from e88_jax import E88LM, E88Config, E88Mixer, LMConfig, e88_recurrence
+from tests.recurrence_contract import EVERY_OPTION, make_inputs, tensors
 
 LENGTHS = (8, 3, 0, 8)
 SIZES = {"b": 4, "t": 8, "h": 4}

@@ -7,16 +7,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_layer
 import pytest
 from flax import nnx
-from numpy_reference import rms_ratio
-from recurrence_contract import QUICK_TO_COMPILE
 
 from e88_jax.activation import l2_normalize
 from e88_jax.config import E88Config
 from e88_jax.interop import mixer_from_torch, mixer_to_torch
 from e88_jax.mixer import E88Mixer, MixerState
+from tests.recurrence_contract import QUICK_TO_COMPILE
+from tests.reference import layer as numpy_layer
+from tests.reference.recurrence import rms_ratio
 
 # Every option alone, then those that act on each other.
 OPTIONS: list[dict[str, Any]] = [
@@ -75,7 +75,7 @@ def name_of(options: dict[str, Any]) -> str:
 
 def make_config(options: dict[str, Any], dtype: Any = "float64") -> E88Config:
     # No two sizes equal, so that a transposed weight cannot fit.
-    return E88Config(dim=10, n_heads=3, n_state=4, checkpoint_every=2, dtype=dtype, **options)
+    return E88Config(dim=10, n_heads=3, n_state=4, saved_state_interval=2, dtype=dtype, **options)
 
 
 def make_input(time: int = TIME, seed: int = 0, batch: int = BATCH) -> np.ndarray:

@@ -5,15 +5,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_layer
 import optax
 import pytest
 from flax import nnx, traverse_util
-from numpy_reference import rms_ratio
 
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.interop import mixer_to_torch
 from e88_jax.model import E88LM, count_params, weight_decay_mask
+from tests.reference import layer as numpy_layer
+from tests.reference.recurrence import rms_ratio
 
 VOCAB, DIM, DEPTH = 19, 10, 2
 LAYER = E88Config(
@@ -24,7 +24,7 @@ LAYER = E88Config(
     conv_size=3,
     write_gate=True,
     output_norm=True,
-    checkpoint_every=2,
+    saved_state_interval=2,
     dtype="float32",
 )
 CONFIG = LMConfig(layer=LAYER, depth=DEPTH, vocab_size=VOCAB, channel_mixer_dim=14)
@@ -148,7 +148,7 @@ class TestForward:
 
 class TestDtypes:
     def test_bfloat16(self) -> None:
-        layer = E88Config(dim=DIM, n_heads=3, n_state=4, checkpoint_every=2, dtype="bfloat16")
+        layer = E88Config(dim=DIM, n_heads=3, n_state=4, saved_state_interval=2, dtype="bfloat16")
         config = LMConfig(layer=layer, depth=1, vocab_size=VOCAB, channel_mixer_dim=14)
         model = E88LM(config, rngs=nnx.Rngs(0))
         logits, (state,) = run(model, jnp.asarray(TOKENS))

@@ -146,13 +146,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, dict[str, A
             name: without(NOT_ARRAYS, "None") | FLOATS
             for name in ("write_gate", "initial_state", "segment_ids")
         }
-        | {"linear_state": NOT_BOOLS, "checkpoint_every": NOT_SIZES}
+        | {"linear_state": NOT_BOOLS, "saved_state_interval": NOT_SIZES}
         | {"implementation": NOT_CHOICES},
     ),
     "layer config": (
         E88Config,
         {"dim": 8, "n_heads": 2},
-        dict.fromkeys(("dim", "n_heads", "n_state", "checkpoint_every"), NOT_SIZES)
+        dict.fromkeys(("dim", "n_heads", "n_state", "saved_state_interval"), NOT_SIZES)
         | {"conv_size": without(NOT_SIZES, "None") | {"1": 1}}
         | {"expansion": NOT_NUMBERS | {"1.3": 1.3, "2**31": 2**31}}
         | dict.fromkeys(
@@ -472,7 +472,7 @@ def test_lists_and_numpy_arrays_are_arrays_to_the_op() -> None:
         )
         assert (out.shape, state.shape) == ((1, 3, 2, 4), (1, 2, 4, 4))
     out, _ = jax.eval_shape(
-        lambda: e88_recurrence(**OP, checkpoint_every=np.int64(2), linear_state=np.True_)
+        lambda: e88_recurrence(**OP, saved_state_interval=np.int64(2), linear_state=np.True_)
     )
     assert out.dtype == jnp.float32
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
-from test_mixer import OPTIONS, make_config, name_of
 
 from e88_jax import E88LM, E88Mixer, LMConfig
 from e88_jax.activation import activate, l2_normalize
 from e88_jax.precision import compute_dtype, wide, wide_dtype
+from tests.test_mixer import OPTIONS, make_config, name_of
 
 
 @pytest.mark.parametrize(

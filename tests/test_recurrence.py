@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recurrence_contract import EVERY_OPTION, RecurrenceContract, make_inputs, tensors
 
 from e88_jax import recurrence
 from e88_jax.recurrence import e88_recurrence
+from tests.recurrence_contract import EVERY_OPTION, RecurrenceContract, make_inputs, tensors
 
 
 class TestScan(RecurrenceContract):
@@ -76,8 +76,14 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["initial_state must", "float32", "bfloat16"],
     ),
     "segment_ids of floats": ({"segment_ids": zeros(2, 5)}, ["segment_ids must", "float32"]),
-    "checkpoint_every of 0": ({"checkpoint_every": 0}, ["checkpoint_every must", "1", "0"]),
-    "checkpoint_every of -7": ({"checkpoint_every": -7}, ["checkpoint_every must", "1", "-7"]),
+    "saved_state_interval of 0": (
+        {"saved_state_interval": 0},
+        ["saved_state_interval must", "1", "0"],
+    ),
+    "saved_state_interval of -7": (
+        {"saved_state_interval": -7},
+        ["saved_state_interval must", "1", "-7"],
+    ),
     "unknown implementation": ({"implementation": "cuda"}, ["implementation must", "scan", "cuda"]),
 }
 
@@ -145,8 +151,8 @@ class TestChoice:
             self.call(3, implementation="picky")
 
     def test_bad_input_does_not_fall_back(self) -> None:
-        with pytest.raises(ValueError, match="checkpoint_every"):
-            self.call(3, checkpoint_every=0)
+        with pytest.raises(ValueError, match="saved_state_interval"):
+            self.call(3, saved_state_interval=0)
 
 
 def test_the_gpu_kernel_refuses_where_it_is_missing() -> None:

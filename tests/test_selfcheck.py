@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_reference
 import pytest
 
 from e88_jax import recurrence, selfcheck
 from e88_jax.reference import scan_recurrence
 from e88_jax.selfcheck import Case
+from tests.reference import recurrence as numpy_reference
 
 EVERY_OPTION = ("write_gate", "initial_state", "segment_ids")
 SMALL = Case((2, 5, 3, 4, 6), "float32", EVERY_OPTION)
@@ -38,7 +38,7 @@ def test_all_that_the_op_takes_is_among_the_cases() -> None:
         cases = [case for case in selfcheck.FULL if case.dtype == dtype]
         used = {option for case in cases for option in case.options}
         assert used == {*EVERY_OPTION, "linear_state"}
-        assert {case.checkpoint_every for case in cases} == {16, 32, 64}
+        assert {case.saved_state_interval for case in cases} == {16, 32, 64}
         assert len({case.extreme for case in cases}) == 4
 
 

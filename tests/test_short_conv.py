@@ -4,12 +4,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_layer
 import pytest
 from flax import nnx
-from numpy_reference import rms_ratio
 
 from e88_jax.short_conv import ShortConv
+from tests.reference import layer as numpy_layer
+from tests.reference.recurrence import rms_ratio
 
 BATCH, CHANNELS = 2, 5
 

@@ -18,7 +18,7 @@ KERNEL_MULTIPLE = 4
 _GROUP = 8
 """Steps between the states that the GPU kernel keeps: `pallas_kernels.geometry.GROUP`."""
 _LONGEST = 32
-"""Up to so many as `checkpoint_every`; above, it keeps them as asked for: `pallas_kernels.vjp`."""
+"""Longest `saved_state_interval` at which it does; above, states are kept as asked for."""
 
 
 def state_per_layer(config: E88Config) -> int:
@@ -146,7 +146,7 @@ def _kept_per_token(config: LMConfig, narrow: int, implementation: str) -> tuple
     products = narrow * read
     whole = residual + products + narrow * layer.dim  # the norm's input and output
     whole += narrow * (2 * keys + values)  # q, k and out of the recurrence
-    groups = implementation == "mosaic_gpu" and layer.checkpoint_every <= _LONGEST
+    groups = implementation == "mosaic_gpu" and layer.saved_state_interval <= _LONGEST
     # v, or the kernel's errors; XLA copies what a loop reads.
     whole += _FLOAT * values if groups else narrow * (2 * keys + 2 * values)
     if layer.use_l2_norm:
@@ -169,7 +169,7 @@ def _kept_per_token(config: LMConfig, narrow: int, implementation: str) -> tuple
 def _checkpoint_bytes(
     layer: E88Config, batch: int, length: int, narrow: int, implementation: str
 ) -> int:
-    every, width = layer.checkpoint_every, _FLOAT
+    every, width = layer.saved_state_interval, _FLOAT
     if implementation == "mosaic_gpu":
         every = _GROUP if every <= _LONGEST else every
         width = narrow

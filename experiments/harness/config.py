@@ -14,7 +14,7 @@ from .errors import UsageError
 
 # Memory is no matter at this size, and keeping more states saves the backward pass a replay.
 DEFAULT_MODEL = LMConfig(
-    layer=E88Config(dim=256, n_heads=8, n_state=32, checkpoint_every=8), depth=4
+    layer=E88Config(dim=256, n_heads=8, n_state=32, saved_state_interval=8), depth=4
 )
 """Small enough to learn bytes on a laptop's processor in minutes."""
 

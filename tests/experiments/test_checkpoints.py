@@ -16,8 +16,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from harness.checkpoints import CHECKSUMS, Checkpoints
-from harness.errors import RunStopped, UsageError
+
+from experiments.harness.checkpoints import CHECKSUMS, Checkpoints
+from experiments.harness.errors import RunStopped, UsageError
 
 
 def state_of(step: int) -> dict[str, object]:

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import cli
-from harness.config import TrainConfig
+
+from experiments.harness import cli
+from experiments.harness.config import TrainConfig
 
 PROGRAM = Path(__file__).parents[2] / "experiments" / "train_byte_lm.py"
 

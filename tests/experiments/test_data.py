@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import data
-from harness.config import DataConfig, TrainConfig
-from harness.errors import UsageError
+
+from experiments.harness import data
+from experiments.harness.config import DataConfig, TrainConfig
+from experiments.harness.errors import UsageError
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import train_byte_lm
-from harness import data, loop
-from harness.errors import RunStopped, UsageError
-from harness.run_directory import LISTING
-from harness.step import StepMetrics
+
+from experiments import train_byte_lm
+from experiments.harness import data, loop
+from experiments.harness.errors import RunStopped, UsageError
+from experiments.harness.run_directory import LISTING
+from experiments.harness.step import StepMetrics
 
 TINY = [
     *"--dim 16 --n-heads 2 --n-state 4 --depth 1 --seq-len 16 --batch-size 4".split(),  # noqa: SIM905

@@ -7,8 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from harness import devices
-from harness.errors import UsageError
+
+from experiments.harness import devices
+from experiments.harness.errors import UsageError
 
 FRACTIONS = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 OTHERS = (
@@ -132,7 +133,10 @@ def test_as_many_devices_as_the_user_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_jax_reads_the_number_of_devices_where_it_is_looked_for() -> None:
-    code = "from harness import devices; devices.set_up(); import jax; print(len(jax.devices()))"
+    code = (
+        "from experiments.harness import devices; devices.set_up(); "
+        "import jax; print(len(jax.devices()))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "3"},

@@ -6,8 +6,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from harness import files
-from harness.errors import UsageError
+
+from experiments.harness import files
+from experiments.harness.errors import UsageError
 
 
 @pytest.fixture

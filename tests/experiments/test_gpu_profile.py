@@ -1,7 +1,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from harness.gpu_profile import ELSE, Kernel, breakdown, longest, part_of, profile
+
+from experiments.harness.gpu_profile import ELSE, Kernel, breakdown, longest, part_of, profile
 
 KERNELS = [
     Kernel("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", 1000, 4000),

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.config import DataConfig, OptimizerConfig, TrainConfig, check_resumable
-from harness.errors import UsageError
-from train_byte_lm import parse_args
 
 from e88_jax.config import E88Config, LMConfig
+from experiments.harness.config import DataConfig, OptimizerConfig, TrainConfig, check_resumable
+from experiments.harness.errors import UsageError
+from experiments.train_byte_lm import parse_args
 
 COUNTS = [
     *["steps", "log-every", "eval-every", "eval-bytes", "save-every", "keep", "max-skipped-steps"],

@@ -4,7 +4,8 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from harness.interrupts import Interrupts
+
+from experiments.harness.interrupts import Interrupts
 
 
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -29,7 +30,7 @@ def test_a_second_one_later_acts_as_usual(number: signal.Signals, monkeypatch: p
     seen = []
     signal.signal(number, lambda n, _: seen.append(n))
     now = 0.0
-    monkeypatch.setattr("harness.interrupts.time.monotonic", lambda: now)
+    monkeypatch.setattr("experiments.harness.interrupts.time.monotonic", lambda: now)
     with Interrupts():
         signal.raise_signal(number)
         assert seen == []

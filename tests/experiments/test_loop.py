@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import loop
-from harness.config import TrainConfig
+
+from experiments.harness import loop
+from experiments.harness.config import TrainConfig
 
 
 def test_weights_that_are_not_finite_give_a_warning_and_no_sample(

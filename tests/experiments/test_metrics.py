@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from harness.metrics import Interval, MetricsLog, read_metrics
-from harness.plots import plot_loss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiments.harness.metrics import Interval, MetricsLog, read_metrics
+from experiments.harness.plots import plot_loss
 
 
 def shown(directory: Path, tag: str = "train/loss") -> list[tuple[int, float]]:
@@ -51,7 +52,7 @@ def test_a_resumed_run_keeps_the_times_of_its_events(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for start, now in ((0, 1000.0), (2, 2000.0), (4, 3000.0)):
-        monkeypatch.setattr("harness.metrics.time.time", lambda now=now: now)
+        monkeypatch.setattr("experiments.harness.metrics.time.time", lambda now=now: now)
         with opened(tmp_path, start=start) as log:
             write_steps(log, range(start + 1, start + 4))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -155,7 +156,7 @@ def test_tensorboard_that_fails_is_given_up(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with opened(tmp_path, start=0) as log:
-        monkeypatch.setattr("harness.metrics.RecordWriter.write", is_full)
+        monkeypatch.setattr("experiments.harness.metrics.RecordWriter.write", is_full)
         write_steps(log, range(1, 5))
     (warning,) = capsys.readouterr().err.splitlines()
     assert "tensorboard could not be written (No space left on device)" in warning

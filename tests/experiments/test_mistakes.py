@@ -87,7 +87,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (here / "dangling").symlink_to("nowhere")
     (here / "short").write_bytes(bytes(300))
     os.mkfifo(here / "pipe")
-    from harness.config import TrainConfig
+    from experiments.harness.config import TrainConfig
 
     described = {"config": TrainConfig().to_dict(), "corpus": "", "corpus_bytes": 0}
     described |= {"devices": "", "versions": {}}

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import train_byte_lm
-from harness.config import DEFAULT_MODEL
-from harness.errors import UsageError
 
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.sizing import PRESETS, count_params
+from experiments import train_byte_lm
+from experiments.harness.config import DEFAULT_MODEL
+from experiments.harness.errors import UsageError
 
 
 def test_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,9 +23,17 @@ def test_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_flags_of_the_model_change_it() -> None:
-    flags = ["--preset", "h72n32-500m", "--depth", "3", "--write-gate", "--checkpoint-every", "64"]
+    flags = [
+        "--preset",
+        "h72n32-500m",
+        "--depth",
+        "3",
+        "--write-gate",
+        "--saved-state-interval",
+        "64",
+    ]
     model = train_byte_lm.parse_args(flags).model
-    layer = E88Config(dim=2176, n_heads=72, n_state=32, write_gate=True, checkpoint_every=64)
+    layer = E88Config(dim=2176, n_heads=72, n_state=32, write_gate=True, saved_state_interval=64)
     assert model == LMConfig(layer=layer, depth=3)
 
 

@@ -9,9 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import n_state_scaling
 import pytest
-from harness import (
+from matplotlib.image import imread
+
+import e88_jax.recurrence
+from e88_jax.config import E88Config
+from e88_jax.recurrence import e88_recurrence
+from experiments import n_state_scaling
+from experiments.harness import (
     cli,
     layer_step,
     recurrence_timing,
@@ -19,11 +24,6 @@ from harness import (
     scaling_report,
     timing,
 )
-from matplotlib.image import imread
-
-import e88_jax.recurrence
-from e88_jax.config import E88Config
-from e88_jax.recurrence import e88_recurrence
 
 TINY = ["--d-inner", "16", "--batch-size", "1", "--seq-len", "2", "--repetitions", "2"]
 REFUSED = 12

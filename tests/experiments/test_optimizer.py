@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from harness.config import OptimizerConfig
-from harness.optimizer import Optimizer, make_optimizer
+
+from experiments.harness.config import OptimizerConfig
+from experiments.harness.optimizer import Optimizer, make_optimizer
 
 STEPS = 3
 CONFIG = OptimizerConfig(

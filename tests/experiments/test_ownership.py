@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from harness import ownership
-from harness.errors import UsageError
-from harness.ownership import LOCK, Owner, owned
+
+from experiments.harness import ownership
+from experiments.harness.errors import UsageError
+from experiments.harness.ownership import LOCK, Owner, owned
 
 
 def leave(directory: Path, owner: Owner) -> None:

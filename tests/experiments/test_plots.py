@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from harness.plots import plot_loss
+
+from experiments.harness.plots import plot_loss
 
 METRICS = '{"kind": "validation", "step": 1, "bits_per_byte": 2.5}\n'
 

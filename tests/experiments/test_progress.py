@@ -5,9 +5,9 @@ import os
 import sys
 
 import pytest
-from harness.progress import Report
 
 from e88_jax import command
+from experiments.harness.progress import Report
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import run_directory
-from harness.config import TrainConfig
-from harness.errors import UsageError
+
+from experiments.harness import run_directory
+from experiments.harness.config import TrainConfig
+from experiments.harness.errors import UsageError
 
 DESCRIPTION = run_directory.Description(
     TrainConfig(), corpus="abc", corpus_bytes=1000, parameters=10, devices="1 x abacus"

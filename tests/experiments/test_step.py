@@ -3,18 +3,20 @@
 import dataclasses
 
 import chex
-import harness.step
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from harness.config import OptimizerConfig
-from harness.data import Batch
-from harness.devices import placement
-from harness.optimizer import make_optimizer
-from harness.step import (
+
+import experiments.harness.step
+from e88_jax import E88LM, E88Config, LMConfig
+from experiments.harness.config import OptimizerConfig
+from experiments.harness.data import Batch
+from experiments.harness.devices import placement
+from experiments.harness.optimizer import make_optimizer
+from experiments.harness.step import (
     BITS_PER_NAT,
     GPU_OPTIONS,
     TrainState,
@@ -26,8 +28,6 @@ from harness.step import (
     place,
     xla_options,
 )
-
-from e88_jax import E88LM, E88Config, LMConfig
 
 ALWAYS = np.bool_(True)
 
@@ -141,7 +141,7 @@ def test_a_loss_or_a_gradient_alone_that_is_not_finite(
         total = jnp.sum(model.norm.scale[...])
         return (jnp.inf + total if what == "loss" else jnp.sqrt(0 * total)), None
 
-    monkeypatch.setattr(harness.step, "next_byte_loss", loss)
+    monkeypatch.setattr(experiments.harness.step, "next_byte_loss", loss)
     step, state, _ = make(model, plain())
     after, metrics = step(state, windows_of((1, 2, 10)), ALWAYS)
     assert np.isfinite(metrics.loss) == (what == "gradient")

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from harness.trained import load_trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiments.harness.trained import load_trained
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TINY = [

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from layer_by_xla import OPTIONS, a_layer, decoded, inputs
-from layer_by_xla import activated as activated_by_xla
-from numpy_reference import rms_ratio
 
 from e88_jax import recurrence
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.generate import for_inference
 from e88_jax.mixer import E88Mixer
 from e88_jax.model import E88LM
+from tests.reference.layer_by_xla import OPTIONS, a_layer, decoded, inputs
+from tests.reference.layer_by_xla import activated as activated_by_xla
+from tests.reference.recurrence import rms_ratio
 
 if refusal := recurrence.unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)

@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from numpy_reference import rms_ratio
-from recurrence_contract import (
+
+import pallas_kernels
+from e88_jax import recurrence
+from e88_jax.recurrence import e88_recurrence
+from pallas_kernels import Geometry
+from tests.recurrence_contract import (
     EVERY_OPTION,
     SIZES,
     RecurrenceContract,
@@ -22,11 +26,7 @@ from recurrence_contract import (
     rows_by,
     tensors,
 )
-
-import pallas_kernels
-from e88_jax import recurrence
-from e88_jax.recurrence import e88_recurrence
-from pallas_kernels import Geometry
+from tests.reference.recurrence import rms_ratio
 
 if refusal := recurrence.unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)

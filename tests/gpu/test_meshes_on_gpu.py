@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from numpy_reference import rms_ratio
-from recurrence_contract import EVERY_OPTION, make_inputs, tensors
 
 from e88_jax import E88LM, E88Config, LMConfig, e88_recurrence, recurrence
+from tests.recurrence_contract import EVERY_OPTION, make_inputs, tensors
+from tests.reference.recurrence import rms_ratio
 
 if refusal := recurrence.unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)

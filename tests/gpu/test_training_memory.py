@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any
 
 import pytest
-from harness.step import xla_options
 
+from benchmarks import plan
 from e88_jax import recurrence
 from e88_jax.sizing import PRESETS, training_memory
+from experiments.harness.step import xla_options
 
 if refusal := recurrence.unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
@@ -19,9 +20,8 @@ if refusal := recurrence.unsupported_device():
     [("h72n32-500m", 8, 2048), ("h72n32-500m", 1, 16384), ("h40n64-500m", 8, 2048)],
 )
 def test_training_memory_is_what_xla_plans(
-    load: Any, preset: str, batch: int, length: int, remat: Any
+    preset: str, batch: int, length: int, remat: Any
 ) -> None:
-    plan = load("plan")
     config = dataclasses.replace(PRESETS[preset].config, depth=4, remat=remat)
     compiled = plan.lower_step(plan.on_a_gpu(config), batch, length).compile(xla_options())
     estimate = training_memory(config, batch, length)

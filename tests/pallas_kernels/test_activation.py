@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layer_by_xla import activated
-from numpy_reference import rms_ratio
-from warp_in_numpy import Memory, WarpInNumpy
 
 from pallas_kernels.activation import Split, activate, activate_rows, gradient_of_rows
+from tests.reference.layer_by_xla import activated
+from tests.reference.recurrence import rms_ratio
+from tests.reference.warp_in_numpy import Memory, WarpInNumpy
 
 BOUNDS = {jnp.float32: 1e-6, jnp.bfloat16: 2.5e-3}
 """Of ||x - reference|| / ||reference||: in bfloat16 what one rounding costs."""

@@ -1,9 +1,9 @@
 from typing import Any
 
 import pytest
-from recurrence_contract import OPTIONS, RecurrenceContract, Tensors, make_inputs, rows_by
 
 from pallas_kernels import single_step
+from tests.recurrence_contract import OPTIONS, RecurrenceContract, Tensors, make_inputs, rows_by
 
 
 class SingleStep(RecurrenceContract):
@@ -11,7 +11,7 @@ class SingleStep(RecurrenceContract):
     dtypes = ("float32", "bfloat16")
 
     def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
-        def step(*x: Any, checkpoint_every: int, linear_state: bool) -> Any:
+        def step(*x: Any, saved_state_interval: int, linear_state: bool) -> Any:
             *x, _, live = x
             return single_step(*x, live, linear_state=linear_state)
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from layer_by_xla import OPTIONS, a_layer, decoded, inputs
-from numpy_reference import rms_ratio
-from warp_in_numpy import Memory, WarpInNumpy
 
 from pallas_kernels.decode_layer import Layer, decode_layer, step_of_row
 from pallas_kernels.layouts import WARPS
+from tests.reference.layer_by_xla import OPTIONS, a_layer, decoded, inputs
+from tests.reference.recurrence import rms_ratio
+from tests.reference.warp_in_numpy import Memory, WarpInNumpy
 
 BOUNDS = {jnp.float32: 2e-6, jnp.bfloat16: 2.5e-3}
 """Of ||x - reference|| / ||reference||: in bfloat16 what rounding the outputs costs."""

@@ -11,8 +11,6 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_reference import rms_ratio
-from warp_in_numpy import THREADS, Memory, WarpInNumpy
 
 from pallas_kernels import backward, steps
 from pallas_kernels.blocks import round_up
@@ -27,6 +25,8 @@ from pallas_kernels.gradient_steps import (
     walk_back_and_replay,
 )
 from pallas_kernels.warp import Warp, _Address
+from tests.reference.recurrence import rms_ratio
+from tests.reference.warp_in_numpy import THREADS, Memory, WarpInNumpy
 
 Arrays = dict[str, np.ndarray]
 EVERY_OPTION = StepKind(has_write_gate=True, has_keep=True, has_live=True, linear_state=False)

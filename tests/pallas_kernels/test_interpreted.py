@@ -7,11 +7,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy_reference import Inputs
-from recurrence_contract import EVERY_OPTION, RecurrenceContract, Tensors, make_inputs, rows_by
 
 from pallas_kernels import Geometry, recurrence
 from pallas_kernels.compat import InterpretGPUParams, reset_interpreter
+from tests.recurrence_contract import (
+    EVERY_OPTION,
+    RecurrenceContract,
+    Tensors,
+    make_inputs,
+    rows_by,
+)
+from tests.reference.recurrence import Inputs
 
 RACES = InterpretGPUParams(detect_races=True)
 
@@ -68,7 +74,7 @@ class TestInterpreted(RecurrenceContract):
         self.check_against_numpy(
             _rounded(inputs, dtype),
             dtype,
-            checkpoint_every=32,
+            saved_state_interval=32,
             forward_geometry=geometry,
             backward_geometry=geometry,
         )
@@ -88,7 +94,7 @@ class TestInterpreted(RecurrenceContract):
     def test_checkpoints_far_apart(self, dtype: str) -> None:
         """A whole segment of 64 steps, and one of 11."""
         inputs = make_inputs(75, 4, 8, EVERY_OPTION, batch=1, heads=1)
-        self.check_against_numpy(_rounded(inputs, dtype), dtype, checkpoint_every=33)
+        self.check_against_numpy(_rounded(inputs, dtype), dtype, saved_state_interval=33)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_warpgroups_side_by_side(self, dtype: str) -> None:

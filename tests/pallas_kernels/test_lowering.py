@@ -35,7 +35,7 @@ def lower(
     dtype: str,
     options: tuple[str, ...] = (),
     gradient: bool = True,
-    checkpoint_every: int = 32,
+    saved_state_interval: int = 32,
     geometry: Geometry | None = None,
 ) -> int:
     """The number of kernels in the program of the results and, if wanted, the gradients."""
@@ -66,7 +66,7 @@ def lower(
             **arrays,
             **marks,
             linear_state="linear_state" in options,
-            checkpoint_every=checkpoint_every,
+            saved_state_interval=saved_state_interval,
             forward_geometry=geometry,
             backward_geometry=geometry,
         )
@@ -140,4 +140,4 @@ def test_sizes(size: int) -> None:
 
 def test_checkpoints_far_apart_are_made_closer_by_another_forward_kernel() -> None:
     shape = 2, 600, 4, 32, 32
-    assert lower(shape, "bfloat16", checkpoint_every=256) == 5  # whole segments and the last
+    assert lower(shape, "bfloat16", saved_state_interval=256) == 5  # whole segments and the last

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import kernels_in_jax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from numpy_reference import rms_ratio
-from recurrence_contract import (
+
+from e88_jax.documents import document_starts
+from pallas_kernels import Geometry, calls, recurrence
+from tests.recurrence_contract import (
     EVERY_OPTION,
     RecurrenceContract,
     Tensors,
@@ -20,9 +21,8 @@ from recurrence_contract import (
     rows_by,
     tensors,
 )
-
-from e88_jax.documents import document_starts
-from pallas_kernels import Geometry, calls, recurrence
+from tests.reference import kernels_in_jax
+from tests.reference.recurrence import rms_ratio
 
 call = functools.partial(rows_by, recurrence)
 
@@ -78,7 +78,7 @@ class TestAroundTheKernels(RecurrenceContract):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint_every", "checkpoints", "values"),
+    ("saved_state_interval", "checkpoints", "values"),
     [
         # A state before each 8 steps, and errors in place of v, padded.
         (32, 13, ((2, 100, 3, 16), "float32")),
@@ -87,7 +87,7 @@ class TestAroundTheKernels(RecurrenceContract):
     ],
 )
 def test_what_is_kept_for_the_backward_pass(
-    checkpoint_every: int, checkpoints: int, values: tuple[tuple[int, ...], str]
+    saved_state_interval: int, checkpoints: int, values: tuple[tuple[int, ...], str]
 ) -> None:
     inputs = make_inputs(100, 4, 12, EVERY_OPTION, batch=2, heads=3)
     arrays = tensors(inputs, "bfloat16")
@@ -97,7 +97,7 @@ def test_what_is_kept_for_the_backward_pass(
     def kept(op: Callable[[Tensors], Any]) -> Counter[str]:
         return Counter(str(x.aval) for x in jax.tree.leaves(jax.vjp(op, arrays)[1]))
 
-    options: Any = {"linear_state": False, "checkpoint_every": checkpoint_every}
+    options: Any = {"linear_state": False, "saved_state_interval": saved_state_interval}
     wanted = arrays | {
         "v": jnp.zeros(*values),
         "starts": starts,
@@ -123,13 +123,15 @@ def test_nothing_is_kept_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("time", "checkpoint_every"),
+    ("time", "saved_state_interval"),
     # Whole segments and steps left over, whole ones only, one short one.
     [(211, 96), (192, 64), (100, 500)],
 )
-def test_checkpoints_far_apart(time: int, checkpoint_every: int) -> None:
+def test_checkpoints_far_apart(time: int, saved_state_interval: int) -> None:
     inputs = make_inputs(time, 4, 8, EVERY_OPTION, batch=2, heads=1)
-    TestAroundTheKernels().check_against_numpy(inputs, "float32", checkpoint_every=checkpoint_every)
+    TestAroundTheKernels().check_against_numpy(
+        inputs, "float32", saved_state_interval=saved_state_interval
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,9 @@ def test_checkpoints_far_apart(time: int, checkpoint_every: int) -> None:
         (Geometry(heads=1, values=64, chunk=40), Geometry(heads=4, values=8, chunk=24)),
     ],
 )
-@pytest.mark.parametrize("checkpoint_every", [32, 64])
+@pytest.mark.parametrize("saved_state_interval", [32, 64])
 def test_geometries_may_be_given(
-    forward: Geometry, backward: Geometry, checkpoint_every: int
+    forward: Geometry, backward: Geometry, saved_state_interval: int
 ) -> None:
     inputs = make_inputs(75, 4, 6, EVERY_OPTION, batch=1, heads=3)
     TestAroundTheKernels().check_against_numpy(
@@ -151,7 +153,7 @@ def test_geometries_may_be_given(
         "float32",
         forward_geometry=forward,
         backward_geometry=backward,
-        checkpoint_every=checkpoint_every,
+        saved_state_interval=saved_state_interval,
     )
 
 
@@ -165,9 +167,9 @@ def test_higher_derivatives_are_refused() -> None:
         jax.grad(slope)(arrays["v"])
 
 
-@pytest.mark.parametrize("checkpoint_every", [32, 33])
+@pytest.mark.parametrize("saved_state_interval", [32, 33])
 def test_errors_are_stored_only_where_they_are_read(
-    checkpoint_every: int, monkeypatch: pytest.MonkeyPatch
+    saved_state_interval: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to 32 steps; farther apart, a forward pass over each segment stores its own."""
     stored: list[bool] = []
@@ -179,5 +181,5 @@ def test_errors_are_stored_only_where_they_are_read(
 
     monkeypatch.setattr(calls, "forward", forward)
     arrays = tensors(make_inputs(100, 4, 8, (), batch=1, heads=2), "float32")
-    jax.vjp(lambda arrays: call(arrays, checkpoint_every=checkpoint_every), arrays)
-    assert set(stored) == {checkpoint_every <= 32}
+    jax.vjp(lambda arrays: call(arrays, saved_state_interval=saved_state_interval), arrays)
+    assert set(stored) == {saved_state_interval <= 32}

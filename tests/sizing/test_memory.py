@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.plan import model_of
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.hardware import find
 from e88_jax.sizing import (
@@ -34,11 +35,9 @@ def name_of(plan: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=name_of)
-def test_training_memory_is_what_xla_plans_for_an_h100(load: Any, plan: dict[str, Any]) -> None:
+def test_training_memory_is_what_xla_plans_for_an_h100(plan: dict[str, Any]) -> None:
     of_call = {name: x for name, x in plan["layer"].items() if name in ("dtype", "implementation")}
-    estimate = training_memory(
-        load("plan").model_of(plan), plan["batch"], plan["length"], **of_call
-    )
+    estimate = training_memory(model_of(plan), plan["batch"], plan["length"], **of_call)
     assert 0.88 < estimate.total / plan["bytes"] < 1.12
 
 
@@ -55,7 +54,7 @@ def test_what_does_not_fit_is_told_how_it_would() -> None:
 
 def test_checkpoints() -> None:
     def of(every: int, **options: Any) -> int:
-        layer = E88Config(dim=64, n_heads=3, n_state=16, expansion=2.0, checkpoint_every=every)
+        layer = E88Config(dim=64, n_heads=3, n_state=16, expansion=2.0, saved_state_interval=every)
         return training_memory(LMConfig(layer=layer, depth=5), 2, 100, **options).checkpoints
 
     state = 5 * 2 * 3 * 16 * 32

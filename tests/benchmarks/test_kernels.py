@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import geometry, recurrence_step
 from e88_jax.recurrence import e88_recurrence
 from pallas_kernels import Geometry, calls, recurrence
 
 
-def test_decoding_step_by_step_is_the_recurrence(load: Any) -> None:
-    step = load("recurrence_step")
-    inputs = step.make_inputs(step.Shape("", 2, 5, 3, 8), "float32", jax.random.key(0))
-    state, out = step.make_program(step.WAYS["plain JAX"])(**inputs)
+def test_decoding_step_by_step_is_the_recurrence() -> None:
+    inputs = recurrence_step.make_inputs(
+        recurrence_step.Shape("", 2, 5, 3, 8), "float32", jax.random.key(0)
+    )
+    state, out = recurrence_step.make_program(recurrence_step.WAYS["plain JAX"])(**inputs)
     del inputs["d_out"]
     expected, expected_state = e88_recurrence(**inputs, implementation="scan")
     np.testing.assert_allclose(jnp.moveaxis(out[:, :, 0], 0, 1), expected, atol=1e-6)
@@ -25,7 +27,7 @@ def test_decoding_step_by_step_is_the_recurrence(load: Any) -> None:
 @pytest.mark.parametrize("name", ["A", "D"])
 @pytest.mark.parametrize("pass_name", ["forward", "forward-keeping", "backward"])
 def test_the_search_starts_from_what_a_call_uses(
-    load: Any, pass_name: str, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    pass_name: str, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[Geometry] = []
     kernel = pass_name.partition("-")[0]
@@ -35,14 +37,13 @@ def test_the_search_starts_from_what_a_call_uses(
         raise NotImplementedError("seen")
 
     monkeypatch.setattr(calls, kernel, seen)
-    geometry = load("geometry")
     shape = geometry.NAMED[name]
     inputs = jax.eval_shape(lambda: geometry.make_inputs(shape, dtype, jax.random.key(0)))
     d_out = inputs.pop("d_out")
 
     def out(arrays: Any) -> Any:
         options = {"write_gate": None, "initial_state": None}
-        return recurrence(**arrays, **options, linear_state=False, checkpoint_every=32)[0]
+        return recurrence(**arrays, **options, linear_state=False, saved_state_interval=32)[0]
 
     def gradient(arrays: Any, d_out: Any) -> Any:
         return jax.vjp(out, arrays)[1](d_out)

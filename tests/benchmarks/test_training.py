@@ -1,5 +1,6 @@
 """The programs that time whole models, on a model that a processor does at once."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import jax
 import pytest
-from harness.errors import UsageError
 
+from benchmarks import decode, train_step
 from e88_jax.sizing import PRESETS
+from experiments.harness.errors import UsageError
 
 TINY = ["--dim", "16", "--n-heads", "2", "--n-state", "4", "--depth", "1"]
 
@@ -21,10 +23,10 @@ def standard_dtype_promotion() -> Iterator[None]:
         yield
 
 
-def test_a_training_step(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "numbers.json"
     flags = ["--batch-size", "2", "--seq-len", "8", "--repeats", "2", "--preset", "h32n32-100m"]
-    load("train_step").main([*flags, *TINY, "--json", str(path)])
+    train_step.main([*flags, *TINY, "--json", str(path)])
     numbers = json.loads(path.read_text())
     assert numbers["tokens_per_step"] == 16
     assert numbers["config"]["model"]["layer"]["dim"] == 16
@@ -35,8 +37,8 @@ def test_a_training_step(load: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{numbers['parameters']:,} parameters, batch 2 of 8" in capsys.readouterr().out
 
 
-def test_the_grid(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    train_step, path, timed = load("train_step"), tmp_path / "grid.json", []
+def test_the_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, timed = tmp_path / "grid.json", []
     results: dict[str, Any] = {"error": "out of memory"}
 
     def measure_apart(args: list[str]) -> dict[str, Any]:
@@ -69,15 +71,14 @@ def test_the_grid(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     ]
 
 
-def test_another_file_is_not_taken_for_a_grid(load: Any, tmp_path: Path) -> None:
+def test_another_file_is_not_taken_for_a_grid(tmp_path: Path) -> None:
     path = tmp_path / "numbers.json"
     path.write_text('{"rows": []}')
     with pytest.raises(UsageError, match=f"{path} does not hold a grid"):
-        load("train_step").main(["--grid", "--json", str(path)])
+        train_step.main(["--grid", "--json", str(path)])
 
 
-def test_a_point_of_the_grid_runs_apart(load: Any) -> None:
-    train_step = load("train_step")
+def test_a_point_of_the_grid_runs_apart() -> None:
     measure_apart = train_step.measure_apart
     point = "--preset h32n32-100m --batch-size 2 --seq-len 8 --repeats 1"
     flags = [*point.split(), *TINY]
@@ -90,10 +91,10 @@ def test_a_point_of_the_grid_runs_apart(load: Any) -> None:
     assert row["error"].startswith("NotImplementedError: implementation='mosaic_gpu' needs")
 
 
-def test_decoding(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "numbers.json"
     flags = ["--batch-sizes", "1", "2", "--prompt", "4", "--context", "100", "--repeats", "1"]
-    load("decode").main([*flags, *TINY, "--json", str(path)])
+    decode.main([*flags, *TINY, "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
     assert [row["batch"] for row in rows] == [1, 1, 2]
     assert [row["context"] for row in rows] == [4, 100, 4]
@@ -125,6 +126,6 @@ def test_decoding(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("decode", "--preset x", "unknown preset 'x'"),
     ],
 )
-def test_mistakes(load: Any, program: str, flags: str, sentence: str) -> None:
+def test_mistakes(program: str, flags: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        load(program).main(flags.split())
+        importlib.import_module(f"benchmarks.{program}").main(flags.split())

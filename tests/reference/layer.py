@@ -7,9 +7,9 @@ with `e88_jax` but the configuration.
 from typing import NamedTuple
 
 import numpy as np
-import numpy_reference
 
 from e88_jax.config import E88Config
+from tests.reference import recurrence as numpy_reference
 
 Weights = dict[str, np.ndarray]
 

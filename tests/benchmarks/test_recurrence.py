@@ -1,18 +1,11 @@
 import json
-import runpy
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-PROGRAM = Path(__file__).parents[1] / "benchmarks" / "recurrence.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    return SimpleNamespace(**runpy.run_path(str(PROGRAM), run_name="benchmark"))
+from benchmarks import recurrence as benchmark
 
 
 def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
@@ -22,9 +15,7 @@ def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str) 
     monkeypatch.setenv("PATH", str(folder), prepend=":")
 
 
-def test_numbers_fit_together(
-    benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_fit_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "numbers.json"
     arguments = ["--shape", "2,8,3,4", "--implementation", "scan", "--repetitions", "2"]
     assert benchmark.main([*arguments, "--json", str(path)]) == 0
@@ -47,7 +38,7 @@ def test_numbers_fit_together(
 
 
 def test_what_cannot_be_timed_is_said(
-    benchmark: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_args: Any, **_options: Any) -> Any:
         raise NotImplementedError("not here")
@@ -57,7 +48,7 @@ def test_what_cannot_be_timed_is_said(
     assert "1,2,1,4: not here" in capsys.readouterr().err
 
 
-def test_the_tanh_limit(benchmark: Any) -> None:
+def test_the_tanh_limit() -> None:
     """Shape A on an H100 at 1980 MHz: 1.2e9 tanhs by 132 SMs, 16 per cycle each, take 0.29 ms."""
     passes = {
         name: {"ms": 1.0, "clock_mhz": 1980.0}
@@ -70,7 +61,7 @@ def test_the_tanh_limit(benchmark: Any) -> None:
     assert passes["backward"]["times_tanh_limit"] == pytest.approx(3.46, abs=5e-3)
 
 
-def test_the_sweep_keeps_the_number_of_elements(benchmark: Any) -> None:
+def test_the_sweep_keeps_the_number_of_elements() -> None:
     assert list(benchmark.SWEEP) == [16, 32, 48, 64, 72, 96, 128]
     for shape in benchmark.SWEEP.values():
         assert shape.elements == pytest.approx(benchmark.NAMED["A"].elements, rel=0.12)
@@ -82,7 +73,6 @@ def test_the_sweep_keeps_the_number_of_elements(benchmark: Any) -> None:
 def test_the_clock_is_read_while_timing(
     answer: str,
     clock: float | None,
-    benchmark: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -95,16 +85,14 @@ def test_the_clock_is_read_while_timing(
     assert sampler.median_mhz(ended + 60, ended + 61) is None
 
 
-def test_no_nvidia_smi_is_no_error(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_nvidia_smi_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with benchmark.ClockSampler() as sampler:
         assert sampler.query("driver_version") is None
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "1,2,3,x", "1,2,0,4"])
-def test_bad_shapes_are_one_sentence(
-    text: str, benchmark: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_shapes_are_one_sentence(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--shape", text])
     assert text in capsys.readouterr().err.splitlines()[-1]

@@ -1,6 +1,6 @@
 """What is read from the text of a compiled program."""
 
-from typing import Any
+from benchmarks import plan
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -29,8 +29,7 @@ ENTRY %main (x: bf16[16,8], w: bf16[8,100]) -> f32[16,30] {
 """  # noqa: E501
 
 
-def test_kernels_and_the_bytes_they_move(load: Any) -> None:
-    plan = load("plan")
+def test_kernels_and_the_bytes_they_move() -> None:
     product, recurrence, fusion = plan.kernels_of(PROGRAM)
     y, workspace = 16 * 100 * 2, 64
     assert product == (

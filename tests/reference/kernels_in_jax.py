@@ -88,7 +88,7 @@ def forward(
     x: Operands,
     initial_state: Array | None,
     geometry: Geometry,
-    checkpoint_every: int | None,
+    saved_state_interval: int | None,
     keep_errors: bool,
     *,
     linear_state: bool,
@@ -104,7 +104,7 @@ def forward(
         after, results = _run(x, linear_state, state, steps)
         return after, (results, state.astype(x.v.dtype))
 
-    whole, rest = _pieces(_steps(x, sizes), checkpoint_every or x.time)
+    whole, rest = _pieces(_steps(x, sizes), saved_state_interval or x.time)
     state, (results, checkpoints) = lax.scan(piece, state, whole)
     results = [a.reshape(-1, *a.shape[2:]) for a in results]
     if len(rest[0]):
@@ -113,7 +113,7 @@ def forward(
         checkpoints = jnp.concatenate([checkpoints, checkpoint[None]])
     out, errors = (jnp.moveaxis(a, 0, 1) for a in results)
     kept = None
-    if checkpoint_every is not None:
+    if saved_state_interval is not None:
         kept = Kept(jnp.moveaxis(checkpoints, 0, 2), errors if keep_errors else None)
     return out.astype(x.v.dtype), state, kept
 
