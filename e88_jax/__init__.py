@@ -12,41 +12,48 @@ if TYPE_CHECKING:
     from e88_jax import activation as activation
     from e88_jax import checks as checks
     from e88_jax import config as config
-    from e88_jax import fused as fused
-    from e88_jax import generate as generate
+    from e88_jax import decay as decay
+    from e88_jax import documents as documents
     from e88_jax import hardware as hardware
+    from e88_jax import head_mix as head_mix
     from e88_jax import interop as interop
-    from e88_jax import mixer as mixer
+    from e88_jax import mixers as mixers
     from e88_jax import model as model
+    from e88_jax import optim as optim
     from e88_jax import precision as precision
     from e88_jax import projection as projection
     from e88_jax import recurrence as recurrence
     from e88_jax import reference as reference
+    from e88_jax import sampling as sampling
     from e88_jax import selfcheck as selfcheck
     from e88_jax import short_conv as short_conv
     from e88_jax import sizing as sizing
     from e88_jax.config import E88Config as E88Config
     from e88_jax.config import LMConfig as LMConfig
-    from e88_jax.mixer import E88Mixer as E88Mixer
-    from e88_jax.mixer import MixerState as MixerState
-    from e88_jax.model import E88LM as E88LM
+    from e88_jax.mixers.base import Execution as Execution
+    from e88_jax.mixers.e88 import E88Mixer as E88Mixer
+    from e88_jax.mixers.e88 import E88State as E88State
+    from e88_jax.model import LanguageModel as LanguageModel
     from e88_jax.model import LMState as LMState
-    from e88_jax.model import count_params as count_params
-    from e88_jax.model import weight_decay_mask as weight_decay_mask
+    from e88_jax.optim import weight_decay_mask as weight_decay_mask
     from e88_jax.recurrence import e88_recurrence as e88_recurrence
+    from e88_jax.sampling import generate as generate
+    from e88_jax.sampling import generate_stream as generate_stream
 
 __version__ = "0.1.0"
 
 _HOME = {
     "E88Config": "config",
     "LMConfig": "config",
-    "E88Mixer": "mixer",
-    "MixerState": "mixer",
-    "E88LM": "model",
+    "Execution": "mixers.base",
+    "E88Mixer": "mixers.e88",
+    "E88State": "mixers.e88",
+    "LanguageModel": "model",
     "LMState": "model",
-    "count_params": "model",
-    "weight_decay_mask": "model",
+    "weight_decay_mask": "optim",
     "e88_recurrence": "recurrence",
+    "generate": "sampling",
+    "generate_stream": "sampling",
 }
 
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

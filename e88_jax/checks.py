@@ -7,6 +7,7 @@ ValueError. Neither JAX nor NumPy is imported until an array is checked.
 import math
 import numbers
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -105,6 +106,22 @@ def require_instance(name: str, value: Any, kind: type, needs: str | None = None
         raise TypeError(
             f"{name} must be {needs or f'of type {kind.__name__}'}, got {shown(value)}."
         )
+
+
+def check_fields(config: Any, check: Callable[..., Any], *names: str, **options: Any) -> None:
+    """Checks fields of a frozen dataclass, and stores them as the plain values that they mean.
+
+    Args:
+        config: the dataclass.
+        check: `check(name, value, **options)`, such as `require_int`; returns the plain value.
+        names: of the fields.
+        options: of the check.
+    """
+    for name in names:
+        given = getattr(config, name)
+        plain = check(name, given, **options)
+        if plain is not given:
+            object.__setattr__(config, name, plain)
 
 
 def require_rngs(rngs: Any) -> None:

@@ -7,10 +7,7 @@ import subprocess
 from typing import Any
 
 from e88_jax.checks import require_instance, require_number
-
-KERNELS_RUN_FROM, KERNELS_RUN_BELOW = (9, 0), (12, 0)
-"""Compute capabilities: Hopper is the first with bulk tensor copies; from 12.0 (GeForce) on, a
-multiprocessor has 100 KB of shared memory, and the kernels are cut for the 227 KB of the others."""
+from pallas_kernels.limits import COMPUTE_CAPABILITY_BELOW, MIN_COMPUTE_CAPABILITY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +70,7 @@ class GPU:
     @property
     def has_kernels(self) -> bool:
         """Whether the recurrence runs by `pallas_kernels` there, not by `lax.scan`."""
-        return KERNELS_RUN_FROM <= self.compute_capability < KERNELS_RUN_BELOW
+        return MIN_COMPUTE_CAPABILITY <= self.compute_capability < COMPUTE_CAPABILITY_BELOW
 
 
 _CUDA_GUIDE = "CUDA Programming Guide, compute capabilities (shared memory)"
@@ -249,7 +246,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia"))
 
 
-def find(name: str) -> GPU:
+def find_gpu(name: str) -> GPU:
     """The GPU of a key, a name or a driver's name; case, spaces and dashes do not matter.
 
     Raises:
@@ -268,14 +265,14 @@ def require_gpu(gpu: Any) -> None:
     TypeError: it is neither a GPU nor None.
     """
     if gpu is not None:
-        require_instance("gpu", gpu, GPU, "None or a GPU, such as hardware.find('h100')")
+        require_instance("gpu", gpu, GPU, "None or a GPU, such as hardware.find_gpu('h100')")
 
 
-def detect() -> GPU | None:
+def detect_gpu() -> GPU | None:
     """The first GPU that nvidia-smi lists, or None if there is none or it is not in the table."""
     try:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        return find(answer.stdout.splitlines()[0])
+        return find_gpu(answer.stdout.splitlines()[0])
     except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
         return None

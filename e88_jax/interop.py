@@ -16,52 +16,120 @@ from jax.core import Tracer
 
 from e88_jax.checks import require_instance, shown
 from e88_jax.config import E88Config
-from e88_jax.mixer import E88Mixer
+from e88_jax.mixers.base import Execution
+from e88_jax.mixers.e88 import E88InferenceMixer, E88Mixer
+
+Arrays = Mapping[str, np.ndarray]
 
 
 class _Layout(NamedTuple):
-    """Where a parameter of ours is in a PyTorch state dictionary, and how to turn one's array into
-    the other's."""
+    """A parameter of ours as arrays of a PyTorch state dictionary, and back."""
 
-    key: str
-    """With `{head}` in it: one key for each slice of our array's leading axis."""
-    to_torch: Callable[[np.ndarray], np.ndarray] = lambda ours: ours
-    from_torch: Callable[[np.ndarray], np.ndarray] = lambda theirs: theirs
+    to_torch: Callable[[np.ndarray], dict[str, np.ndarray]]
+    from_torch: Callable[[Arrays], np.ndarray]
 
 
-def _linear(key: str) -> _Layout:
-    return _Layout(key, np.transpose, np.transpose)  # [in, out] and [out, in]
+def _same(key: str) -> _Layout:
+    return _Layout(lambda ours: {key: ours}, lambda theirs: theirs[key])
 
 
-def _conv(key: str) -> _Layout:
-    # [size, channels] and [channels, 1, size]
-    return _Layout(key, lambda ours: ours.T[:, None, :], lambda theirs: theirs[:, 0, :].T)
+def _linear(key: str, in_axes: int, shape: tuple[int, ...]) -> _Layout:
+    """`[*in, *out]` and `[out, in]`."""
+
+    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
+        n_in = int(np.prod(ours.shape[:in_axes]))
+        return {key: ours.reshape(n_in, -1).T}
+
+    return _Layout(to_torch, lambda theirs: theirs[key].T.reshape(shape))
 
 
-_LAYOUTS = {
-    "qkv_proj.kernel": _linear("qkv_proj.weight"),
-    "q_proj.kernel": _linear("q_proj.weight"),
-    "k_proj.kernel": _linear("k_proj.weight"),
-    "q_conv.kernel": _conv("q_conv.weight"),
-    "k_conv.kernel": _conv("k_conv.weight"),
-    "v_conv.kernel": _conv("v_conv.weight"),
-    "a_proj.kernel": _linear("a_proj.weight"),
-    "A_log": _Layout("A_log"),
-    "dt_bias": _Layout("dt_bias"),
-    "beta_proj.kernel": _linear("beta_proj.weight"),
-    "decay_logit": _Layout("decay_logit"),
-    "write_gate_proj.kernel": _linear("write_gate_proj.weight"),
-    "value_residual": _Layout("value_residual"),
-    "o_norm.scale": _Layout("o_norm_weight"),
-    "g_proj.kernel": _linear("g_proj.weight"),
-    "head_weights": _Layout("head_weights"),
-    "head_attn.kernel": _linear("head_attn.weight"),
-    "head_projs.kernel": _linear("head_projs.{head}.weight"),
-    "o_proj.kernel": _linear("o_proj.weight"),
-}
+def _of_each_head(key: str, n_heads: int) -> _Layout:
+    """`[H, V, dim]` and, for each head, `[dim, V]`."""
+    return _Layout(
+        lambda ours: {key.format(head=i): x.T for i, x in enumerate(ours)},
+        lambda theirs: np.stack([theirs[key.format(head=i)].T for i in range(n_heads)]),
+    )
 
 
-def mixer_from_torch(state_dict: Mapping[str, np.ndarray], config: E88Config) -> E88Mixer:
+def _streams(config: E88Config) -> dict[str, slice]:
+    """Columns of a head's q, k and, unless tied, v."""
+    n_state = config.n_state
+    streams = {"q": slice(0, n_state), "k": slice(n_state, 2 * n_state)}
+    return streams if config.tie_kv else streams | {"v": slice(2 * n_state, None)}
+
+
+def _qkv(config: E88Config) -> _Layout:
+    """`[dim, H, 2N + V]`, and rows q, k, v in turn, each head by head; tied, a weight each."""
+    heads, streams = config.n_heads, _streams(config)
+
+    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
+        rows = {name: ours[:, :, own].reshape(len(ours), -1).T for name, own in streams.items()}
+        if config.tie_kv:
+            return {f"{name}_proj.weight": x for name, x in rows.items()}
+        return {"qkv_proj.weight": np.concatenate(list(rows.values()))}
+
+    def from_torch(theirs: Arrays) -> np.ndarray:
+        if config.tie_kv:
+            rows = [theirs[f"{name}_proj.weight"] for name in streams]
+        else:
+            ends = np.cumsum([heads * config.n_state] * 2)
+            rows = np.split(theirs["qkv_proj.weight"], ends)
+        return np.concatenate([x.T.reshape(x.shape[1], heads, -1) for x in rows], axis=2)
+
+    return _Layout(to_torch, from_torch)
+
+
+def _conv(config: E88Config) -> _Layout:
+    """`[size, H, 2N + V]`, and `[channels, 1, size]` of each of q, k, v."""
+    heads, streams = config.n_heads, _streams(config)
+
+    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            f"{name}_conv.weight": ours[:, :, own].reshape(len(ours), -1).T[:, None]
+            for name, own in streams.items()
+        }
+
+    def from_torch(theirs: Arrays) -> np.ndarray:
+        taps = [theirs[f"{name}_conv.weight"][:, 0].T for name in streams]
+        return np.concatenate([x.reshape(len(x), heads, -1) for x in taps], axis=2)
+
+    return _Layout(to_torch, from_torch)
+
+
+def _layouts(config: E88Config, dim: int) -> dict[str, _Layout]:
+    """The layout of each parameter that a layer may have, by its path."""
+    heads, n_value = config.n_heads, config.n_value
+    if config.head_mix == "per_head":
+        output = _of_each_head("head_projs.{head}.weight", heads)
+    elif config.head_mix == "concat":
+        output = _linear("o_proj.weight", 2, (heads, n_value, dim))
+    else:
+        output = _linear("o_proj.weight", 1, (n_value, dim))
+    decay = "a_proj.weight" if config.decay_mode == "mamba" else "beta_proj.weight"
+    per_head = (dim, heads)
+    return {
+        "inputs.qkv.kernel": _qkv(config),
+        "inputs.decay.kernel": _linear(decay, 1, per_head),
+        "inputs.gate.kernel": _linear("g_proj.weight", 1, (dim, heads, n_value)),
+        "inputs.write_gate.kernel": _linear("write_gate_proj.weight", 1, per_head),
+        "inputs.head_weights.kernel": _linear("head_attn.weight", 1, per_head),
+        "conv.taps": _conv(config),
+        "decay.A_log": _same("A_log"),
+        "decay.dt_bias": _same("dt_bias"),
+        "decay.logit": _same("decay_logit"),
+        "heads.value_residual": _same("value_residual"),
+        "heads.norm.scale": _same("o_norm_weight"),
+        "heads.weights": _same("head_weights"),
+        "heads.projection.kernel": output,
+    }
+
+
+def mixer_from_torch(
+    state_dict: Arrays,
+    config: E88Config,
+    dim: int,
+    execution: Execution = Execution(),  # noqa: B008  (frozen)
+) -> E88Mixer:
     """A layer with the weights of the original implementation's.
 
     Args:
@@ -69,24 +137,28 @@ def mixer_from_torch(state_dict: Mapping[str, np.ndarray], config: E88Config) ->
             that an original layer of the same options has: `[out, in]` weights such as
             `qkv_proj.weight` `[2 * H * N + H * V, dim]`, convolutions `[channels, 1, size]`.
         config: sizes and options of the layer.
+        dim: width of its input.
+        execution: how it is run.
 
     Returns:
         The layer, its parameters float32 as always.
 
     Raises:
-        TypeError: no mapping of arrays, or no E88Config.
+        TypeError: no mapping of arrays, or another config.
         ValueError: a key that is missing, surplus, misshapen, not of floats or not finite in
             float32; the message names it, and both shapes.
     """
     require_instance("state_dict", state_dict, Mapping)
     require_instance("config", config, E88Config)
-    mixer = nnx.eval_shape(lambda: E88Mixer(config, rngs=nnx.Rngs(0)))
-    params = _params(mixer)
+    mixer = nnx.eval_shape(lambda: E88Mixer(config, dim, execution, rngs=nnx.Rngs(0)))
+    params, layouts = _params(mixer), _layouts(config, dim)
     # Zeros that occupy one element each: only their shapes matter.
     shapes = {
         key: array.shape
         for name, param in params.items()
-        for key, array in _to_torch(name, np.broadcast_to(np.float32(0), param.shape)).items()
+        for key, array in layouts[name]
+        .to_torch(np.broadcast_to(np.float32(0), param.shape))
+        .items()
     }
     if missing := sorted(shapes.keys() - state_dict.keys()):
         wanted = ", ".join(f"{key} {shapes[key]}" for key in missing)
@@ -101,7 +173,7 @@ def mixer_from_torch(state_dict: Mapping[str, np.ndarray], config: E88Config) ->
             raise ValueError(f"{key} must have shape {shape}, got {arrays[key].shape}.")
 
     ours = [
-        (tuple(name.split(".")), param.replace(jnp.asarray(_from_torch(name, arrays, config))))
+        (tuple(name.split(".")), param.replace(jnp.asarray(layouts[name].from_torch(arrays))))
         for name, param in params.items()
     ]
     nnx.update(mixer, nnx.from_flat_state(ours))
@@ -119,18 +191,19 @@ def mixer_to_torch(mixer: E88Mixer) -> dict[str, np.ndarray]:
         ValueError: its weights are laid out for inference.
     """
     require_instance("mixer", mixer, E88Mixer)
-    if changed := sorted(_params(mixer).keys() - _LAYOUTS.keys()):
+    if isinstance(mixer, E88InferenceMixer):
         raise ValueError(
-            f"mixer must be a layer as it is trained, got {', '.join(changed)} of one made for "
-            "inference."
+            "mixer must be a layer as it is trained, got one made by for_inference, whose weights "
+            f"are joined and rounded to {mixer.dtype}: give the layer that it was made from."
         )
     for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)):
         if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
             raise TypeError(f"mixer must hold arrays that have their values, got {shown(leaf)}.")
+    layouts = _layouts(mixer.config, mixer.dim)
     return {
         key: np.array(array, order="C")
         for name, param in _params(mixer).items()
-        for key, array in _to_torch(name, np.asarray(param[...])).items()
+        for key, array in layouts[name].to_torch(np.asarray(param[...])).items()
     }
 
 
@@ -138,21 +211,6 @@ def _params(mixer: E88Mixer) -> dict[str, nnx.Param[Any]]:
     """The layer's parameters by dotted path."""
     flat = nnx.to_flat_state(nnx.state(mixer, nnx.Param))
     return {".".join(map(str, path)): param for path, param in flat}
-
-
-def _to_torch(name: str, ours: np.ndarray) -> dict[str, np.ndarray]:
-    layout = _LAYOUTS[name]
-    if "{head}" in layout.key:
-        return {layout.key.format(head=i): layout.to_torch(x) for i, x in enumerate(ours)}
-    return {layout.key: layout.to_torch(ours)}
-
-
-def _from_torch(name: str, arrays: Mapping[str, np.ndarray], config: E88Config) -> np.ndarray:
-    layout = _LAYOUTS[name]
-    if "{head}" in layout.key:
-        keys = [layout.key.format(head=i) for i in range(config.n_heads)]
-        return np.stack([layout.from_torch(arrays[key]) for key in keys])
-    return layout.from_torch(arrays[layout.key])
 
 
 def _to_float32(key: str, given: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The language model: embedding, E88 layers with residual connections, tied logits."""
+"""The language model: embedding, mixers with residual connections, tied logits."""
 
 import functools
 from typing import Any
@@ -17,46 +17,56 @@ from e88_jax.checks import (
     require_rngs,
     shown,
 )
-from e88_jax.config import LMConfig, Remat
+from e88_jax.config import LMConfig
 from e88_jax.documents import live_steps
 from e88_jax.meshes import call_with_automatic_axes, explicit_mesh
-from e88_jax.mixer import NORM_EPSILON, E88Mixer, MixerState
-from e88_jax.precision import compute_dtype, wide_dtype
-from e88_jax.projection import Projection
+from e88_jax.mixers.base import MixerConfig, MixerState, Remat
+from e88_jax.mixers.call import check_state
+from e88_jax.precision import NORM_EPSILON, compute_dtype, wide_dtype
+from e88_jax.projection import InferenceProjection, Projection
 
 LMState = tuple[MixerState, ...]
 """The state of each layer, first layer first."""
 
 
 class ChannelMixer(nnx.Module):
-    """SwiGLU: `W_down(silu(W_gate x) * W_up x)`, without biases (https://arxiv.org/abs/2002.05202)."""
+    """SwiGLU of the normed input, `W_down(silu(W_gate x) * W_up x)`, without biases
+    (https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, dim: int, hidden: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        def linear(n_in: int, n_out: int) -> Projection:
+    def __init__(self, config: LMConfig, hidden: int, *, rngs: nnx.Rngs):
+        dim, dtype = config.dim, compute_dtype(config.execution.dtype)
+
+        def linear(n_in: int, n_out: int) -> Projection | InferenceProjection:
             init = initializers.xavier_uniform()
-            return Projection(n_in, n_out, dtype=dtype, kernel_init=init, rngs=rngs)
+            return Projection((n_in,), (n_out,), dtype=dtype, kernel_init=init, rngs=rngs)
 
+        self.norm = nnx.RMSNorm(dim, epsilon=NORM_EPSILON, rngs=rngs)
         self.gate_proj = linear(dim, hidden)
         self.up_proj = linear(dim, hidden)
         self.down_proj = linear(hidden, dim)
 
     def __call__(self, x: Array) -> Array:
+        x = self.norm(x)
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def prepare_for_inference(self) -> None:
+        """Lays the weights out for decoding."""
+        self.gate_proj = self.gate_proj.for_inference()
+        self.up_proj = self.up_proj.for_inference()
+        self.down_proj = self.down_proj.for_inference()
 
 
 class Block(nnx.Module):
     """`x + mixer(rmsnorm(x))`, then the same with the channel mixer if there is one."""
 
-    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
-        dim = config.layer.dim
-        self.norm = nnx.RMSNorm(dim, epsilon=NORM_EPSILON, rngs=rngs)
-        self.mixer = E88Mixer(config.layer, rngs=rngs)
-        self.has_channel_mixer = config.channel_mixer_dim is not None
-        if config.channel_mixer_dim is not None:
-            self.channel_norm = nnx.RMSNorm(dim, epsilon=NORM_EPSILON, rngs=rngs)
-            self.channel_mixer = ChannelMixer(
-                dim, config.channel_mixer_dim, compute_dtype(config.layer.dtype), rngs=rngs
-            )
+    def __init__(self, config: LMConfig, mixer: MixerConfig, *, rngs: nnx.Rngs):
+        self.norm = nnx.RMSNorm(config.dim, epsilon=NORM_EPSILON, rngs=rngs)
+        self.mixer = mixer.build(config.dim, config.execution, rngs=rngs)
+        self.channel_mixer = (
+            None
+            if config.channel_mixer_dim is None
+            else ChannelMixer(config, config.channel_mixer_dim, rngs=rngs)
+        )
 
     def __call__(
         self,
@@ -65,10 +75,11 @@ class Block(nnx.Module):
         segment_ids: Array | None,
         lengths: Array | None,
     ) -> tuple[Array, MixerState]:
-        y, state = self.mixer(self.norm(x), state, segment_ids, lengths=lengths)
+        of_call = {} if lengths is None else {"lengths": lengths}
+        y, state = self.mixer(self.norm(x), state, segment_ids, **of_call)
         x += y.astype(x.dtype)
-        if self.has_channel_mixer:
-            x += self.channel_mixer(self.channel_norm(x)).astype(x.dtype)
+        if self.channel_mixer is not None:
+            x += self.channel_mixer(x).astype(x.dtype)
         return x, state
 
 
@@ -79,7 +90,7 @@ _REMAT_POLICIES = {
 
 
 def _run(block: Block, remat: Remat, *inputs: Any) -> tuple[Array, MixerState]:
-    """`block(*inputs)`, of which the backward pass makes again what `remat` says.
+    """`block(*inputs)`, of which the backward pass recomputes what `remat` says.
 
     `nnx.remat` would not do: it fails in a loop around which the model was made.
     """
@@ -94,8 +105,12 @@ def _run(block: Block, remat: Remat, *inputs: Any) -> tuple[Array, MixerState]:
     return run(params, *inputs)
 
 
-class E88LM(nnx.Module):
-    """An E88 language model; `logits, state = model(tokens, state, segment_ids)`.
+class LanguageModel(nnx.Module):
+    """A language model of any mixers; `logits, state = model(tokens, state, segment_ids)`.
+
+        x      = E[tokens]
+        x      = x + mixer(rmsnorm(x))              depth times
+        logits = E rmsnorm(x)                       E `[vocab_size, dim]`, initially N(0, 0.02)
 
     One call serves training (no state), stateful truncated backpropagation (the state of the window
     before, no gradient through it unless the caller keeps it) and decoding (T = 1).
@@ -112,15 +127,12 @@ class E88LM(nnx.Module):
         require_instance("config", config, LMConfig)
         require_rngs(rngs)
         self.config = config
-        self.dtype = compute_dtype(config.layer.dtype)
+        self.dtype = compute_dtype(config.execution.dtype)
         self.embed = nnx.Embed(
-            config.vocab_size,
-            config.layer.dim,
-            embedding_init=initializers.normal(0.02),
-            rngs=rngs,
+            config.vocab_size, config.dim, embedding_init=initializers.normal(0.02), rngs=rngs
         )
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
-        self.norm = nnx.RMSNorm(config.layer.dim, epsilon=NORM_EPSILON, rngs=rngs)
+        self.blocks = nnx.List([Block(config, mixer, rngs=rngs) for mixer in config.mixers])
+        self.norm = nnx.RMSNorm(config.dim, epsilon=NORM_EPSILON, rngs=rngs)
 
     def init_state(self, batch: int) -> LMState:
         """The state before the first token: zeros for each of `batch` rows.
@@ -167,23 +179,20 @@ class E88LM(nnx.Module):
             lengths = as_lengths(lengths, *tokens.shape)
         require_range("tokens", given, 0, self.config.vocab_size - 1, lengths)
         if state is not None:
-            is_sequence = isinstance(state, (tuple, list)) and not isinstance(state, MixerState)
+            is_sequence = type(state) in (tuple, list)
             if not is_sequence or len(state) != len(self.blocks):
                 raise (ValueError if is_sequence else TypeError)(
-                    f"state must be a tuple of {len(self.blocks)} MixerStates, one for each layer, "
-                    f"got {shown(state)}."
+                    f"state must be a tuple of {len(self.blocks)} mixers' states, one for each "
+                    f"layer, got {shown(state)}."
                 )
             for i, (block, layer_state) in enumerate(zip(self.blocks, state, strict=True)):
-                block.mixer.check_state(layer_state, tokens.shape[0], f"state[{i}]")
+                check_state(f"state[{i}]", layer_state, block.mixer, tokens.shape[0])
             state = tuple(state)
         arguments = tokens, state, segment_ids, lengths
         if explicit_mesh((*arguments, self.embed.embedding[...])) is None:
             return self._compute(*arguments)
-        of_state = tuple(MixerState("b h", "b") for _ in self.blocks)  # pyright: ignore[reportArgumentType]
-        axes = "b t", None if state is None else of_state, "b t", "b"
-        return call_with_automatic_axes(
-            E88LM._compute, self, arguments, axes, results=("b t", of_state)
-        )
+        axes, results = ("b t", "b", "b t", "b"), ("b t", "b")
+        return call_with_automatic_axes(LanguageModel._compute, self, arguments, axes, results)
 
     def _compute(
         self,
@@ -200,7 +209,9 @@ class E88LM(nnx.Module):
         layer_states = [None] * len(self.blocks) if state is None else state
         new_state = []
         for block, layer_state in zip(self.blocks, layer_states, strict=True):
-            x, layer_state = _run(block, self.config.remat, x, layer_state, segment_ids, lengths)
+            x, layer_state = _run(
+                block, self.config.execution.remat, x, layer_state, segment_ids, lengths
+            )
             new_state.append(layer_state)
         dtype = self.dtype
         logits = jnp.einsum(
@@ -211,41 +222,17 @@ class E88LM(nnx.Module):
         )
         return logits, tuple(new_state)
 
+    def for_inference(self) -> "LanguageModel":
+        """A model that computes the same, made to decode; this one stays as it is.
 
-def count_params(model: nnx.Module) -> int:
-    """Number of parameters (elements) of a built module.
-
-    Raises:
-        TypeError: no module; of a configuration, `e88_jax.sizing.count_params` tells.
-    """
-    needs = "a built module (sizing.count_params takes a configuration)"
-    require_instance("model", model, nnx.Module, needs)
-    return sum(param.size for param in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-def weight_decay_mask(params: Any) -> Any:
-    """Which parameters weight decay applies to, for optax's `mask` and `weight_decay_mask`.
-
-    True for the weights of projections, convolutions and the embedding; False for A_log, dt_bias,
-    norms and the other per-head or per-channel numbers.
-
-    Args:
-        params: `nnx.state(model, nnx.Param)` or a tree of the same paths.
-
-    Returns:
-        A tree of the same structure with a bool for each parameter.
-
-    Raises:
-        TypeError: no tree.
-    """
-    if params is None or jax.tree_util.all_leaves([params]):
-        raise TypeError(
-            f"params must be a tree of parameters, such as nnx.state(model, nnx.Param), "
-            f"got {shown(params)}."
-        )
-
-    def decays(path: tuple[Any, ...], _: Array) -> bool:
-        names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
-        return any(name in ("kernel", "embedding") for name in names)
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+        What each layer reads from its input is one matmul. Weights of matmuls are in the compute
+        dtype, which halves the bytes that a token reads where that is bfloat16, and on a GPU
+        transposed, which a token reads faster. There a token may be computed by a kernel that
+        cannot be differentiated.
+        """
+        model = nnx.merge(*nnx.split(self))  # other variables, of the same arrays
+        for block in model.blocks:
+            block.mixer = block.mixer.for_inference()
+            if block.channel_mixer is not None:
+                block.channel_mixer.prepare_for_inference()
+        return model

@@ -1,19 +1,23 @@
 """The precision policy: which dtype each kind of arithmetic runs in.
 
-Parameters are float32. Matrix products run in `compute_dtype`. The state, sums over it, norms,
+Parameters are float32. Matmuls run in `compute_dtype`. The state, sums over it, norms,
 decay, gates, softmax and loss run in `wide`: float32, or float64 where the inputs are.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import target
+
+NORM_EPSILON = 1e-5
+"""Of every RMS norm in the layers and the model, as in the original implementation."""
+
 
 def compute_dtype(configured: str | None) -> jnp.dtype:
-    """Of the matrix products: the configured dtype, else bfloat16 on a GPU, float32 elsewhere."""
+    """The dtype of matmuls: as configured, else bfloat16 on a GPU and float32 elsewhere."""
     if configured is not None:
         return jnp.dtype(configured)
-    return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
+    return jnp.dtype(jnp.bfloat16 if target.current().platform == "gpu" else jnp.float32)
 
 
 def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -1,62 +1,276 @@
-"""The matrix products between the recurrences."""
+"""Linear maps without a bias, and the ones that read a layer's input, as few matmuls.
+
+Kernels have their heads' axis apart, `[dim, H, columns]` or `[H, V, dim]`, so that heads can be
+sharded; a matmul sees them as matrices, which copies nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, export
+from jax.nn import initializers
 from jax.nn.initializers import Initializer
-from jax.typing import DTypeLike
 
+from e88_jax.config import E88Config
+from e88_jax.meshes import with_automatic_axes
 from e88_jax.precision import wide
+from pallas_kernels import target
+
+COLUMNS_MULTIPLE = 8
+"""Columns of a matmul that joins several projections are a multiple of this: 16 bytes of bfloat16,
+the most that a GPU's thread loads at once, and the alignment that cuBLAS's fast kernels need."""
 
 
-def multiply(x: Array, kernel: Array) -> Array:
-    """`x @ kernel` over the last axis, as a product of two plain matrices.
+def multiply(x: Array, matrix: Array) -> Array:
+    """`x @ matrix` over the last axis, as one matmul of two matrices.
 
-    The gradient of a kernel from `[B, T, dim]` inputs makes XLA's CPU compiler copy the activations
-    into other layouts and takes three times as long; from `[B * T, dim]` it is one product.
+    The gradient of a matrix from `[B, T, dim]` inputs makes XLA's CPU compiler copy the activations
+    into other layouts and takes three times as long; from `[B * T, dim]` it is one matmul.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return (rows @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def multiply_transposed(x: Array, kernel: Array) -> Array:
-    """`x @ kernel.T` over the last axis, for inference on a GPU.
-
-    One row is multiplied as the sum that it is: XLA reads a kernel `[n_out, n_in]` in one pass
-    then, at the speed of memory, which its matrix products of few rows do not reach.
-    """
-    if x.size != x.shape[-1]:
-        return multiply(x, kernel.T)
-    y = jnp.sum(wide(kernel) * wide(x.reshape(1, -1)), axis=1)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return (rows @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 class Projection(nnx.Module):
-    """A linear layer without a bias, over the last axis.
+    """`x @ W` over the last axes.
 
     Args:
-        n_in, n_out: sizes of that axis before and after.
-        dtype: of the product; the kernel `[n_in, n_out]` is float32.
+        in_shape, out_shape: those axes before and after; the kernel is `[*in_shape, *out_shape]`.
+        dtype: of the matmul; the kernel is float32.
+        kernel_init: of the kernel as a matrix `[prod(in_shape), prod(out_shape)]`.
+        rngs: source of the initial weights (stream `params`).
     """
 
     def __init__(
-        self, n_in: int, n_out: int, *, dtype: DTypeLike, kernel_init: Initializer, rngs: nnx.Rngs
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        *,
+        dtype: jnp.dtype,
+        kernel_init: Initializer,
+        rngs: nnx.Rngs,
     ):
         self.dtype = dtype
-        self.transposed = False
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (n_in, n_out), jnp.float32))
+        self.in_shape, self.out_shape = in_shape, out_shape
+        sizes = math.prod(in_shape), math.prod(out_shape)
+        matrix = kernel_init(rngs.params(), sizes, jnp.float32)
+        self.kernel = nnx.Param(matrix.reshape(*in_shape, *out_shape), n_in_axes=len(in_shape))
+
+    def matrix(self) -> Array:
+        """The kernel `[n_in, n_out]` in the dtype of the matmul."""
+        kernel = self.kernel[...].astype(self.dtype)
+        return kernel.reshape(math.prod(self.in_shape), -1)
 
     def __call__(self, x: Array) -> Array:
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return multiply_transposed(x, kernel) if self.transposed else multiply(x, kernel)
+        """`[..., *out_shape]` of x `[..., *in_shape]`."""
+        leading = x.shape[: x.ndim - len(self.in_shape)]
+        y = multiply(x.astype(self.dtype).reshape(*leading, -1), self.matrix())
+        return y.reshape(*leading, *self.out_shape)
 
-    def prepare_for_inference(self) -> None:
-        """Keeps the kernel in the dtype of the product, and on a GPU as `[n_out, n_in]`.
+    def for_inference(self) -> "InferenceProjection":
+        """The same map with the kernel as a matmul reads it."""
+        matrix = with_automatic_axes(
+            lambda _: self.matrix(), (self.kernel[...],), ("",), results=""
+        )
+        return _inference_projection(matrix, self.in_shape, self.out_shape)
 
-        On a CPU a product of several rows takes longer so.
+
+class InferenceProjection(nnx.Module):
+    """`Projection` with its matrix `[n_in, n_out]` in the compute dtype: half the bytes to read for
+    each token in bfloat16."""
+
+    def __init__(self, matrix: Array, in_shape: tuple[int, ...], out_shape: tuple[int, ...]):
+        self.in_shape, self.out_shape = in_shape, out_shape
+        self.kernel = nnx.Param(matrix)
+
+    def __call__(self, x: Array) -> Array:
+        """`[..., *out_shape]` of x `[..., *in_shape]`."""
+        leading = x.shape[: x.ndim - len(self.in_shape)]
+        x = x.astype(self.kernel[...].dtype).reshape(*leading, -1)
+        return self._multiply(x).reshape(*leading, *self.out_shape)
+
+    def _multiply(self, x: Array) -> Array:
+        return multiply(x, self.kernel[...])
+
+    def for_inference(self) -> Self:
+        return self
+
+
+class TransposedProjection(InferenceProjection):
+    """`InferenceProjection` with the matrix as `[n_out, n_in]`, which a GPU multiplies with one row
+    at the speed of memory. On a CPU a matmul of several rows takes longer so."""
+
+    def __init__(self, matrix: Array, in_shape: tuple[int, ...], out_shape: tuple[int, ...]):
+        super().__init__(matrix.T, in_shape, out_shape)
+
+    def _multiply(self, x: Array) -> Array:
+        matrix = self.kernel[...]
+        if x.size != x.shape[-1]:
+            return multiply(x, matrix.T)
+        # As the sum that it is: XLA's matmuls of few rows do not reach the speed of memory.
+        y = jnp.sum(wide(matrix) * wide(x.reshape(1, -1)), axis=1)
+        return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _inference_projection(
+    matrix: Array, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+) -> InferenceProjection:
+    on_gpu = target.current().platform == "gpu"
+    return (TransposedProjection if on_gpu else InferenceProjection)(matrix, in_shape, out_shape)
+
+
+class Read(NamedTuple):
+    """What a layer reads from its input besides q, k and v; None for what its options leave out."""
+
+    decay: Array | None
+    """`[B, T, H]`: before its bias and activation, as all of these."""
+    gate: Array | None
+    """`[B, T, H, V]`"""
+    write_gate: Array | None
+    """`[B, T, H]`"""
+    head_weights: Array | None
+    """`[B, T, H]`"""
+
+
+class InputProjections(nnx.Module):
+    """Everything that an E88 layer reads from its input, as two matmuls.
+
+    The first has the columns of q, k and v, head by head (`[H, 2N + V]`), then the decay's; the
+    second those of the output gate, the write gate and the heads' weights. Alone, a projection of
+    one column a head takes as long to read the input as a wide one. All in one matmul would not do:
+    XLA joins at most 4 gradients well, and computes that of a gate alone together with that of what
+    the gate multiplies.
+
+    Args:
+        config: sizes and options of the layer.
+        dim: width of the input.
+        dtype: of the matmuls.
+        rngs: source of the initial weights (stream `params`).
+    """
+
+    def __init__(self, config: E88Config, dim: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        heads, n_state, n_value = config.n_heads, config.n_state, config.n_value
+
+        def linear(*out: int, init: Initializer = initializers.xavier_uniform()) -> Projection:  # noqa: B008
+            return Projection((dim,), out, dtype=dtype, kernel_init=init, rngs=rngs)
+
+        def tied(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+            """q and k as the two matrices that they are without v."""
+            xavier, sizes = initializers.xavier_uniform(), (dim, heads * n_state)
+            parts = (
+                xavier(key, sizes, dtype).reshape(dim, heads, n_state)
+                for key in jax.random.split(key)
+            )
+            return jnp.concatenate(list(parts), axis=2).reshape(shape)
+
+        # PyTorch's default for a linear layer: uniform in +-1 / sqrt(fan_in).
+        torch_default = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        qkv_init = tied if config.tie_kv else initializers.xavier_uniform()
+        reads_decay = config.decay_mode in ("mamba", "simple")
+        self.qkv = linear(heads, config.head_columns, init=qkv_init)
+        self.decay = linear(heads) if reads_decay else None
+        self.gate = linear(heads, n_value) if config.output_gate != "none" else None
+        self.write_gate = linear(heads, init=torch_default) if config.write_gate else None
+        self.head_weights = linear(heads) if config.head_mix == "input_weighted" else None
+
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        """The matmuls `[B, T, columns]` of x `[B, T, dim]`; columns end in padding.
+
+        For few tokens every projection is a matmul of its own: to join kernels copies them.
         """
-        kernel = self.kernel[...].astype(self.dtype)
-        if jax.default_backend() == "gpu" and not self.transposed:
-            kernel, self.transposed = kernel.T, True
-        self.kernel = nnx.Param(kernel)
+        x = x.astype(self.qkv.dtype)
+        rows = x.shape[0] * x.shape[1]
+        few = not export.is_symbolic_dim(rows) and rows < x.shape[-1]
+        groups = ([p.matrix() for p in group] for group in self._groups() if group)
+        if few:
+            return tuple(_joined([multiply(x, m) for m in group]) for group in groups)
+        return tuple(multiply(x, _joined(group)) for group in groups)
+
+    def _groups(self) -> list[list[Projection]]:
+        """The projections of each matmul."""
+        groups = (self.qkv, self.decay), (self.gate, self.write_gate, self.head_weights)
+        return [[p for p in group if p is not None] for group in groups]
+
+    def split(self, rest: Array, *others: Array) -> Read:
+        """The parts of what was read.
+
+        Args:
+            rest: the columns of the first matmul after those of q, k and v.
+            others: the other matmuls.
+        """
+        columns = _Columns(rest)
+        decay = columns.take(_shape(self.decay))
+        columns = _Columns(*others) if others else columns
+        return Read(decay, *(columns.take(_shape(p)) for p in self._read_apart()))
+
+    def _read_apart(self) -> tuple[Projection | None, ...]:
+        return self.gate, self.write_gate, self.head_weights
+
+    def for_inference(self) -> "JoinedInputProjections":
+        """The same with one matmul for all of it."""
+        return JoinedInputProjections(self)
+
+
+class JoinedInputProjections(nnx.Module):
+    """`InputProjections` as one matmul, laid out once: for decoding, where its kernels are joined
+    for each token otherwise."""
+
+    def __init__(self, trained: InputProjections):
+        parts = [p for group in trained._groups() for p in group]
+        kernels = tuple(p.kernel[...] for p in parts)
+
+        def join(*_: Array) -> Array:
+            return _joined([p.matrix() for p in parts])
+
+        matrix = with_automatic_axes(join, kernels, ("",) * len(kernels), results="")
+        self.joined = _inference_projection(matrix, trained.qkv.in_shape, (matrix.shape[1],))
+        self.shapes = tuple(_shape(p) for p in (trained.decay, *trained._read_apart()))
+
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        """The matmul `[B, T, columns]` of x `[B, T, dim]`."""
+        return (self.joined(x),)
+
+    def split(self, rest: Array, *others: Array) -> Read:
+        """The parts of what was read: of the columns after those of q, k and v."""
+        assert not others, "all is one matmul"
+        columns = _Columns(rest)
+        return Read(*(columns.take(shape) for shape in self.shapes))
+
+    def gate_start(self, qkv_columns: int) -> int:
+        """The column of the first head's output gate."""
+        decay, *_ = self.shapes
+        return qkv_columns + (0 if decay is None else math.prod(decay))
+
+    def for_inference(self) -> Self:
+        return self
+
+
+def _shape(projection: Projection | None) -> tuple[int, ...] | None:
+    return None if projection is None else projection.out_shape
+
+
+class _Columns:
+    """Takes the columns of matmuls `[B, T, columns]`, one projection after the other."""
+
+    def __init__(self, y: Array):
+        self._y, self._start = y, 0
+
+    def take(self, shape: tuple[int, ...] | None) -> Array | None:
+        """The next columns as `[B, T, *shape]`; None takes none."""
+        if shape is None:
+            return None
+        start, self._start = self._start, self._start + math.prod(shape)
+        return self._y[:, :, start : self._start].reshape(*self._y.shape[:2], *shape)
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    """Arrays side by side along their last axis, several of them with zeros up to a multiple."""
+    if len(parts) == 1:
+        return parts[0]
+    short = -sum(part.shape[-1] for part in parts) % COLUMNS_MULTIPLE
+    zeros = [jnp.zeros((*parts[0].shape[:-1], short), parts[0].dtype)] if short else []
+    return jnp.concatenate([*parts, *zeros], axis=-1)

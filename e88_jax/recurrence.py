@@ -1,15 +1,13 @@
 """The E88 recurrence: one function, several implementations.
 
-This module checks the arguments and chooses who computes; the mathematics is in `reference.py`. It
-is the only place that knows which implementations exist, and on which devices the kernels run.
+This module checks the arguments and chooses the implementation; the mathematics is in
+`reference.py`.
 """
 
 import functools
-import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -23,41 +21,10 @@ from e88_jax.checks import (
     require_int,
 )
 from e88_jax.documents import Inputs, of_rows
-from e88_jax.hardware import KERNELS_RUN_BELOW, KERNELS_RUN_FROM
 from e88_jax.meshes import varying_alike, with_automatic_axes
+from e88_jax.mixers.base import Implementation
 from e88_jax.reference import scan_recurrence
-
-Implementation = Literal["scan", "mosaic_gpu"]
-
-_log = logging.getLogger(__name__)
-
-
-def unsupported_device() -> str | None:
-    """Why the kernels do not run on the default device, or None if they do."""
-    device = jax.devices()[0]
-    first, end = (".".join(map(str, x)) for x in (KERNELS_RUN_FROM, KERNELS_RUN_BELOW))
-    needs = f"needs an NVIDIA GPU of compute capability {first} or later and below {end}"
-    if device.platform != "gpu":
-        return f"{needs}, got platform {device.platform!r}"
-    capability = device.compute_capability.split(".")
-    # AMD's are such as gfx90a.
-    is_number = capability[0].isdecimal()
-    if is_number and KERNELS_RUN_FROM <= tuple(map(int, capability)) < KERNELS_RUN_BELOW:
-        return None
-    return f"{needs}, got {device.device_kind} of {device.compute_capability}"
-
-
-def kernels_run(implementation: Implementation | None) -> bool:
-    """Whether what surrounds the recurrence may be computed by kernels too."""
-    return implementation != "scan" and unsupported_device() is None
-
-
-def _require(refusal: str | Exception | None) -> None:
-    if refusal is not None:
-        raise NotImplementedError(
-            f"implementation='mosaic_gpu' {refusal}; use implementation='scan', which takes every "
-            "size and dtype on every platform."
-        ) from (refusal if isinstance(refusal, Exception) else None)
+from pallas_kernels import target
 
 
 def _mosaic_gpu(
@@ -73,36 +40,36 @@ def _mosaic_gpu(
     linear_state: bool,
     saved_state_interval: int,
 ) -> tuple[Array, Array]:
-    _require(unsupported_device())
-    _require(kernels.import_refusal())
-    import pallas_kernels
+    try:
+        kernels.require("mosaic_gpu")
+        from pallas_kernels.recurrence import recurrence, single_step
 
-    _require(pallas_kernels.unsupported(q.shape[-1], v.shape[-1], q.dtype))
-    if q.shape[1] == 1:
-        return pallas_kernels.single_step(
-            q, k, v, decay, write_gate, initial_state, live, linear_state=linear_state
+        if q.shape[1] == 1:
+            return single_step(
+                q, k, v, decay, write_gate, initial_state, live, linear_state=linear_state
+            )
+        return kernels.call(
+            recurrence,
+            *(q, k, v, decay, write_gate, initial_state, starts, live),
+            linear_state=linear_state,
+            saved_state_interval=saved_state_interval,
         )
-    arguments = q, k, v, decay, write_gate, initial_state, starts, live
-    options: Any = {"linear_state": linear_state, "saved_state_interval": saved_state_interval}
-    _require(kernels.lowering_refusal(pallas_kernels.recurrence, *arguments, **options))
-    return pallas_kernels.recurrence(*arguments, **options)
+    except NotImplementedError as refusal:
+        raise NotImplementedError(
+            f"implementation='mosaic_gpu' {refusal}; use implementation='scan', which takes every "
+            "size and dtype on every platform."
+        ) from refusal
 
 
 # An implementation raises NotImplementedError for a call that it cannot take.
-_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
+IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[Array, Array]]] = {
     "mosaic_gpu": _mosaic_gpu,
     "scan": scan_recurrence,
 }
 
 
-def _fastest_first() -> tuple[str, ...]:
-    return ("mosaic_gpu", "scan") if jax.default_backend() == "gpu" else ("scan",)
-
-
-@functools.cache
-def log_once(message: str) -> None:
-    """Warns, the first time."""
-    _log.warning(message)
+def _fastest_first() -> tuple[Implementation, ...]:
+    return ("mosaic_gpu", "scan") if target.current().platform == "gpu" else ("scan",)
 
 
 def e88_recurrence(
@@ -151,11 +118,11 @@ def e88_recurrence(
             final state is that after a row's own last step, outputs after it are zeros, and what
             the arrays hold there is not read. None: every row has T.
         linear_state: leave out the tanh.
-        saved_state_interval: the backward pass keeps one state every so many steps and recomputes
-            those between: memory grows with `T / saved_state_interval`. The GPU kernel rounds it up
-            to a multiple of 32 and keeps bfloat16 states for bfloat16 inputs. Up to 32 it keeps one
-            every 8 steps instead, and `v - S^T k` in float32 in place of v, which makes the
-            backward pass faster.
+        saved_state_interval: steps between the states that are saved for the backward pass, which
+            recomputes those between: memory grows with `T / saved_state_interval`. The GPU kernel
+            rounds it up to a multiple of 32 and saves bfloat16 states for bfloat16 inputs. Up to 32
+            it saves one every 8 steps instead, and the delta `v - S^T k` in float32 in place of v,
+            which makes the backward pass faster.
         implementation: `"scan"` (pure JAX, every platform, the numerical definition),
             `"mosaic_gpu"` (GPU kernel: Hopper and datacenter Blackwell GPUs; N and V multiples of 4
             up to 128; float32 and bfloat16), or None for the fastest that takes the call.
@@ -184,7 +151,7 @@ def e88_recurrence(
         lengths = as_lengths(lengths, batch, time)
     linear_state = require_bool("linear_state", linear_state)
     saved_state_interval = require_int("saved_state_interval", saved_state_interval)
-    require_choice("implementation", implementation, (None, *_IMPLEMENTATIONS))
+    require_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
     inputs = Inputs(q, k, v, decay, write_gate, initial_state)
     axes = Inputs("b t h n", "b t h n", "b t h v", "b t h", "b t h", "b h n v")  # pyright: ignore[reportArgumentType]
 
@@ -204,14 +171,14 @@ def e88_recurrence(
 def _run(implementation: Implementation | None, *arrays: Array | None, **options: Any) -> Any:
     """By the implementation named, or the fastest that takes the call."""
     if implementation is not None:
-        return _IMPLEMENTATIONS[implementation](*arrays, **options)
+        return IMPLEMENTATIONS[implementation](*arrays, **options)
     *faster, last = _fastest_first()
     for name in faster:
         try:
-            return _IMPLEMENTATIONS[name](*arrays, **options)
+            return IMPLEMENTATIONS[name](*arrays, **options)
         except NotImplementedError as error:
-            log_once(f"e88_recurrence falls back to {last!r}: {error}")
-    return _IMPLEMENTATIONS[last](*arrays, **options)
+            kernels.log_once(f"e88_recurrence falls back to {last!r}: {error}")
+    return IMPLEMENTATIONS[last](*arrays, **options)
 
 
 def _validate(

@@ -124,7 +124,7 @@ def run_checks(
         TypeError: an argument of another type.
         ValueError: an unknown implementation, or none.
     """
-    known = tuple(recurrence._IMPLEMENTATIONS)
+    known = tuple(recurrence.IMPLEMENTATIONS)
     if implementations is None:
         implementations = known
     if isinstance(implementations, str) or not isinstance(implementations, Sequence):
@@ -377,7 +377,7 @@ def _one_line(error: Exception) -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the checks that the command line asks for; returns the exit code."""
-    known = list(recurrence._IMPLEMENTATIONS)
+    known = list(recurrence.IMPLEMENTATIONS)
     parser = argparse.ArgumentParser(
         prog="python -m e88_jax.selfcheck",
         description="Checks every implementation of the recurrence on this machine: results and "

@@ -5,6 +5,7 @@ from flax import nnx
 from jax import Array
 from jax.nn import initializers
 
+from e88_jax.documents import document_starts
 from e88_jax.precision import wide, wide_dtype
 
 
@@ -12,32 +13,36 @@ class ShortConv(nnx.Module):
     """Depthwise convolution over time in which token t sees tokens t - size + 1 to t.
 
     Args:
-        channels: width of the input.
+        channels: axes of a token's input, such as `(H, 2N + V)`.
         size: taps per channel, at least 2.
         rngs: source of the initial weights, uniform in +-1 / sqrt(size) as PyTorch's Conv1d.
     """
 
-    def __init__(self, channels: int, size: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: tuple[int, ...], size: int, *, rngs: nnx.Rngs):
         self.channels = channels
         self.size = size
-        init = initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=1)
-        # [size, channels]; the last tap multiplies the newest token.
-        self.kernel = nnx.Param(init(rngs.params(), (size, channels), jnp.float32))
+        init = initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
+        # The last tap multiplies the newest token.
+        self.taps = nnx.Param(init(rngs.params(), (size, *channels), jnp.float32))
 
     def init_state(self, batch: int, dtype: jnp.dtype) -> Array:
-        """The state before the first token: `[batch, size - 1, channels]` zeros."""
-        return jnp.zeros((batch, self.size - 1, self.channels), dtype)
+        """The state before the first token: `[batch, size - 1, *channels]` zeros."""
+        return jnp.zeros((batch, self.size - 1, *self.channels), dtype)
 
     def __call__(
-        self, x: Array, state: Array, document: Array | None, lengths: Array | None = None
+        self,
+        x: Array,
+        state: Array,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Convolves `x` `[B, T, channels]`.
+        """Convolves `x` `[B, T, *channels]`.
 
         Args:
             x: the input.
-            state: the size - 1 inputs before it, `[B, size - 1, channels]` in x's dtype.
-            document: which document each token is in, `[B, T]`, counted from 0 for the one that
-                `state` belongs to. Taps do not reach into another document. None: all in one.
+            state: the size - 1 inputs before it, `[B, size - 1, *channels]` in x's dtype.
+            segment_ids: the document of each token, `[B, T]`; taps do not reach across a change.
+                Token 0 continues `state`. None: one document.
             lengths: tokens of each row, `[B]`; None: T.
 
         Returns:
@@ -47,7 +52,8 @@ class ShortConv(nnx.Module):
         padded = jnp.concatenate([state, x], axis=1)
         reached = [padded[:, tap : tap + time] for tap in range(self.size)]
         new_state = self._last(padded, lengths)
-        if document is not None:
+        if segment_ids is not None:
+            document = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
             documents = jnp.pad(document, ((0, 0), (self.size - 1, 0)))
             reached = [
                 _zero_unless(documents[:, tap : tap + time] == document, inputs)
@@ -55,7 +61,7 @@ class ShortConv(nnx.Module):
             ]
             of_state = self._last(documents, lengths)
             new_state = _zero_unless(of_state == of_state[:, -1:], new_state)
-        taps = self.kernel[...].astype(wide_dtype(x.dtype))
+        taps = self.taps[...].astype(wide_dtype(x.dtype))
         y = sum(taps[None, None, tap] * wide(inputs) for tap, inputs in enumerate(reached))
         return jnp.asarray(y).astype(x.dtype), new_state
 
@@ -69,4 +75,5 @@ class ShortConv(nnx.Module):
 
 
 def _zero_unless(keep: Array, x: Array) -> Array:
-    return jnp.where(keep[..., None], x, jnp.zeros_like(x))
+    keep = keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim))
+    return jnp.where(keep, x, jnp.zeros_like(x))

@@ -10,37 +10,38 @@ from typing import Any, NoReturn
 
 from e88_jax import command, hardware
 from e88_jax.config import E88Config, LMConfig
-from e88_jax.sizing.balance import balance, check, d_inner_of
-from e88_jax.sizing.memory import implementation_on, state_per_layer, training_memory
-from e88_jax.sizing.parameters import calc_e88_params, count_params
+from e88_jax.mixers.base import Execution
+from e88_jax.sizing.guide import calc_e88_params, d_inner_of, e88_layer
+from e88_jax.sizing.memory import implementation_on, training_memory
 from e88_jax.sizing.presets import (
     PRESETS,
     gated_deltanet_state_per_layer,
     mamba2_state_per_layer,
 )
-from e88_jax.sizing.solve import parse_params, solve
+from e88_jax.sizing.proportions import balance, check
+from e88_jax.sizing.search import parse_params, solve
 
 Row = dict[str, Any]
 
 
 def describe(config: LMConfig, gpu: hardware.GPU | None, batch: int, length: int) -> Row:
     """The numbers of a configuration, plain data."""
-    layer = config.layer
+    layer = e88_layer(config)
     implementation = implementation_on(gpu, layer)
     memory = training_memory(config, batch, length, implementation=implementation)
     return {
-        "dim": layer.dim,
+        "dim": config.dim,
         "n_heads": layer.n_heads,
         "n_state": layer.n_state,
         "depth": config.depth,
         "d_inner": d_inner_of(config),
-        "params": count_params(config),
+        "params": config.count_params(),
         "published_formula_params": calc_e88_params(
-            layer.dim, layer.n_heads, layer.n_state, config.depth, config.vocab_size
+            config.dim, layer.n_heads, layer.n_state, config.depth, config.vocab_size
         ),
-        "state_per_layer": state_per_layer(layer),
-        "dim_over_d_inner": round(layer.dim / d_inner_of(config), 3),
-        "balance": balance(layer.dim, d_inner_of(config)),
+        "state_per_layer": layer.state_size(config.dim),
+        "dim_over_d_inner": round(config.dim / d_inner_of(config), 3),
+        "balance": balance(config.dim, d_inner_of(config)),
         "training_bytes": memory.total,
         "findings": [str(x) for x in check(config, gpu, batch=batch, length=length)],
     }
@@ -107,10 +108,13 @@ def _presets(options: argparse.Namespace) -> str:
         ]
         for row in rows
     ]
-    h72, h40 = (PRESETS[name].config.layer for name in ("h72n32-500m", "h40n64-500m"))
+    h72, h40 = (
+        e88_layer(preset.config).state_size(preset.dim)
+        for preset in (PRESETS["h72n32-500m"], PRESETS["h40n64-500m"])
+    )
     baselines = [
-        f"{name}: {state:,} numbers of state a layer, {state / state_per_layer(h72):.1f} times "
-        f"h72n32's and {state / state_per_layer(h40):.1f} times h40n64's"
+        f"{name}: {state:,} numbers of state a layer, {state / h72:.1f} times "
+        f"h72n32's and {state / h40:.1f} times h40n64's"
         for name, state in (
             ("Mamba2 at 500M", mamba2_state_per_layer()),
             ("Gated DeltaNet at 500M", gated_deltanet_state_per_layer()),
@@ -136,21 +140,20 @@ def preset_row(name: str) -> Row:
         "published": preset.published,
         "published_state": preset.published_state,
         "corrected_dim": dim,
-        "corrected_params": None if dim is None else count_params(preset.with_dim(dim)),
+        "corrected_params": None if dim is None else preset.with_dim(dim).count_params(),
     }
 
 
 def _parse_config(assignments: Sequence[str]) -> LMConfig:
     """A configuration from words such as `dim=2176`."""
+    parts = {"layer": E88Config, "execution": Execution, "model": LMConfig}
     fields = {
-        "layer": {field.name: field.type for field in dataclasses.fields(E88Config)},
-        "model": {
-            field.name: field.type
-            for field in dataclasses.fields(LMConfig)
-            if field.name != "layer"
-        },
+        part: {field.name: field.type for field in dataclasses.fields(kind)}
+        for part, kind in parts.items()
     }
-    values: dict[str, dict[str, Any]] = {"layer": {}, "model": {}}
+    for name in ("layers", "execution"):
+        del fields["model"][name]
+    values: dict[str, dict[str, Any]] = {part: {} for part in parts}
     for word in assignments:
         name, equals, value = word.partition("=")
         part = next((part for part, names in fields.items() if name in names), None)
@@ -160,11 +163,14 @@ def _parse_config(assignments: Sequence[str]) -> LMConfig:
         if name in values[part]:
             raise ValueError(f"--check takes each name once, got {name} twice.")
         values[part][name] = _parse_value(name, value, fields[part][name])
-    missing = [name for name in ("dim", "n_heads") if name not in values["layer"]]
-    missing += [] if "depth" in values["model"] else ["depth"]
-    if missing:
+    given = values["layer"] | values["model"]
+    if missing := [name for name in ("dim", "n_heads", "depth") if name not in given]:
         raise ValueError(f"--check needs {', '.join(missing)} too.")
-    return LMConfig(layer=E88Config(**values["layer"]), **values["model"])
+    return LMConfig(
+        layers=(E88Config(**values["layer"]),),
+        execution=Execution(**values["execution"]),
+        **values["model"],
+    )
 
 
 _FOR_A_BUDGET = ("depth", "n_state", "vocab_size", "gate", "rows")
@@ -264,7 +270,7 @@ def run(options: argparse.Namespace) -> str:
             raise ValueError(f"--{flag} must be at least 1, got {getattr(options, name)}.")
     if options.presets:
         return _presets(options)
-    gpu = hardware.detect() if options.gpu is None else hardware.find(options.gpu)
+    gpu = hardware.detect_gpu() if options.gpu is None else hardware.find_gpu(options.gpu)
     if options.check is not None:
         configs = [_parse_config(options.check)]
     else:

@@ -9,7 +9,7 @@ import math
 
 from e88_jax.checks import require_instance, require_int
 from e88_jax.config import E88Config, LMConfig
-from e88_jax.sizing.parameters import calc_e88_params, count_params
+from e88_jax.sizing.guide import calc_e88_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Preset:
         return self.with_dim(self.dim)
 
     def with_dim(self, dim: int) -> LMConfig:
-        layer = E88Config(dim=dim, n_heads=self.n_heads, n_state=self.n_state)
-        return LMConfig(layer=layer, depth=self.depth)
+        layer = E88Config(n_heads=self.n_heads, n_state=self.n_state)
+        return LMConfig(dim=dim, depth=self.depth, layers=(layer,))
 
     @property
     def published_params(self) -> int:
@@ -58,12 +58,12 @@ class Preset:
         """
         if self.agrees:
             return None
-        base, wanted = count_params(self.with_dim(64)), self.published_params
-        per_dim = (count_params(self.with_dim(128)) - base) / 64  # the count is affine in dim
+        base, wanted = self.with_dim(64).count_params(), self.published_params
+        per_dim = (self.with_dim(128).count_params() - base) / 64  # the count is affine in dim
         exact = 64 + (wanted - base) / per_dim
         for multiple in (64, 32, 16, 8):
             dim = round(exact / multiple) * multiple
-            if abs(count_params(self.with_dim(dim)) - wanted) <= 0.01 * wanted:
+            if abs(self.with_dim(dim).count_params() - wanted) <= 0.01 * wanted:
                 return dim
         raise AssertionError(self)
 

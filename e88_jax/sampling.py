@@ -19,8 +19,7 @@ from jax.typing import ArrayLike
 
 from e88_jax.checks import require_instance, require_int, shown
 from e88_jax.meshes import with_automatic_axes
-from e88_jax.model import E88LM, LMState
-from e88_jax.projection import Projection
+from e88_jax.model import LanguageModel, LMState
 from e88_jax.prompts import Prompt, check_prompt, is_traced, pad
 from e88_jax.sampling_options import check_sampling_options
 
@@ -99,7 +98,7 @@ def draw(
 
 
 def read(
-    graphdef: nnx.GraphDef[E88LM],
+    graphdef: nnx.GraphDef[LanguageModel],
     params: nnx.State,
     state: LMState | None,
     tokens: Array,
@@ -120,7 +119,7 @@ def read(
 
 
 def read_and_draw(
-    graphdef: nnx.GraphDef[E88LM],
+    graphdef: nnx.GraphDef[LanguageModel],
     params: nnx.State,
     state: LMState | None,
     tokens: Array,
@@ -135,7 +134,7 @@ def read_and_draw(
     """Reads `tokens` as `read` does and draws one more for each row.
 
     Args:
-        graphdef, params: `for_inference` of the model.
+        graphdef, params: of `model.for_inference()`, split.
 
     Returns:
         The state, the tokens drawn `[B]` int32 (see `draw`) and the key for those to come.
@@ -155,7 +154,7 @@ _read = jax.jit(read, static_argnames="graphdef", donate_argnames="state")
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "length"), donate_argnames="state")
 def decode(
-    graphdef: nnx.GraphDef[E88LM],
+    graphdef: nnx.GraphDef[LanguageModel],
     params: nnx.State,
     state: LMState,
     token: Array,
@@ -200,27 +199,8 @@ def decode(
     return state, drawn.T, key
 
 
-def for_inference(model: E88LM) -> tuple[nnx.GraphDef[E88LM], nnx.State]:
-    """Graph and parameters of a model that computes the same, made to decode.
-
-    What each layer reads from its input is one product. What is only multiplied with is in the
-    dtype of the products, so that a step of decoding, which has to read all of it, reads half of
-    the bytes where that is bfloat16; and on a GPU transposed, which a step reads faster. There a
-    step of one token may be by a kernel that cannot be differentiated.
-    """
-    model = nnx.merge(*nnx.split(model))  # other variables, of the same arrays
-    for block in model.blocks:
-        block.mixer.join_projections()
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Projection):
-            module.prepare_for_inference()
-        elif isinstance(module, nnx.Einsum):
-            module.kernel = nnx.Param(module.kernel[...].astype(module.dtype))
-    return nnx.split(model)
-
-
 def generate_stream(
-    model: E88LM,
+    model: LanguageModel,
     prompt: Prompt,
     *,
     key: Array,
@@ -249,7 +229,7 @@ def generate_stream(
 
 
 def generate(
-    model: E88LM,
+    model: LanguageModel,
     prompt: Prompt,
     length: int,
     *,
@@ -319,7 +299,7 @@ class _Call:
 
     def __init__(
         self,
-        model: E88LM,
+        model: LanguageModel,
         prompt: Prompt,
         key: Array,
         temperature: float,
@@ -329,7 +309,7 @@ class _Call:
         state: LMState | None,
         stop: int | Iterable[int] | None,
     ):
-        require_instance("model", model, E88LM)
+        require_instance("model", model, LanguageModel)
         vocab_size = model.config.vocab_size
         self.prompt, self.lengths = check_prompt(prompt, lengths, vocab_size)
         self.batch = self.prompt.shape[0]
@@ -337,7 +317,7 @@ class _Call:
         self.options = _check_options(temperature, top_k, top_p, vocab_size)
         self.stop = _check_stop(stop, vocab_size)
         self.state = None if state is None else _check_state(state, model, self.batch)
-        self.graphdef, self.params = for_inference(model)
+        self.graphdef, self.params = nnx.split(model.for_inference())
         # What a user has put on devices stays there; the rest goes where the parameters are.
         self.sharding = None
         if isinstance(prompt, Array) and not is_traced(prompt) and prompt.committed:
@@ -437,7 +417,7 @@ def _check_stop(stop: Any, vocab_size: int) -> np.ndarray | None:
     return np.pad(ids, (0, (1 << (ids.size - 1).bit_length()) - ids.size), mode="edge")
 
 
-def _check_state(state: Any, model: E88LM, batch: int) -> LMState:
+def _check_state(state: Any, model: LanguageModel, batch: int) -> LMState:
     wanted = jax.eval_shape(lambda: model.init_state(batch))
     state = tuple(state) if isinstance(state, list) else state
     shapes = [jax.tree.map(np.shape, tree) for tree in (wanted, state)]

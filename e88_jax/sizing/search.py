@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from e88_jax.checks import require_choice, require_instance, require_int, require_number, shown
 from e88_jax.config import E88Config, LMConfig, OutputGate
 from e88_jax.hardware import GPU, require_gpu
-from e88_jax.sizing.balance import d_inner_of
-from e88_jax.sizing.memory import KERNEL_MULTIPLE, MAX_KERNEL_SIZE
-from e88_jax.sizing.parameters import count_params
+from e88_jax.sizing.guide import d_inner_of, e88_layer
+from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE
 
 SMALLEST, LARGEST = 1_000_000, 10_000_000_000
 TOLERANCE = 0.01
@@ -63,7 +62,7 @@ class Solution:
     @property
     def ratio(self) -> float:
         """dim / d_inner."""
-        return self.config.layer.dim / d_inner_of(self.config)
+        return self.config.dim / d_inner_of(self.config)
 
     @property
     def distance(self) -> float:
@@ -102,11 +101,10 @@ def solve(
         raise ValueError(f"params, the budget, must be 1M to 10B parameters, got {params:,}.")
     require_gpu(gpu)
     if n_state is not None:
-        n_state = require_int("n_state", n_state, minimum=KERNEL_MULTIPLE)
-        if n_state % KERNEL_MULTIPLE or n_state > MAX_KERNEL_SIZE:
+        n_state = require_int("n_state", n_state, minimum=SIZE_MULTIPLE)
+        if n_state % SIZE_MULTIPLE or n_state > MAX_SIZE:
             raise ValueError(
-                f"n_state must be a multiple of {KERNEL_MULTIPLE} up to {MAX_KERNEL_SIZE}, "
-                f"got {n_state}."
+                f"n_state must be a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}, got {n_state}."
             )
     depth = None if depth is None else require_int("depth", depth)
     vocab_size = require_int("vocab_size", vocab_size)
@@ -117,7 +115,7 @@ def solve(
     # Small models have few multiples of 64 to choose from: for some, other sizes must do.
     for depths, sizes in (
         (usual_depths, range(low, high + 1, 16)),
-        (range(1, 2 * usual + 1), range(min(low, 16), high + 1, KERNEL_MULTIPLE)),
+        (range(1, 2 * usual + 1), range(min(low, 16), high + 1, SIZE_MULTIPLE)),
     ):
         pairs = itertools.product([n_state] if n_state else sizes, [depth] if depth else depths)
         for n, layers in pairs:
@@ -140,12 +138,12 @@ def _candidates(
     """For each dim near balance, the numbers of heads below and above the budget."""
 
     def config(dim: int, heads: int) -> LMConfig:
-        layer = E88Config(dim=dim, n_heads=heads, n_state=n_state, output_gate=gate)
-        return LMConfig(layer=layer, depth=depth, vocab_size=vocab_size)
+        layer = E88Config(n_heads=heads, n_state=n_state, output_gate=gate)
+        return LMConfig(dim=dim, depth=depth, layers=(layer,), vocab_size=vocab_size)
 
     def counts(heads: int) -> Iterator[int]:
         """At each multiple of 64; the count is affine in dim."""
-        first, second = (count_params(config(n * DIM_MULTIPLE, heads)) for n in (1, 2))
+        first, second = (config(n * DIM_MULTIPLE, heads).count_params() for n in (1, 2))
         return itertools.count(first, second - first)
 
     matrices = 4 if gate == "none" else 5
@@ -174,9 +172,9 @@ def _why_not(
             f"{'another depth' if depth else 'a smaller vocabulary'} or a larger budget."
         )
     nearest = min(found, key=lambda s: abs(s.error))
-    layer = nearest.config.layer
+    config, layer = nearest.config, e88_layer(nearest.config)
     return (
-        f"{message} to {TOLERANCE:.0%}: the nearest has {nearest.params:,} (dim {layer.dim}, "
-        f"{layer.n_heads} heads of {layer.n_state}, depth {nearest.config.depth}); take that "
-        "budget, or leave depth or n_state open."
+        f"{message} to {TOLERANCE:.0%}: the nearest has {nearest.params:,} (dim {config.dim}, "
+        f"{layer.n_heads} heads of {layer.n_state}, depth {config.depth}); take that budget, or "
+        "leave depth or n_state open."
     )

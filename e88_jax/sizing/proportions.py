@@ -4,15 +4,13 @@ import dataclasses
 from fractions import Fraction
 from typing import Literal
 
-from e88_jax.checks import require_instance, require_int
-from e88_jax.config import LMConfig, Remat
+from e88_jax.checks import require_int
+from e88_jax.config import LMConfig
 from e88_jax.hardware import GPU, require_gpu
-from e88_jax.sizing.memory import (
-    KERNEL_MULTIPLE,
-    MAX_KERNEL_SIZE,
-    implementation_on,
-    training_memory,
-)
+from e88_jax.mixers.base import Remat
+from e88_jax.sizing.guide import d_inner_of, e88_layer
+from e88_jax.sizing.memory import implementation_on, training_memory
+from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE
 
 Band = Literal[
     "severe bottleneck", "mild bottleneck", "balanced", "over-provisioned d_inner", "wasteful"
@@ -41,16 +39,6 @@ def balance(dim: int, d_inner: int) -> Band:
     return "wasteful"
 
 
-def d_inner_of(config: LMConfig) -> int:
-    """n_heads * n_state.
-
-    Raises:
-        TypeError: no LMConfig.
-    """
-    require_instance("config", config, LMConfig)
-    return config.layer.n_heads * config.layer.n_state
-
-
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """Something to change, or to know."""
@@ -75,9 +63,9 @@ def check(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a batch or length below 1.
+        ValueError: a batch or length below 1, or a model of other layers than equal E88 layers.
     """
-    require_instance("config", config, LMConfig)
+    e88_layer(config)
     require_gpu(gpu)
     batch, length = require_int("batch", batch), require_int("length", length)
     findings = _proportions(config)
@@ -85,12 +73,12 @@ def check(
 
 
 def _proportions(config: LMConfig) -> list[Finding]:
-    layer, d_inner = config.layer, d_inner_of(config)
-    band = balance(layer.dim, d_inner)
+    layer, d_inner = e88_layer(config), d_inner_of(config)
+    band = balance(config.dim, d_inner)
     if band == "balanced":
         return []
-    heads = max(1, round(layer.dim / layer.n_state))
-    ratio = f"dim / d_inner is {layer.dim / d_inner:.3g} ({band})"
+    heads = max(1, round(config.dim / layer.n_state))
+    ratio = f"dim / d_inner is {config.dim / d_inner:.3g} ({band})"
     if band == "severe bottleneck":
         problem = f"few heads for a large dim, {ratio}"
     else:
@@ -99,17 +87,17 @@ def _proportions(config: LMConfig) -> list[Finding]:
 
 
 def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding]:
-    layer, findings = config.layer, []
+    layer, findings = e88_layer(config), []
     if not gpu.has_kernels:
         needs = "for the kernels take one such as an H100"
         findings.append(Finding(f"{gpu.name} runs the recurrence by lax.scan", needs))
     else:
         for name, size in (("n_state", layer.n_state), ("n_value", layer.n_value)):
-            if size > MAX_KERNEL_SIZE or size % KERNEL_MULTIPLE:
+            if size > MAX_SIZE or size % SIZE_MULTIPLE:
                 findings.append(
                     Finding(
                         f"{name} {size} is not for the kernels, so lax.scan runs it",
-                        f"take a multiple of {KERNEL_MULTIPLE} up to {MAX_KERNEL_SIZE}",
+                        f"take a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}",
                     )
                 )
     if gpu.published is not None and layer.n_state > gpu.published.max_n_state:
@@ -122,11 +110,15 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
         )
 
     def needed_gb(remat: Remat) -> float:
-        made_again = dataclasses.replace(config, remat=remat)
+        execution = dataclasses.replace(config.execution, remat=remat)
+        recomputing = dataclasses.replace(config, execution=execution)
         implementation = implementation_on(gpu, layer)
-        return training_memory(made_again, batch, length, implementation=implementation).total / 1e9
+        return (
+            training_memory(recomputing, batch, length, implementation=implementation).total / 1e9
+        )
 
-    if needed_gb(config.remat) > gpu.memory_GB:
+    needed = needed_gb(config.execution.remat)
+    if needed > gpu.memory_GB:
         remedy = "take fewer sequences, shorter ones or a smaller model"
         choices: tuple[Remat, ...] = ("recurrence", "layer")
         for remat in choices:
@@ -135,8 +127,8 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
                 break
         findings.append(
             Finding(
-                f"training takes about {needed_gb(config.remat):.0f} GB at batch {batch} and "
-                f"length {length}, of {gpu.memory_GB} GB",
+                f"training takes about {needed:.0f} GB at batch {batch} and length {length}, of "
+                f"{gpu.memory_GB} GB",
                 remedy,
             )
         )

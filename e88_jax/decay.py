@@ -1,0 +1,61 @@
+"""How much of its state a head keeps from one step to the next."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from e88_jax.config import E88Config
+from e88_jax.precision import wide
+
+
+def _init_a_log(key: Array, n_heads: int) -> Array:
+    return jnp.log(jax.random.uniform(key, (n_heads,), jnp.float32, 1.0, 16.0))
+
+
+def _init_dt_bias(key: Array, n_heads: int) -> Array:
+    """The softplus inverse of steps log-uniform in [1e-3, 1e-1], floored at 1e-4, as Mamba
+    initialises them (https://github.com/state-spaces/mamba, `mamba_ssm/modules/mamba2.py`)."""
+    low, high = jnp.log(jnp.float32(1e-3)), jnp.log(jnp.float32(1e-1))
+    dt = jnp.maximum(jnp.exp(jax.random.uniform(key, (n_heads,), jnp.float32, low, high)), 1e-4)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+class Decay(nnx.Module):
+    """The decay of each head and step, in (0, 1], by `config.decay_mode`; `a` is the input's part:
+
+    mamba       exp(-exp(A_log) * softplus(a + dt_bias))
+    simple      sigmoid(a)
+    constant    sigmoid(logit), logit initially 4
+    none        1
+    """
+
+    def __init__(self, config: E88Config, *, rngs: nnx.Rngs):
+        heads = config.n_heads
+        self.mode, self.n_heads = config.decay_mode, heads
+        if config.decay_mode == "mamba":
+            self.A_log = nnx.Param(_init_a_log(rngs.params(), heads))
+            self.dt_bias = nnx.Param(_init_dt_bias(rngs.params(), heads))
+        elif config.decay_mode == "constant":
+            self.logit = nnx.Param(jnp.full((heads,), 4.0, jnp.float32))
+
+    def __call__(self, a: Array | None, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        """`[B, T, H]` in dtype.
+
+        Args:
+            a: `[B, T, H]`, or None in the modes that read nothing.
+            shape: `(B, T)`.
+            dtype: float32, or float64.
+        """
+        match self.mode:
+            case "constant":
+                decay = jax.nn.sigmoid(self.logit[None, None].astype(dtype))
+                return jnp.broadcast_to(decay, (*shape, self.n_heads))
+            case "none":
+                return jnp.ones((*shape, self.n_heads), dtype)
+            case _:
+                assert a is not None
+        if self.mode == "simple":
+            return jax.nn.sigmoid(wide(a))
+        rate = jnp.exp(self.A_log[None, None].astype(dtype))
+        return jnp.exp(-rate * jax.nn.softplus(wide(a) + self.dt_bias[None, None].astype(dtype)))

@@ -1,0 +1,76 @@
+"""From the heads' outputs to one vector a token: residual, norm, gate, mix, output projection."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.nn import initializers
+
+from e88_jax.config import E88Config
+from e88_jax.precision import NORM_EPSILON, wide
+from e88_jax.projection import InferenceProjection, Projection, Read
+
+
+class HeadMix(nnx.Module):
+    """The end of the layer. Of the recurrence's outputs `o`, `[B, T, H, V]`:
+
+        o = o + D * v                   value_residual; D `[H, V]`, initially 1
+        o = rmsnorm(o)                  output_norm, over V
+        o = o * silu(g)                 output_gate; or sigmoid
+        y = sum_h W_o[h] o[h]           head_mix concat and per_head, W_o `[H, V, dim]`
+        y = W_o sum_h w[h] o[h]         the others, W_o `[V, dim]`; w = softmax of a learned number
+                                        a head (weighted_sum) or of one read from the input
+                                        (input_weighted), or 1 (sum)
+
+    concat and per_head differ in the initial weights: xavier-uniform of one matrix `[H * V, dim]`,
+    or of each head's own `[V, dim]`.
+    """
+
+    def __init__(self, config: E88Config, dim: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        heads, n_value = config.n_heads, config.n_value
+        self.mix, self.gate = config.head_mix, config.output_gate
+        residual, weights = jnp.ones((heads, n_value)), jnp.full((heads,), 1 / heads, jnp.float32)
+        norm = nnx.RMSNorm(n_value, epsilon=NORM_EPSILON, rngs=rngs)
+        self.value_residual = nnx.Param(residual) if config.value_residual else None
+        self.norm = norm if config.output_norm else None
+        self.weights = nnx.Param(weights) if config.head_mix == "weighted_sum" else None
+
+        def of_each_head(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+            xavier = initializers.xavier_uniform(batch_axis=0)
+            return xavier(key, (heads, n_value, dim), dtype).reshape(shape)
+
+        xavier = initializers.xavier_uniform()
+        self.projection: Projection | InferenceProjection = Projection(
+            (heads, n_value) if config.head_mix in ("concat", "per_head") else (n_value,),
+            (dim,),
+            dtype=dtype,
+            kernel_init=of_each_head if config.head_mix == "per_head" else xavier,
+            rngs=rngs,
+        )
+
+    def __call__(self, out: Array, v: Array, read: Read) -> Array:
+        """`[B, T, dim]` in the compute dtype, of the outputs and the values `[B, T, H, V]`."""
+        dtype = out.dtype
+        out = wide(out)
+        if self.value_residual is not None:
+            out += self.value_residual[None, None].astype(out.dtype) * wide(v)
+        if self.norm is not None:
+            out = self.norm(out)
+        if read.gate is not None:
+            gate = wide(read.gate)
+            out *= jax.nn.silu(gate) if self.gate == "silu" else jax.nn.sigmoid(gate)
+        if self.weights is not None:
+            weights = jax.nn.softmax(self.weights[...].astype(out.dtype))
+            out = jnp.einsum("bthv,h->btv", out, weights)
+        elif read.head_weights is not None:
+            weights = jax.nn.softmax(wide(read.head_weights))
+            out = jnp.einsum("bthv,bth->btv", out, weights)
+        elif self.mix == "sum":
+            out = jnp.sum(out, axis=2)
+        return self.projection(out.astype(dtype))
+
+    def for_inference(self) -> "HeadMix":
+        """The same with the output projection laid out for decoding."""
+        mix = nnx.merge(*nnx.split(self))  # other variables, of the same arrays
+        mix.projection = self.projection.for_inference()
+        return mix

@@ -1,0 +1,129 @@
+"""What the model, the trainer and sizing ask of a mixer, and of its configuration. No JAX here."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+
+from e88_jax.checks import check_fields, require_choice, require_int
+
+if TYPE_CHECKING:
+    from flax import nnx
+    from jax import Array
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+Remat = Literal["none", "recurrence", "layer"]
+Implementation = Literal["scan", "mosaic_gpu"]
+
+MixerState = Any
+"""A tree of arrays whose first axis is the batch; each mixer has its own."""
+
+
+def _dtype_name(dtype: object) -> object:
+    """The name of a NumPy or JAX dtype; anything else as it is."""
+    if dtype is None or isinstance(dtype, str):
+        return dtype
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    return name if isinstance(name, str) else dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a model is run. Its parameters do not depend on it, its results only by rounding.
+
+    Raises:
+        TypeError: a field of another type.
+        ValueError: an interval below 1, or an unknown choice.
+    """
+
+    dtype: Dtype | None = None
+    """Compute dtype of the matmuls; None for bfloat16 on a GPU and float32 elsewhere. A dtype of
+    NumPy or JAX, such as `jnp.bfloat16`, is stored as its name."""
+    implementation: Implementation | None = None
+    """Implementation of the mixers' recurrences; None for the fastest that takes the call."""
+    saved_state_interval: int = 32
+    """Steps between the recurrence's states that are saved for the backward pass."""
+    remat: Remat = "none"
+    """What the backward pass recomputes instead of keeping it: nothing, everything but matmuls
+    (the recurrence with its saved states and what surrounds it), or whole layers."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        dtypes = (None, "float32", "bfloat16", "float64")
+        check_fields(self, require_choice, "dtype", choices=dtypes)
+        check_fields(self, require_choice, "implementation", choices=(None, "scan", "mosaic_gpu"))
+        check_fields(self, require_int, "saved_state_interval")
+        check_fields(self, require_choice, "remat", choices=("none", "recurrence", "layer"))
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one token's forward and backward pass."""
+
+    matmul: int
+    recurrence: int
+    """Of the state's update and reads, which run outside of matmuls."""
+
+    @property
+    def total(self) -> int:
+        return self.matmul + self.recurrence
+
+
+class MixerConfig(Protocol):
+    """A frozen dataclass of plain values, which are the mixer's flags on the command line.
+
+    `dim`, the width of the residual stream, is the model's and given to each method.
+    """
+
+    kind: ClassVar[str]
+    """The mixer's name in `mixers.MIXERS`, on the command line and in JSON."""
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def build(self, dim: int, execution: Execution, *, rngs: "nnx.Rngs") -> "Mixer":
+        """A mixer of this configuration with new weights."""
+        ...
+
+    def count_params(self, dim: int) -> int:
+        """Number of parameters, exactly."""
+        ...
+
+    def state_size(self, dim: int) -> int:
+        """Numbers in the state of one sequence."""
+        ...
+
+    def flops_per_token(self, dim: int) -> Flops:
+        """Operations of training on one token."""
+        ...
+
+
+class Mixer(Protocol):
+    """An `nnx.Module` that mixes over time: `y, state = mixer(x, state, segment_ids)`.
+
+    Its matmuls' weights are parameters named `kernel`; `optim.py` reads from that name which
+    parameters decay and which Muon takes.
+    """
+
+    def __call__(
+        self,
+        x: "Array",
+        state: MixerState | None = None,
+        segment_ids: "Array | None" = None,
+        *,
+        lengths: "Array | None" = None,
+    ) -> "tuple[Array, MixerState]":
+        """Outputs `[B, T, dim]` of x `[B, T, dim]`, and the state after the last token.
+
+        Args:
+            x: the input.
+            state: what the call before returned; None is `init_state(B)`.
+            segment_ids: packed documents, `[B, T]` int32: where the id changes, nothing is carried
+                over. Token 0 continues `state`.
+            lengths: tokens of each row, `[B]` int32: the state is that after a row's own last
+                token. Given for prompts of different lengths only.
+        """
+        ...
+
+    def init_state(self, batch: int) -> MixerState:
+        """The state before the first token."""
+        ...
+
+    def for_inference(self) -> Self:
+        """A mixer of the same call whose weights are laid out for decoding; self is untouched."""
+        ...

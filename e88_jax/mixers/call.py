@@ -1,0 +1,78 @@
+"""The call of a mixer: arguments checked, and computed under automatic mesh axes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from e88_jax.checks import as_array, as_integers, as_lengths, require_instance
+from e88_jax.meshes import call_with_automatic_axes, explicit_mesh
+
+
+def call_checked(
+    compute: Callable[..., tuple[Array, Any]],
+    mixer: Any,
+    dim: int,
+    state_axes: Any,
+    x: Array,
+    state: Any,
+    segment_ids: Array | None,
+    lengths: Array | None,
+) -> tuple[Array, Any]:
+    """`compute(mixer, x, state, segment_ids, lengths)`, with a state and checked arguments.
+
+    Args:
+        compute: a method of the mixer's class.
+        mixer: a `Mixer`.
+        dim: width of x.
+        state_axes: a tree prefix of the state that names the first axes of its arrays: "b" the
+            rows of the batch, "b h" these and the heads.
+        x, state, segment_ids, lengths: as `Mixer.__call__` takes them.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: x is not `[B, T, dim]` or empty, or the state, the ids or the lengths do not go
+            with it.
+    """
+    x = as_array("x", x, f"[B, T, {dim}]")
+    if x.ndim != 3 or x.shape[-1] != dim or x.size == 0:
+        raise ValueError(f"x must be [B, T, {dim}], B and T not 0, got shape {x.shape}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be of floats, got {x.dtype}.")
+    if segment_ids is not None:
+        segment_ids = as_integers("segment_ids", segment_ids, "[B, T]", x.shape[:2])
+    if lengths is not None:
+        lengths = as_lengths(lengths, *x.shape[:2])
+    if state is None:
+        state = mixer.init_state(x.shape[0])
+    else:
+        check_state("state", state, mixer, x.shape[0])
+    arguments = x, state, segment_ids, lengths
+    if explicit_mesh((*arguments, nnx.state(mixer))) is None:
+        return compute(mixer, *arguments)
+    axes = "b t", state_axes, "b t", "b"
+    return call_with_automatic_axes(compute, mixer, arguments, axes, ("b t", state_axes))
+
+
+def check_state(name: str, state: Any, mixer: Any, batch: int) -> None:
+    """Raises:
+    TypeError: the state is no tree like the mixer's.
+    ValueError: it is none of the mixer for a batch of so many rows.
+    """
+    fresh = jax.eval_shape(lambda: mixer.init_state(batch))
+    is_array = jax.tree.structure(fresh) == jax.tree.structure(0)
+    if not is_array:
+        needs = f"a {type(fresh).__name__}, such as init_state({batch})"
+        require_instance(name, state, type(fresh), needs)
+    got, wanted = (jax.tree.map(_described, tree) for tree in (state, fresh))
+    if jax.tree.structure(got) != jax.tree.structure(wanted) or got != wanted:
+        raise ValueError(f"{name} must be {wanted} for a batch of {batch}, got {got}.")
+
+
+def _described(array: Any) -> str:
+    """dtype and shape; of what is no array, its type."""
+    dtype = getattr(array, "dtype", type(array).__name__)
+    return f"{dtype} {getattr(array, 'shape', '')}"
