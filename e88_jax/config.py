@@ -181,7 +181,7 @@ class LMConfig:
     """Token ids run from 0 to vocab_size - 1; 256 for bytes."""
     channel_mixer_dim: int | None = None
     """Hidden width of a SwiGLU channel mixer after each layer's mixer; None for none."""
-    execution: Execution = Execution()
+    execution: Execution = Execution()  # noqa: RUF009  (frozen)
     """How the model is run, which may change from one run to the next."""
 
     def __post_init__(self) -> None:

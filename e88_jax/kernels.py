@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
-class NotWorthIt(NotImplementedError):
+class NotWorthIt(NotImplementedError):  # noqa: N818  (XLA is meant to be taken: no fault)
     """A call for which XLA is meant to be taken: no warning."""
 
 

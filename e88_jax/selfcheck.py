@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e88_jax import command, recurrence
+from e88_jax import command, naive, recurrence
 from e88_jax.checks import require_bool, require_choice, shown
 
 BOUNDS = {"float32": 2e-5, "bfloat16": 4e-3}
@@ -240,9 +240,7 @@ def _dtype(name: str, case: Case) -> str:
 
 
 def reference(inputs: Arrays, linear_state: bool) -> Arrays:
-    """Results and gradients by their formulas, a loop over time in NumPy and float64.
-
-    It shares nothing with the implementations.
+    """Results and gradients by `naive`.
 
     Args:
         inputs: as `make_inputs` makes them.
@@ -251,52 +249,12 @@ def reference(inputs: Arrays, linear_state: bool) -> Arrays:
     Returns:
         `out`, `final_state`, and `d_x` for each differentiable input x that is given.
     """
-    q, k, v, decay = (inputs[name] for name in ("q", "k", "v", "decay"))
-    batch, time_, heads, n_state = q.shape
-    beta = inputs.get("write_gate", np.ones_like(decay))[..., None]
-    ids = inputs.get("segment_ids", np.zeros((batch, time_)))
-    goes_on = np.ones((batch, time_, 1, 1, 1))
-    goes_on[:, 1:, 0, 0, 0] = ids[:, 1:] == ids[:, :-1]
-
-    def outer(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return x[..., :, None] * y[..., None, :]
-
-    def at(S: np.ndarray, key: np.ndarray) -> np.ndarray:  # S^T key
-        return np.einsum("bhnv,bhn->bhv", S, key)
-
-    def along(S: np.ndarray, value: np.ndarray) -> np.ndarray:  # S value
-        return np.einsum("bhnv,bhv->bhn", S, value)
-
-    S = inputs.get("initial_state", np.zeros((batch, heads, n_state, v.shape[-1])))
-    states = [S]
-    out = np.empty_like(v)
-    for t in range(time_):
-        S = S * goes_on[:, t]
-        correction = beta[:, t] * (v[:, t] - at(S, k[:, t]))
-        S = decay[:, t, :, None, None] * S + outer(k[:, t], correction)
-        S = S if linear_state else np.tanh(S)
-        out[:, t] = at(S, q[:, t])
-        states.append(S)
-
-    d = {f"d_{name}": np.zeros_like(inputs[name]) for name in ("q", "k", "v", "decay")}
-    d_beta = np.zeros_like(decay)
-    d_out, dS = inputs["d_out"], inputs["d_final_state"]
-    for t in reversed(range(time_)):
-        before, after = states[t] * goes_on[:, t], states[t + 1]
-        error = v[:, t] - at(before, k[:, t])
-        dS = dS + outer(q[:, t], d_out[:, t])
-        dP = dS if linear_state else dS * (1 - after**2)
-        e = at(dP, k[:, t])
-        d["d_q"][:, t] = along(after, d_out[:, t])
-        d["d_k"][:, t] = along(dP, beta[:, t] * error) - along(before, beta[:, t] * e)
-        d["d_v"][:, t] = beta[:, t] * e
-        d["d_decay"][:, t] = np.sum(dP * before, axis=(-2, -1))
-        d_beta[:, t] = np.sum(e * error, axis=-1)
-        dS = decay[:, t, :, None, None] * dP - outer(k[:, t], beta[:, t] * e)
-        dS = dS * goes_on[:, t]
-    optional = {"write_gate": d_beta, "initial_state": dS}
-    d |= {f"d_{name}": x for name, x in optional.items() if name in inputs}
-    return {"out": out, "final_state": S} | d
+    arrays = {name: x for name, x in inputs.items() if not name.startswith("d_")}
+    x = naive.Inputs(**arrays, linear_state=linear_state)  # pyright: ignore[reportArgumentType]
+    result = naive.run(x)
+    d = naive.gradients(x, inputs["d_out"], inputs["d_final_state"])._asdict()
+    results = {"out": result.out, "final_state": result.final_state}
+    return results | {f"d_{name}": d[name] for name in arrays if d.get(name) is not None}
 
 
 @functools.cache
@@ -357,18 +315,11 @@ def _check(name: str, evaluate: Callable[[Arrays, Case], Arrays], case: Case) ->
     failures += [f"two runs differ in {', '.join(changed)}"] if changed else []
     if case.extreme == "inputs of 1e4":  # so saturated that nothing is left to compare
         return Result(name, case, failures=tuple(failures))
-    ratios = {x: _rms_ratio(first[x].astype(np.float64), expected[x]) for x in expected}
+    ratios = {x: naive.rms_ratio(first[x], expected[x]) for x in expected}
     bound = BOUNDS[case.dtype]
     failures += [f"{x} is off by {ratio:.1e}" for x, ratio in ratios.items() if ratio > bound]
     worst = max(ratios, key=lambda x: np.nan_to_num(ratios[x], nan=np.inf))
     return Result(name, case, worst=worst, ratio=ratios[worst], failures=tuple(failures))
-
-
-def _rms_ratio(x: np.ndarray, expected: np.ndarray) -> float:
-    error, scale = np.linalg.norm(x - expected), np.linalg.norm(expected)
-    if scale == 0:  # such as decay's gradient where the state before is zero
-        return 0.0 if error == 0 else np.inf
-    return float(error / scale)
 
 
 def _one_line(error: Exception) -> str:
