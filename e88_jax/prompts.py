@@ -1,7 +1,7 @@
 """Prompts: text, or ids in lists and arrays, as one padded array of ids."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,10 @@ def check_prompt(
     if isinstance(prompt, _TEXT):
         prompt = [prompt]
     if isinstance(prompt, list | tuple):
-        rows = [_text_ids(row, vocab_size) if isinstance(row, _TEXT) else row for row in prompt]
+        given = cast("list[Any]", prompt)
+        rows = [_text_ids(row, vocab_size) if isinstance(row, _TEXT) else row for row in given]
         rows = [_as_array("each row of the prompt", row) for row in rows]
-        if any(isinstance(row, _TEXT) for row in prompt) or len({row.shape for row in rows}) > 1:
+        if any(isinstance(row, _TEXT) for row in given) or len({row.shape for row in rows}) > 1:
             if lengths is not None:
                 raise ValueError(
                     "lengths must be None for a prompt that is text or rows of different lengths."
@@ -40,27 +41,28 @@ def check_prompt(
             f"{prompt.shape}."
         )
     batch, width = prompt.shape
-    if lengths is not None and not is_traced(lengths):
-        lengths = _as_array("lengths", lengths)
+    held: np.ndarray | None = None  # the lengths, where their values are known
     if lengths is not None:
+        if not is_traced(lengths):
+            lengths = held = _as_array("lengths", lengths)
         if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
             raise ValueError(
                 f"lengths must be {batch} integers, one for each row of the prompt, got "
                 f"{lengths.dtype} of shape {lengths.shape}."
             )
-        if isinstance(lengths, np.ndarray):
-            if lengths.min() < 1 or lengths.max() > width:
+        if held is not None:
+            if held.min() < 1 or held.max() > width:
                 raise ValueError(
-                    f"lengths must be from 1 to the prompt's {width} tokens, got {lengths.min()} "
-                    f"to {lengths.max()}."
+                    f"lengths must be from 1 to the prompt's {width} tokens, got {held.min()} "
+                    f"to {held.max()}."
                 )
-            width = int(lengths.max())
+            width = int(held.max())
             prompt = prompt[:, :width]
         lengths = lengths.astype(np.int32)
     if isinstance(prompt, np.ndarray):
-        if isinstance(lengths, np.ndarray):  # past them there may be any numbers
-            _check_ids(prompt[np.arange(width)[None, :] < lengths[:, None]], vocab_size)
-        else:
+        if held is not None:  # past them there may be any numbers
+            _check_ids(prompt[np.arange(width)[None, :] < held[:, None]], vocab_size)
+        elif lengths is None:
             _check_ids(prompt, vocab_size)
     return prompt.astype(np.int32), lengths
 
@@ -116,7 +118,7 @@ def padded_length(length: int) -> int:
 
 def pad(
     tokens: np.ndarray | Array, lengths: np.ndarray | Array | None, sharding: Any
-) -> tuple[Array, np.ndarray | Array | None]:
+) -> tuple[Array, Any]:
     """`tokens` as `[B, padded_length(T)]` on devices; `lengths`, None if each is all of that.
 
     Traced tokens stay as they are: they are part of a program for their length.
@@ -128,9 +130,9 @@ def pad(
     padded[:, :width] = tokens
     if lengths is None:
         lengths = np.full(batch, width, np.int32)
-    if isinstance(lengths, np.ndarray) and np.all(lengths == padded.shape[1]):
-        lengths = None
-    return jax.device_put(padded, sharding), lengths
+    is_whole = not isinstance(lengths, Array) and bool(np.all(lengths == padded.shape[1]))
+    placed = cast(Array, jax.device_put(padded, sharding))  # pyright: ignore
+    return placed, None if is_whole else lengths
 
 
 def is_traced(x: object) -> bool:
