@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes  # pyright: ignore
 
 from e88_jax.typed import Variables, split
 
@@ -47,8 +47,7 @@ def with_automatic_axes(
         return NamedSharding(mesh, PartitionSpec(*map(divided.get, names.split())))
 
     shardings = jax.tree.map(sharding, results)
-    auto_axes: Any = jax.sharding.auto_axes
-    automatic = auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
+    automatic = cast(Any, auto_axes)(function, axes=mesh.explicit_axes, out_sharding=shardings)
     return automatic(*arguments)
 
 

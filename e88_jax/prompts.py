@@ -17,9 +17,7 @@ Prompt = str | bytes | ArrayLike | Sequence[str | bytes | ArrayLike]
 _TEXT = (str, bytes, bytearray, memoryview)
 
 
-def check_prompt(
-    prompt: Any, lengths: Any, vocab_size: int
-) -> tuple[np.ndarray | Array, np.ndarray | Array | None]:
+def check_prompt(prompt: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray | Array, Any]:
     """A `Prompt` as int32 `[B, T]`, and as int32 `[B]` its rows' lengths; None for T each."""
     if isinstance(prompt, _TEXT):
         prompt = [prompt]
@@ -34,17 +32,20 @@ def check_prompt(
                 )
             return _pad_rows(rows, vocab_size)
         prompt = rows
-    prompt = jnp.asarray(prompt) if is_traced(prompt) else _as_array("prompt", prompt)
-    if prompt.ndim != 2 or prompt.size == 0 or not np.issubdtype(prompt.dtype, np.integer):
+    ids: np.ndarray | Array = (
+        jnp.asarray(prompt) if is_traced(prompt) else _as_array("prompt", prompt)
+    )
+    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
-            f"prompt must be integers [B, T] with at least one token, got {prompt.dtype} of shape "
-            f"{prompt.shape}."
+            f"prompt must be integers [B, T] with at least one token, got {ids.dtype} of shape "
+            f"{ids.shape}."
         )
-    batch, width = prompt.shape
+    batch, width = ids.shape
     held: np.ndarray | None = None  # the lengths, where their values are known
     if lengths is not None:
         if not is_traced(lengths):
-            lengths = held = _as_array("lengths", lengths)
+            held = _as_array("lengths", lengths)
+            lengths = cast(Any, held)
         if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
             raise ValueError(
                 f"lengths must be {batch} integers, one for each row of the prompt, got "
@@ -57,14 +58,14 @@ def check_prompt(
                     f"to {held.max()}."
                 )
             width = int(held.max())
-            prompt = prompt[:, :width]
+            ids = ids[:, :width]
         lengths = lengths.astype(np.int32)
-    if isinstance(prompt, np.ndarray):
+    if isinstance(ids, np.ndarray):
         if held is not None:  # past them there may be any numbers
-            _check_ids(prompt[np.arange(width)[None, :] < held[:, None]], vocab_size)
-        elif lengths is None:
-            _check_ids(prompt, vocab_size)
-    return prompt.astype(np.int32), lengths
+            _check_ids(ids[np.arange(width)[None, :] < held[:, None]], vocab_size)
+        else:
+            _check_ids(ids, vocab_size)
+    return ids.astype(np.int32), lengths
 
 
 def _pad_rows(rows: list[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,9 +117,7 @@ def padded_length(length: int) -> int:
     return above if length <= 16 else -(-length // (above // 8)) * (above // 8)
 
 
-def pad(
-    tokens: np.ndarray | Array, lengths: np.ndarray | Array | None, sharding: Any
-) -> tuple[Array, Any]:
+def pad(tokens: np.ndarray | Array, lengths: Any, sharding: Any) -> tuple[Array, Any]:
     """`tokens` as `[B, padded_length(T)]` on devices; `lengths`, None if each is all of that.
 
     Traced tokens stay as they are: they are part of a program for their length.

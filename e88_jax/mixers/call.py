@@ -62,7 +62,7 @@ def check_state(name: str, state: Any, mixer: Any, batch: int) -> None:
     TypeError: the state is no tree like the mixer's.
     ValueError: it is none of the mixer for a batch of so many rows.
     """
-    fresh: object = shapes_of(mixer.init_state, batch)
+    fresh: object = shapes_of(lambda: mixer.init_state(batch))
     if not same_structure(fresh, 0):  # else it is one array
         needs = f"a {type(fresh).__name__}, such as init_state({batch})"
         require_instance(name, state, type(fresh), needs)
