@@ -13,7 +13,7 @@ from e88_jax.config import E88Config
 
 
 def activate_product(config: E88Config, y: Array) -> tuple[Array, Array, Array, Array] | None:
-    """`activation.activate` for q, k and v side by side.
+    """`qkv_activation.activate` for q, k and v side by side.
 
     Args:
         y: `[B, T, columns]`: q and k of all heads, v of all, and whatever else.
@@ -25,13 +25,15 @@ def activate_product(config: E88Config, y: Array) -> tuple[Array, Array, Array, 
         return None
     if refusal := kernels.import_refusal():
         return _left_to_xla("SiLU and unit length", refusal)
-    from pallas_kernels import activation
+    from pallas_kernels import qkv_activation
 
-    split = _split(config)
-    refusal = split.unsupported(y.shape[-1], y.dtype)
-    if refusal := refusal or kernels.lowering_refusal(activation.activate, split, y):
+    columns = _columns(config)
+    if refusal := kernels.lowering_refusal(qkv_activation.activate, columns, y):
         return _left_to_xla("SiLU and unit length", refusal)
-    return activation.activate(split, y)
+    try:
+        return qkv_activation.activate(columns, y)
+    except NotImplementedError as refusal:
+        return _left_to_xla("SiLU and unit length", refusal)
 
 
 def decode_product(
@@ -64,17 +66,19 @@ def decode_product(
         return None
     if refusal := kernels.import_refusal():
         return _left_to_xla("a layer's token", refusal)
-    from pallas_kernels import decode_layer
+    from pallas_kernels import decode
 
-    layer = decode_layer.Layer(_split(config), config.output_gate, gate_start, config.linear_state)
+    layer = decode.DecodeConfig(
+        _columns(config), config.output_gate, gate_start, config.linear_state
+    )
     write_gate = None if write_gate is None else write_gate[:, 0]
     token = layer, y[:, 0], decay[:, 0], write_gate, state
-    refusal = layer.unsupported(y.dtype)
-    if refusal := refusal or kernels.lowering_refusal(
-        decode_layer.decode_layer, *token, gradient=False
-    ):
+    if refusal := kernels.lowering_refusal(decode.decode_layer, *token, gradient=False):
         return _left_to_xla("a layer's token", refusal)
-    out, state = decode_layer.decode_layer(*token)
+    try:
+        out, state = decode.decode_layer(*token)
+    except NotImplementedError as refusal:
+        return _left_to_xla("a layer's token", refusal)
     return out[:, None], state
 
 
@@ -82,10 +86,10 @@ def _left_to_xla(what: str, refusal: str | Exception) -> None:
     recurrence.log_once(f"XLA computes {what}: the kernel {refusal}")
 
 
-def _split(config: E88Config) -> Any:
+def _columns(config: E88Config) -> Any:
     """How q, k and v lie in the product."""
-    from pallas_kernels.activation import Split
+    from pallas_kernels.qkv_activation import HeadColumns
 
-    return Split(
+    return HeadColumns(
         config.n_heads, config.n_state, config.n_value, config.use_silu, config.use_l2_norm
     )

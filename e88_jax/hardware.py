@@ -7,10 +7,7 @@ import subprocess
 from typing import Any
 
 from e88_jax.checks import require_instance, require_number
-
-KERNELS_RUN_FROM, KERNELS_RUN_BELOW = (9, 0), (12, 0)
-"""Compute capabilities: Hopper is the first with bulk tensor copies; from 12.0 (GeForce) on, a
-multiprocessor has 100 KB of shared memory, and the kernels are cut for the 227 KB of the others."""
+from pallas_kernels.limits import COMPUTE_CAPABILITY_BELOW, MIN_COMPUTE_CAPABILITY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +70,7 @@ class GPU:
     @property
     def has_kernels(self) -> bool:
         """Whether the recurrence runs by `pallas_kernels` there, not by `lax.scan`."""
-        return KERNELS_RUN_FROM <= self.compute_capability < KERNELS_RUN_BELOW
+        return MIN_COMPUTE_CAPABILITY <= self.compute_capability < COMPUTE_CAPABILITY_BELOW
 
 
 _CUDA_GUIDE = "CUDA Programming Guide, compute capabilities (shared memory)"

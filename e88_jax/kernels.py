@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.limits import UnsupportedError
+
 
 def _refusal(what: str, error: Exception) -> NotImplementedError:
     first_line = str(error).partition("\n")[0]
@@ -30,7 +32,7 @@ def import_refusal() -> NotImplementedError | None:
     Not every platform's jaxlib has what they import.
     """
     try:
-        from pallas_kernels import activation, decode_layer  # noqa: F401
+        from pallas_kernels import decode, qkv_activation  # noqa: F401
     except Exception as error:
         return _refusal("imported", error)
     return None
@@ -79,6 +81,8 @@ def _lowering_refusal(
         try:
             traced = jax.jit(both_passes if gradient else call).trace(floats, others)
             traced.lower(lowering_platforms=("cuda",))
+        except UnsupportedError as refusal:
+            refusals.append(refusal)
         except Exception as error:
             refusals.append(_refusal("lowered", error))
 

@@ -23,9 +23,9 @@ from e88_jax.checks import (
     require_int,
 )
 from e88_jax.documents import Inputs, of_rows
-from e88_jax.hardware import KERNELS_RUN_BELOW, KERNELS_RUN_FROM
 from e88_jax.meshes import varying_alike, with_automatic_axes
 from e88_jax.reference import scan_recurrence
+from pallas_kernels.limits import COMPUTE_CAPABILITY_BELOW, MIN_COMPUTE_CAPABILITY
 
 Implementation = Literal["scan", "mosaic_gpu"]
 
@@ -35,15 +35,17 @@ _log = logging.getLogger(__name__)
 def unsupported_device() -> str | None:
     """Why the kernels do not run on the default device, or None if they do."""
     device = jax.devices()[0]
-    first, end = (".".join(map(str, x)) for x in (KERNELS_RUN_FROM, KERNELS_RUN_BELOW))
+    first, end = (".".join(map(str, x)) for x in (MIN_COMPUTE_CAPABILITY, COMPUTE_CAPABILITY_BELOW))
     needs = f"needs an NVIDIA GPU of compute capability {first} or later and below {end}"
     if device.platform != "gpu":
         return f"{needs}, got platform {device.platform!r}"
     capability = device.compute_capability.split(".")
     # AMD's are such as gfx90a.
     is_number = capability[0].isdecimal()
-    if is_number and KERNELS_RUN_FROM <= tuple(map(int, capability)) < KERNELS_RUN_BELOW:
-        return None
+    if is_number:
+        version = tuple(map(int, capability))
+        if MIN_COMPUTE_CAPABILITY <= version < COMPUTE_CAPABILITY_BELOW:
+            return None
     return f"{needs}, got {device.device_kind} of {device.compute_capability}"
 
 
@@ -75,17 +77,19 @@ def _mosaic_gpu(
 ) -> tuple[Array, Array]:
     _require(unsupported_device())
     _require(kernels.import_refusal())
-    import pallas_kernels
+    from pallas_kernels.recurrence import recurrence, single_step
 
-    _require(pallas_kernels.unsupported(q.shape[-1], v.shape[-1], q.dtype))
     if q.shape[1] == 1:
-        return pallas_kernels.single_step(
-            q, k, v, decay, write_gate, initial_state, live, linear_state=linear_state
-        )
+        try:
+            return single_step(
+                q, k, v, decay, write_gate, initial_state, live, linear_state=linear_state
+            )
+        except NotImplementedError as refusal:
+            _require(refusal)
     arguments = q, k, v, decay, write_gate, initial_state, starts, live
     options: Any = {"linear_state": linear_state, "saved_state_interval": saved_state_interval}
-    _require(kernels.lowering_refusal(pallas_kernels.recurrence, *arguments, **options))
-    return pallas_kernels.recurrence(*arguments, **options)
+    _require(kernels.lowering_refusal(recurrence, *arguments, **options))
+    return recurrence(*arguments, **options)
 
 
 # An implementation raises NotImplementedError for a call that it cannot take.

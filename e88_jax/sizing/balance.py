@@ -7,12 +7,8 @@ from typing import Literal
 from e88_jax.checks import require_instance, require_int
 from e88_jax.config import LMConfig, Remat
 from e88_jax.hardware import GPU, require_gpu
-from e88_jax.sizing.memory import (
-    KERNEL_MULTIPLE,
-    MAX_KERNEL_SIZE,
-    implementation_on,
-    training_memory,
-)
+from e88_jax.sizing.memory import implementation_on, training_memory
+from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE
 
 Band = Literal[
     "severe bottleneck", "mild bottleneck", "balanced", "over-provisioned d_inner", "wasteful"
@@ -105,11 +101,11 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
         findings.append(Finding(f"{gpu.name} runs the recurrence by lax.scan", needs))
     else:
         for name, size in (("n_state", layer.n_state), ("n_value", layer.n_value)):
-            if size > MAX_KERNEL_SIZE or size % KERNEL_MULTIPLE:
+            if size > MAX_SIZE or size % SIZE_MULTIPLE:
                 findings.append(
                     Finding(
                         f"{name} {size} is not for the kernels, so lax.scan runs it",
-                        f"take a multiple of {KERNEL_MULTIPLE} up to {MAX_KERNEL_SIZE}",
+                        f"take a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}",
                     )
                 )
     if gpu.published is not None and layer.n_state > gpu.published.max_n_state:

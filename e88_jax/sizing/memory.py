@@ -8,17 +8,15 @@ from e88_jax.checks import require_choice, require_instance, require_int
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.hardware import GPU
 from e88_jax.sizing.parameters import count_params
+from pallas_kernels.limits import (
+    MAX_GROUPED_INTERVAL,
+    MAX_SIZE,
+    SAVED_STATE_GROUP,
+    SIZE_MULTIPLE,
+)
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _FLOAT = 4
-MAX_KERNEL_SIZE = 128
-"""Largest N and V of the GPU kernels, as in `pallas_kernels.support`."""
-KERNEL_MULTIPLE = 4
-"""Of what N and V are multiples there."""
-_GROUP = 8
-"""Steps between the states that the GPU kernel keeps: `pallas_kernels.geometry.GROUP`."""
-_LONGEST = 32
-"""Longest `saved_state_interval` at which it does; above, states are kept as asked for."""
 
 
 def state_per_layer(config: E88Config) -> int:
@@ -49,7 +47,7 @@ def _bytes_of(dtype: str) -> int:
 def implementation_on(gpu: GPU | None, layer: E88Config) -> Literal["scan", "mosaic_gpu"]:
     """What runs the layer's recurrence there; where no GPU is given, the kernels if they can."""
     sizes = layer.n_state, layer.n_value
-    fits = all(n % KERNEL_MULTIPLE == 0 and n <= MAX_KERNEL_SIZE for n in sizes)
+    fits = all(n % SIZE_MULTIPLE == 0 and n <= MAX_SIZE for n in sizes)
     return "mosaic_gpu" if fits and (gpu is None or gpu.has_kernels) else "scan"
 
 
@@ -146,7 +144,7 @@ def _kept_per_token(config: LMConfig, narrow: int, implementation: str) -> tuple
     products = narrow * read
     whole = residual + products + narrow * layer.dim  # the norm's input and output
     whole += narrow * (2 * keys + values)  # q, k and out of the recurrence
-    groups = implementation == "mosaic_gpu" and layer.saved_state_interval <= _LONGEST
+    groups = implementation == "mosaic_gpu" and layer.saved_state_interval <= MAX_GROUPED_INTERVAL
     # v, or the kernel's errors; XLA copies what a loop reads.
     whole += _FLOAT * values if groups else narrow * (2 * keys + 2 * values)
     if layer.use_l2_norm:
@@ -171,6 +169,6 @@ def _checkpoint_bytes(
 ) -> int:
     every, width = layer.saved_state_interval, _FLOAT
     if implementation == "mosaic_gpu":
-        every = _GROUP if every <= _LONGEST else every
+        every = SAVED_STATE_GROUP if every <= MAX_GROUPED_INTERVAL else every
         width = narrow
     return width * batch * math.ceil(length / every) * state_per_layer(layer)

@@ -10,8 +10,8 @@ from e88_jax.checks import require_choice, require_instance, require_int, requir
 from e88_jax.config import E88Config, LMConfig, OutputGate
 from e88_jax.hardware import GPU, require_gpu
 from e88_jax.sizing.balance import d_inner_of
-from e88_jax.sizing.memory import KERNEL_MULTIPLE, MAX_KERNEL_SIZE
 from e88_jax.sizing.parameters import count_params
+from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE
 
 SMALLEST, LARGEST = 1_000_000, 10_000_000_000
 TOLERANCE = 0.01
@@ -102,11 +102,10 @@ def solve(
         raise ValueError(f"params, the budget, must be 1M to 10B parameters, got {params:,}.")
     require_gpu(gpu)
     if n_state is not None:
-        n_state = require_int("n_state", n_state, minimum=KERNEL_MULTIPLE)
-        if n_state % KERNEL_MULTIPLE or n_state > MAX_KERNEL_SIZE:
+        n_state = require_int("n_state", n_state, minimum=SIZE_MULTIPLE)
+        if n_state % SIZE_MULTIPLE or n_state > MAX_SIZE:
             raise ValueError(
-                f"n_state must be a multiple of {KERNEL_MULTIPLE} up to {MAX_KERNEL_SIZE}, "
-                f"got {n_state}."
+                f"n_state must be a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}, got {n_state}."
             )
     depth = None if depth is None else require_int("depth", depth)
     vocab_size = require_int("vocab_size", vocab_size)
@@ -117,7 +116,7 @@ def solve(
     # Small models have few multiples of 64 to choose from: for some, other sizes must do.
     for depths, sizes in (
         (usual_depths, range(low, high + 1, 16)),
-        (range(1, 2 * usual + 1), range(min(low, 16), high + 1, KERNEL_MULTIPLE)),
+        (range(1, 2 * usual + 1), range(min(low, 16), high + 1, SIZE_MULTIPLE)),
     ):
         pairs = itertools.product([n_state] if n_state else sizes, [depth] if depth else depths)
         for n, layers in pairs:

@@ -1,0 +1,41 @@
+"""What the kernels take, and which states they save. Imports no JAX."""
+
+SIZE_MULTIPLE = 4
+"""N and V are multiples of it: the kernels' fewest elements of a row, 16 bytes in float32."""
+MAX_SIZE = 128
+"""Largest N and V: a warpgroup holds 32 columns of 128 keys, 32 registers a lane."""
+DTYPES = ("float32", "bfloat16")
+
+MIN_COMPUTE_CAPABILITY = (9, 0)
+"""Hopper, the first with bulk tensor copies (TMA). Source: CUDA C++ Programming Guide, technical
+specifications per compute capability."""
+COMPUTE_CAPABILITY_BELOW = (12, 0)
+"""From 12.0 (GeForce Blackwell) on an SM has 100 KB of shared memory; the tuning configs assume the
+228 KB of 9.0 and 10.x. Source: as above."""
+
+SAVED_STATE_GROUP = 8
+"""Steps of a group, which the backward kernel replays at once from the saved state before it. A
+chunk is whole groups, and a bulk copy a multiple of 128 bytes, so 8 steps or more."""
+MAX_GROUPED_INTERVAL = 32
+"""Largest `saved_state_interval` for which the state before every group is saved instead. That is
+faster than recomputing it: `pallas_kernels/README.md`, log. Larger intervals are rounded up to a
+multiple of it, which every chunk divides."""
+
+
+class UnsupportedError(NotImplementedError):
+    """A call that a kernel does not take; its text is a clause without subject."""
+
+
+def require_supported(n_state: int, n_value: int, dtype: str) -> None:
+    """Checks the sizes `[N, V]` of a state and the dtype of q, k, v.
+
+    Raises:
+        UnsupportedError: the kernels do not take them.
+    """
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"takes {' and '.join(DTYPES)}, got {dtype}")
+    for name, size in (("N", n_state), ("V", n_value)):
+        if size % SIZE_MULTIPLE or size > MAX_SIZE:
+            raise UnsupportedError(
+                f"takes {name} a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}, got {size}"
+            )
