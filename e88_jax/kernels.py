@@ -19,6 +19,7 @@ from e88_jax.config import E88Config
 from e88_jax.mixers.base import Implementation
 from e88_jax.typed import jit, vjp
 from pallas_kernels import target
+from pallas_kernels.limits import UnsupportedError
 
 Result = TypeVar("Result")
 
@@ -145,7 +146,7 @@ def _lowering_refusal(
         try:
             program: Any = jit(both_passes if gradient else run)
             program.trace(floats, others).lower(lowering_platforms=("cuda",))
-        except NotImplementedError as refusal:
+        except UnsupportedError as refusal:
             refusals.append(refusal)
         except Exception as error:
             refusals.append(_refusal("lowered", error))
