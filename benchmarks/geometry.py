@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from benchmarks.measure.recurrence_timing import Shape, make_inputs, one_line
+from benchmarks.measure.timing import ClockSampler, time_calls
 from benchmarks.recurrence import NAMED
 from experiments.harness import cli
-from experiments.harness.bounds import require
-from experiments.harness.recurrence_timing import Shape, make_inputs, one_line
-from experiments.harness.timing import ClockSampler, time_calls
+from experiments.harness.cli import require
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.tuning import backward_geometry, forward_geometry, neighbours
 

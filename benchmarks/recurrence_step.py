@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import pallas_kernels
+from benchmarks.measure.recurrence_timing import Shape, make_inputs
+from benchmarks.measure.timing import ClockSampler, time_calls
 from experiments.harness import cli
-from experiments.harness.bounds import require
-from experiments.harness.recurrence_timing import Shape, make_inputs
-from experiments.harness.timing import ClockSampler, time_calls
+from experiments.harness.cli import require
 
 WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "plain JAX": pallas_kernels.single_step,
