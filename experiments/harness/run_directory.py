@@ -81,10 +81,13 @@ def load_metric(directory: Path) -> Metric:
         UsageError: there is no run, or it names no metric.
     """
     values = _read(directory, "metric")["metric"]
-    try:
-        return Metric(values["name"], values["unit"], values["better"])
-    except KeyError as error:
-        raise UsageError(f"'metric' in {directory / 'run.json'} lacks {error}.") from None
+    name, unit, better = (values.get(key) for key in ("name", "unit", "better"))
+    if isinstance(name, str) and isinstance(unit, str) and better in ("lower", "higher"):
+        return Metric(name, unit, better)
+    raise UsageError(
+        f"'metric' in {directory / 'run.json'} must have a name, a unit, and what is better, lower "
+        f"or higher; got {values!r:.80}."
+    )
 
 
 _KINDS = {

@@ -14,6 +14,7 @@ import pytest
 
 from experiments.harness import run_directory
 from experiments.harness.errors import UsageError
+from experiments.tasks.base import Metric
 from experiments.tasks.bytes import ByteLMConfig
 
 DESCRIPTION = run_directory.Description(
@@ -148,6 +149,14 @@ def test_a_key_missing_or_of_another_type_is_one_sentence(run: Path, key: str):
         (run / "run.json").write_text(whole)
         rewrite(run, lambda values, wrong=wrong: {**values, key: wrong})
         assert refusal(run).startswith(f"'{key}' in run/run.json must be a")
+
+
+def test_the_metric_of_a_run(run: Path):
+    assert run_directory.load_metric(run) == Metric("bits_per_byte", "bits per byte", "lower")
+    for wrong in ({"name": 3}, {"better": "most"}, {"better": ["lower"]}, {"unit": None}):
+        rewrite(run, lambda x, wrong=wrong: {**x, "metric": {**DESCRIPTION.metric, **wrong}})
+        with pytest.raises(UsageError, match=r"'metric' in run/run\.json must have a name, a unit"):
+            run_directory.load_metric(run)
 
 
 @pytest.mark.parametrize("content", ["", "{", "\xff", "[" * 100_000])
