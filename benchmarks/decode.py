@@ -10,9 +10,9 @@ from typing import Any
 
 from e88_jax.config import LMConfig
 from experiments.harness import cli
-from experiments.harness.bounds import require
+from experiments.harness.cli import require
 from experiments.harness.config import DEFAULT_MODEL
-from experiments.harness.model_size import parse_with_preset
+from experiments.harness.program import parse_with_preset
 from experiments.harness.run_directory import versions
 
 

@@ -74,7 +74,7 @@ class Reference:
     n_lines: int
     """Lines that it printed."""
     seconds_to_first: float
-    """Until the first of them."""
+    """Seconds until the first line."""
 
 
 @dataclasses.dataclass
@@ -136,8 +136,9 @@ def parameters(directory: Path) -> list[Any]:
     from flax import nnx
 
     from experiments.harness.trained import load_trained
+    from experiments.tasks.bytes import ByteLMConfig
 
-    model, step = load_trained(directory, latest=True)
+    model, step = load_trained(directory, ByteLMConfig, latest=True)
     assert step == STEPS, f"the newest checkpoint is of step {step}"
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
@@ -164,7 +165,7 @@ def undisturbed(where: Path, flags: list[str]) -> Reference:
 
 
 def one_run(where: Path, reference: Reference, kind: str, rng: random.Random) -> Outcome:
-    """Begins a run, disturbs it once or twice, and lets it come to its end."""
+    """A run that is disturbed once or twice, then comes to its end."""
     outcome = Outcome(kind, reference.flags)
     directory, errors = where / "run", where / "errors"
     where.mkdir()
@@ -228,7 +229,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def kill_runs(config: KillConfig, where: Path) -> list[Outcome]:
-    """All runs, in directories of their own under `where`."""
+    """The outcomes of all runs, each in a directory of its own under `where`."""
     corpus = where / "corpus.txt"
     corpus.write_bytes(random.Random(0).randbytes(4000).hex().encode() * 4)
     os.environ |= {

@@ -1,7 +1,7 @@
-"""What XLA plans for the training step on an H100: kernels, bytes that they move, memory.
+"""XLA's plan for the training step on an H100: kernels, bytes that they move, memory.
 
 It compiles and runs nothing, so it needs no GPU, only JAX's CUDA plugin, as in `jax[cuda13]`.
-Matrix products are left to cuBLAS, as nothing can be timed to choose between it and others.
+Matmuls are left to cuBLAS, as nothing can be timed to choose between it and others.
 """
 
 import collections
@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.measure.gpu_profile import part_of
 from e88_jax import hardware
 from e88_jax.config import LMConfig
 from e88_jax.sizing import PRESETS, training_memory
 from experiments.harness import cli
-from experiments.harness.bounds import require
+from experiments.harness.cli import require
 from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
 from experiments.harness.errors import UsageError
-from experiments.harness.gpu_profile import part_of
-from experiments.harness.model_size import parse_with_preset
+from experiments.harness.program import parse_with_preset
 from pallas_kernels import target
 
 FLAGS = "--xla_gpu_autotune_level=0"
@@ -107,6 +107,8 @@ def lower_step(model: LMConfig, batch: int, length: int, sharding: Any = None) -
     from e88_jax.model import E88LM
     from experiments.harness.optimizer import make_optimizer
     from experiments.harness.step import init_state, make_train_step
+    from experiments.tasks.base import Batch
+    from experiments.tasks.bytes import BITS_PER_BYTE
 
     config = OptimizerConfig()
     optimizer = make_optimizer(config, steps=1000)
@@ -121,11 +123,11 @@ def lower_step(model: LMConfig, batch: int, length: int, sharding: Any = None) -
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     state = jax.tree.map(placed, jax.eval_shape(build))
-    windows = placed(jax.ShapeDtypeStruct((1, batch, length + 1), jnp.uint8))
-    restart = placed(jax.ShapeDtypeStruct((), bool))
-    step = make_train_step(built["graphdef"], optimizer, config.clip_norm)
+    tokens = placed(jax.ShapeDtypeStruct((1, batch, length), jnp.uint8))
+    inputs = Batch(tokens, tokens, None, placed(jax.ShapeDtypeStruct((), bool)))
+    step = make_train_step(built["graphdef"], optimizer, config.clip_norm, BITS_PER_BYTE)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        traced = jax.jit(step, donate_argnums=0).trace(state, windows, restart)
+        traced = jax.jit(step, donate_argnums=0).trace(state, inputs)
     return traced.lower(lowering_platforms=("cuda",))
 
 

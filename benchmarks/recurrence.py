@@ -18,16 +18,16 @@ from typing import get_args
 
 import jax
 
+from benchmarks.measure.recurrence_timing import Shape, time_passes
+from benchmarks.measure.timing import ClockSampler, Numbers
 from e88_jax.recurrence import Implementation, e88_recurrence
 from experiments.harness import cli
-from experiments.harness.bounds import require
+from experiments.harness.cli import require
 from experiments.harness.errors import UsageError
-from experiments.harness.recurrence_timing import Shape, time_passes
-from experiments.harness.timing import ClockSampler, Numbers
 
 TANH_PER_CYCLE = 16
-"""Of one SM's special-function units, on an H100 or H200: CUDA C++ Programming Guide, throughput of
-arithmetic instructions."""
+"""tanh per cycle of one SM on an H100 or H200: CUDA C++ Programming Guide, throughput of arithmetic
+instructions."""
 SCAN_REPETITIONS = 3
 
 NAMED = {

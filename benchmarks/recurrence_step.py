@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from benchmarks.measure.recurrence_timing import Shape, make_inputs
+from benchmarks.measure.timing import ClockSampler, time_calls
 from experiments.harness import cli
-from experiments.harness.bounds import require
-from experiments.harness.recurrence_timing import Shape, make_inputs
-from experiments.harness.timing import ClockSampler, time_calls
+from experiments.harness.cli import require
 from pallas_kernels.recurrence import recurrence, single_step
 
 WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {

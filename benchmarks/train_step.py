@@ -21,15 +21,15 @@ from e88_jax import hardware
 from e88_jax.config import LMConfig
 from e88_jax.sizing import training_flops
 from experiments.harness import cli
-from experiments.harness.bounds import require
-from experiments.harness.config import DEFAULT_MODEL, DataConfig, OptimizerConfig
+from experiments.harness.cli import require
+from experiments.harness.config import DEFAULT_MODEL, BatchConfig, OptimizerConfig
 from experiments.harness.errors import UsageError
-from experiments.harness.model_size import parse_with_preset
+from experiments.harness.program import parse_with_preset
 from experiments.harness.run_directory import versions
 
 UNTIMED_STEPS = 2
 PROFILED_STEPS = 3
-"""Those that are not timed included."""
+"""Steps of a profile, the untimed ones included."""
 LISTED_KERNELS = 40
 ALONE = ("--no-grid", "--lengths")
 """Flags that take back those of a grid, for one of its points."""
@@ -72,7 +72,7 @@ class BenchmarkConfig:
     """Also say which part of the step takes how long, on a GPU, from a profile of 3 more steps."""
     json: Path | None = None
     """File to write the numbers to, as JSON. With --grid other points that it has are kept."""
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     model: LMConfig = DEFAULT_MODEL
 
@@ -126,8 +126,8 @@ def grid_of(config: BenchmarkConfig) -> list[list[str]]:
     Raises:
         UsageError: it leaves none, or names a length or batch size of its own.
     """
-    own = DataConfig()
-    if (config.data.seq_len, config.data.batch_size) != (own.seq_len, own.batch_size):
+    own = BatchConfig()
+    if (config.batch.seq_len, config.batch.batch_size) != (own.seq_len, own.batch_size):
         raise UsageError("--grid has lengths and batch sizes of its own: choose with --lengths.")
     points = [
         ["--preset", preset, "--seq-len", str(seq_len), "--batch-size", str(batch)]
@@ -142,7 +142,7 @@ def grid_of(config: BenchmarkConfig) -> list[list[str]]:
 
 
 def measure_apart(args: Sequence[str]) -> dict[str, Any]:
-    """What `measure` finds in a process of its own, which leaves the GPU's memory to the next."""
+    """`measure` in a process of its own, which leaves the GPU's memory to the next."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "numbers.json"
         command = [sys.executable, __file__, *args, "--json", str(path)]
@@ -162,11 +162,13 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     import numpy as np
     from flax import nnx
 
+    from benchmarks.measure.gpu_profile import breakdown, longest, profile
     from e88_jax.model import E88LM, count_params
     from experiments.harness import devices
-    from experiments.harness.gpu_profile import breakdown, longest, profile
     from experiments.harness.optimizer import make_optimizer
     from experiments.harness.step import compile_train_step, init_state, place
+    from experiments.tasks.base import Batch
+    from experiments.tasks.bytes import BITS_PER_BYTE
 
     devices.set_up()
     jax.config.update("jax_enable_compilation_cache", False)  # it is timed
@@ -175,18 +177,20 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         raise UsageError(f"--profile needs a GPU, got {jax.default_backend()}.")
     model = E88LM(config.model, rngs=nnx.Rngs(0))
     graphdef, n_params = nnx.graphdef(model), count_params(model)
-    shape = (config.data.accumulate, config.data.batch_size)
     optimizer = make_optimizer(config.optimizer, steps=1000)
-    where = devices.placement(config.data.batch_size)
-    state = init_state(model, optimizer, shape if config.data.stateful else None)
-    state = place(state, where)
+    where = devices.placement(config.batch.batch_size)
+    state = place(init_state(model, optimizer, config.batch.carry_shape), where)
     del model  # its weights are the state's
     windows = np.random.default_rng(0).integers(
-        0, min(256, config.model.vocab_size), (*shape, config.data.seq_len + 1), dtype=np.uint8
+        0,
+        min(256, config.model.vocab_size),
+        (*config.batch.shape, config.batch.seq_len + 1),
+        dtype=np.uint8,
     )
-    windows = where.put_rows(windows)
+    batch = where.put(Batch(windows[..., :-1], windows[..., 1:], None, restart=False))
+    clip_norm = config.optimizer.clip_norm
     began = time.perf_counter()
-    step = compile_train_step(graphdef, optimizer, config.optimizer.clip_norm, state, windows)
+    step = compile_train_step(graphdef, optimizer, clip_norm, BITS_PER_BYTE, state, batch)
     compile_seconds = time.perf_counter() - began
 
     def run(n: int) -> list[float]:
@@ -195,7 +199,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         nonlocal state
         ends, queue = [], []
         for _ in range(UNTIMED_STEPS + n):
-            state, metrics = step(state, windows, np.bool_(False))
+            state, metrics = step(state, batch)
             queue.append(metrics)
             if len(queue) > 1:
                 jax.block_until_ready(queue.pop(0))
@@ -207,7 +211,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
 
     seconds = run(config.repeats)
     median = statistics.median(seconds)
-    tokens = windows[..., 1:].size
+    tokens = batch.targets.size
     memory, used = step.memory_analysis(), jax.local_devices()[0].memory_stats()
     flops = training_flops(config.model)
     gpu = hardware.detect() if on_gpu else None
@@ -240,15 +244,15 @@ def summary(numbers: dict[str, Any]) -> str:
     """The numbers for a reader."""
     config, seconds = numbers["config"], numbers["step_seconds"]
     lines = [
-        f"{numbers['parameters']:,} parameters, batch {config['data']['batch_size']} of "
-        f"{config['data']['seq_len']}, {numbers['tokens_per_step']:,} tokens a step on "
+        f"{numbers['parameters']:,} parameters, batch {config['batch']['batch_size']} of "
+        f"{config['batch']['seq_len']}, {numbers['tokens_per_step']:,} tokens a step on "
         f"{numbers['devices']}: {numbers['tokens_per_second']:,.0f} tokens/s (median of "
         f"{len(seconds)} steps, {min(seconds):.3f} to {max(seconds):.3f} s), compiled in "
         f"{numbers['compile_seconds']:.1f} s"
     ]
     if "mfu" in numbers:
         lines.append(
-            f"  matrix products {numbers['product_tflops']:.0f} TFLOP/s, {numbers['mfu']:.1%} of "
+            f"  matmuls {numbers['product_tflops']:.0f} TFLOP/s, {numbers['mfu']:.1%} of "
             f"the GPU's; the recurrence {numbers['recurrence_tflops']:.0f} TFLOP/s besides"
         )
     if numbers["peak_bytes_in_use"] is not None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from experiments.harness import cli, run_directory
-from experiments.harness.bounds import require
+from experiments.harness.cli import require
 from experiments.harness.errors import RunStopped, UsageError
 
 if TYPE_CHECKING:
-    from experiments.harness.scaling import Measurement, Setting
+    from experiments.scaling.measure import Measurement, Setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class ScalingConfig:
     seq_len: int | None = None
     """Steps of the recurrence; None for 2048 on a GPU, 64 elsewhere."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the recurrence's inputs and of the matrix products; None for bfloat16 on a GPU and float32
+    """Dtype of the recurrence's inputs and of the matmuls; None for bfloat16 on a GPU and float32
     elsewhere."""
     repetitions: int = 10
-    """Timings of which the median is taken."""
+    """Timings; their median counts."""
     implementation: Literal["scan", "mosaic_gpu"] | None = None
-    """Who computes the recurrence; None for the fastest that can here."""
+    """Implementation of the recurrence; None for the fastest that runs here."""
     out: Path | None = None
     """Directory for the results; by default a new one under runs/."""
 
@@ -60,13 +60,13 @@ def _require_a_head(n_states: tuple[int, ...], d_inner: int) -> None:
 
 
 def resolve(config: ScalingConfig) -> "Setting":
-    """What `config` leaves open, decided by the device at hand.
+    """The sizes to time: those of `config`, the rest by the device.
 
     Raises:
         UsageError: sizes or an implementation that cannot be.
     """
     from experiments.harness import devices
-    from experiments.harness.scaling import Setting, refusal
+    from experiments.scaling.measure import Setting, refusal
 
     on_gpu = devices.platform() == "gpu"
     n_states = config.n_state or ((16, 32, 48, 64, 72, 96, 128) if on_gpu else (16, 32, 64))
@@ -102,14 +102,14 @@ def resolve(config: ScalingConfig) -> "Setting":
 
 def run(setting: "Setting", out: Path) -> "list[Measurement]":
     """Times one n_state after the other; what is measured so far is always in `out`."""
-    from experiments.harness import scaling_report
+    from benchmarks.measure.timing import ClockSampler
     from experiments.harness.progress import Report
-    from experiments.harness.scaling import measure
-    from experiments.harness.timing import ClockSampler
+    from experiments.scaling import report as results
+    from experiments.scaling.measure import measure
 
     measured: list[Measurement] = []
     with ClockSampler() as clock, Report(steps=len(setting.n_states)) as report:
-        about = scaling_report.describe(setting, clock)
+        about = results.describe(setting, clock)
         report.say(f"{about['device']}: " + ", ".join(f"{k} {v}" for k, v in vars(setting).items()))
 
         def doing(what: str) -> None:
@@ -117,8 +117,8 @@ def run(setting: "Setting", out: Path) -> "list[Measurement]":
 
         for n_state in setting.n_states:
             measured.append(measure(setting, n_state, clock, doing))
-            scaling_report.write(out, about, measured)
-            report.say(scaling_report.sentence(measured[-1].row()))
+            results.write(out, about, measured)
+            report.say(results.sentence(measured[-1].row()))
         report.show(len(measured), "")
     return measured
 
@@ -130,12 +130,12 @@ def main(args: Sequence[str]) -> None:
     setting = resolve(config)
     with run_directory.claim(config.out, "n-state-scaling") as out:
         measured = run(setting, out)
-    from experiments.harness import scaling_report
+    from experiments.scaling import report as results
 
     rows = [measurement.row() for measurement in measured]
-    print(scaling_report.table(rows))
-    print(*scaling_report.conclusions(rows), sep="\n")
-    print(f"results are in {out}: {', '.join(scaling_report.FILES)}")
+    print(results.table(rows))
+    print(*results.conclusions(rows), sep="\n")
+    print(f"results are in {out}: {', '.join(results.FILES)}")
     if all(len(measurement.missing) == 2 for measurement in measured):
         raise RunStopped("nothing could be timed.", exit_code=1)
 

@@ -12,6 +12,7 @@ import tyro
 from e88_jax.sampling_options import check_sampling_options
 from experiments.harness import cli, run_directory
 from experiments.harness.errors import UsageError
+from experiments.tasks.bytes import ByteLMConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,9 @@ class SampleConfig:
 def main(args: Sequence[str]) -> None:
     """Parses, then writes to standard output as the bytes come."""
     config = cli.parse(SampleConfig, args)
-    run_directory.load_config(config.run)  # before the seconds that JAX takes to start
+    run_directory.load_config(
+        config.run, ByteLMConfig
+    )  # before the seconds that JAX takes to start
 
     import jax
 
@@ -57,7 +60,7 @@ def main(args: Sequence[str]) -> None:
     from experiments.harness.trained import load_trained
 
     devices.set_up()
-    model, _ = load_trained(config.run, latest=config.latest)
+    model, _ = load_trained(config.run, ByteLMConfig, latest=config.latest)
     prompt = os.fsencode(config.prompt)
     options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
     out = sys.stdout.buffer

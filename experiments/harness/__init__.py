@@ -1,1 +1,1 @@
-"""What the experiments share: command line, data, optimisers, loop, checkpoints, metrics, plots."""
+"""The trainer: command line, step, optimisers, runs, checkpoints, metrics."""

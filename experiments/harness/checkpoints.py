@@ -19,10 +19,17 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from experiments.tasks.base import Metric
+
 from .errors import RunStopped, UsageError, warn
 
+Tree = Any
+"""Nested tuples and dictionaries of arrays."""
+Meta = dict[str, Any]
+"""Plain data for JSON."""
+
 CHECKSUMS = "checksums.json"
-"""File of a checkpoint with the SHA-256 of each other file."""
+"""File of a checkpoint that holds the SHA-256 of the others."""
 
 
 class Checkpoints:
@@ -36,25 +43,33 @@ class Checkpoints:
 
     Args:
         directory: created with the first checkpoint.
-        keep: how many of the newest stay; the best by bits per byte stays besides. None only reads,
-            as another process may be writing: nothing is moved or cleaned up.
+        metric: decides which checkpoint is the best.
+        keep: how many of the newest stay, besides the best. None only reads, as another process may
+            be writing: nothing is moved or cleaned up.
 
     Raises:
         UsageError: a file cannot be read, though it is not damaged.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None):
+    def __init__(self, directory: Path, metric: Metric, *, keep: int | None):
         _print_no_errors_of_threads()
         self._directory = directory.absolute()
+        self._metric = metric
         self._keep = keep
         self._saving = 0
-        self._bits: dict[int, float] = {}
+        self._values: dict[int, float] = {}
         self._manager: ocp.CheckpointManager | None = None
         for step in self._steps():
-            why, bits = _bits_per_byte(self._directory / str(step))
-            self._note(step, bits)
+            why, value = _value(self._directory / str(step), metric.name)
+            self._note(step, value)
             if why is not None:
                 self._pass_over(step, why)
+
+    @property
+    def best(self) -> float | None:
+        """The best value of the metric among the checkpoints; None if none was evaluated."""
+        step = self._best([*self._values])  # one may still be being written
+        return None if step is None else self._values[step]
 
     def _steps(self) -> list[int]:
         """The steps that have a checkpoint, the newest first."""
@@ -65,22 +80,24 @@ class Checkpoints:
         steps = (int(name) for name in names if name.isdecimal())
         return sorted((step for step in steps if str(step) in names), reverse=True)
 
-    def _note(self, step: int, bits_per_byte: float | None) -> None:
-        if bits_per_byte is not None and math.isfinite(bits_per_byte):
-            self._bits[step] = bits_per_byte
+    def _note(self, step: int, value: float | None) -> None:
+        if value is not None and math.isfinite(value):
+            self._values[step] = value
 
     def _best(self, steps: Sequence[int]) -> int | None:
-        evaluated = (step for step in steps if step in self._bits)
-        return min(evaluated, key=self._bits.__getitem__, default=None)
+        """The step with the best value, the newest of equal ones."""
+        sign = 1 if self._metric.better == "lower" else -1
+        evaluated = (step for step in sorted(steps, reverse=True) if step in self._values)
+        return min(evaluated, key=lambda step: sign * self._values[step], default=None)
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                best_fn=lambda metrics: metrics["bits_per_byte"],  # else metrics are not stored
+                best_fn=lambda metrics: metrics[self._metric.name],  # else metrics are not stored
                 preservation_policy=_Preserve(self._preserved),
                 cleanup_tmp_directories=True,
-                lightweight_initialize=True,  # `_bits` has what matters of earlier steps
+                lightweight_initialize=True,  # `_values` has what matters of earlier steps
                 async_options=ocp.options.AsyncOptions(
                     post_finalization_callback=self._write_checksums
                 ),
@@ -92,7 +109,7 @@ class Checkpoints:
         return {*sorted(steps)[-self._keep :], self._best(steps)}
 
     def _partial(self, step: int) -> Path:
-        """Where Orbax writes a checkpoint before it renames it to its final name."""
+        """Directory that Orbax writes a checkpoint to before renaming it."""
         return self._directory / f"{step}.orbax-checkpoint-tmp"
 
     def _write_checksums(self) -> None:
@@ -103,12 +120,11 @@ class Checkpoints:
         sums = {str(path.relative_to(directory)): sum_ for path, sum_ in _sha256_of(files)}
         (directory / CHECKSUMS).write_text(json.dumps({"sha256": sums}, indent=1) + "\n")
 
-    def save(
-        self, step: int, state: Any, meta: dict[str, Any], bits_per_byte: float | None
-    ) -> None:
+    def save(self, step: int, state: Tree, meta: Meta, value: float | None) -> None:
         """Starts writing `state` (arrays) and `meta` (JSON); returns once they may change.
 
-        A step that is there already is not written again.
+        `value` is the metric's, if the step was evaluated. A step that is there already is not
+        written again.
 
         Raises:
             RunStopped: this checkpoint or the one before could not be written.
@@ -117,7 +133,7 @@ class Checkpoints:
         if step in self._steps():
             return
         self._saving = step
-        self._note(step, bits_per_byte)
+        self._note(step, value)
         with self._stops_if_not_written():
             manager = self._manager = self._manager or self._open()
             saved = manager.save(
@@ -125,7 +141,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
                 ),
-                metrics=None if bits_per_byte is None else {"bits_per_byte": bits_per_byte},
+                metrics=None if value is None else {self._metric.name: value},
             )
         if not saved:
             raise RuntimeError(f"Orbax refused to save step {step} in {self._directory}.")
@@ -156,7 +172,7 @@ class Checkpoints:
                 exit_code=1,
             ) from error
 
-    def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore_latest(self, like: Tree) -> tuple[int, Tree, Meta] | None:
         """The newest whole `(step, state, meta)`, or None if nothing was ever saved.
 
         `like` gives structure, shapes and, if it holds arrays, the devices to restore to.
@@ -184,8 +200,8 @@ class Checkpoints:
             )
         return None
 
-    def restore_best(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """As `restore_latest`, but the one with the fewest bits per byte unless it is damaged."""
+    def restore_best(self, like: Tree) -> tuple[int, Tree, Meta] | None:
+        """The best by the metric; `restore_latest` if that is damaged or nothing was evaluated."""
         best = self._best(self._steps())
         if best is not None:
             why, restored = self._restore(best, like)
@@ -195,9 +211,7 @@ class Checkpoints:
                 warn(f"the best checkpoint, {best}, is damaged: {why}.")
         return self.restore_latest(like)
 
-    def _restore(
-        self, step: int, like: Any
-    ) -> tuple[str | None, tuple[Any, dict[str, Any]] | None]:
+    def _restore(self, step: int, like: Tree) -> tuple[str | None, tuple[Tree, Meta] | None]:
         """The damage, or else state and meta; neither if the checkpoint is gone meanwhile."""
         directory = self._directory / str(step)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -233,6 +247,7 @@ class Checkpoints:
         if self._keep is None:
             warn(f"checkpoint {step} is damaged: {why}.")
             return
+        self._values.pop(step, None)
         aside = self._directory / "unreadable"
         aside.mkdir(exist_ok=True)
         target = next(
@@ -286,21 +301,21 @@ def _damage(checkpoint: Path, only: str | None = None) -> str | None:
     return None
 
 
-def _bits_per_byte(checkpoint: Path) -> tuple[str | None, float | None]:
-    """The damage to a checkpoint's metrics, or else its bits per byte if it has any."""
+def _value(checkpoint: Path, metric: str) -> tuple[str | None, float | None]:
+    """The damage to a checkpoint's metrics, or else the value of the metric if it has any."""
     name = "metrics/metrics"
     if (content := _read(checkpoint / name)) is None:  # or its owner was killed as it deleted it
         return None, None
     if why := _damage(checkpoint, only=name):
         return why, None
     try:
-        return None, float(json.loads(content)["bits_per_byte"])
+        return None, float(json.loads(content)[metric])
     except (KeyError, TypeError, ValueError):
         return f"{name} is not as it was written", None
 
 
 def _sha256_of(files: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
-    """Each file with its checksum, or None if it is not there; several are read at a time."""
+    """Each file with its checksum, None for a missing one; four are read at a time."""
 
     def sha256(path: Path) -> str | None:
         with _reading(path), path.open("rb") as file:

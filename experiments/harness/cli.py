@@ -1,4 +1,4 @@
-"""Command lines from dataclasses: help by tyro, mistakes in one sentence."""
+"""Command lines from dataclasses: help by tyro, mistakes in one sentence, bounds of numbers."""
 
 import contextlib
 import dataclasses
@@ -22,6 +22,11 @@ Config = TypeVar("Config")
 
 MIN_COLUMNS = 60
 """Narrowest layout of the help; in a few columns tyro needs minutes and gigabytes."""
+
+INT32_LIMIT = 2**31
+"""Steps, tokens and sizes are counted in int32."""
+FLOAT32_LIMIT = 1e38
+"""Rates and norms are kept in float32."""
 
 
 def parse(config: type[Config], args: Sequence[str], default: Config | None = None) -> Config:
@@ -92,7 +97,7 @@ def _first_sentence(box: str) -> str:
 
 
 def _refuse_empty_paths(config: Any, args: Sequence[str]) -> None:
-    """An empty path would mean the working directory; it is what an unset shell variable gives."""
+    """Raises UsageError for an empty path, as an unset shell variable gives."""
     for flag, value in itertools.pairwise((*args, "--")):
         flag, equals, given = flag.partition("=")
         if (given if equals else value) == "" and Path in _types(_flags(config).get(flag)):
@@ -103,12 +108,52 @@ def _types(kind: Any) -> tuple[Any, ...]:
     return (kind, *get_args(kind))
 
 
+def field_types(config: Any) -> dict[str, Any]:
+    """The type of each field of a dataclass."""
+    hints = get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
 def _flags(config: Any) -> dict[str, Any]:
     """The type of each flag."""
     flags: dict[str, Any] = {}
-    for name, kind in get_type_hints(config).items():
+    for name, kind in field_types(config).items():
         if dataclasses.is_dataclass(kind):
             flags |= _flags(kind)
         else:
             flags["--" + name.replace("_", "-")] = kind
     return flags
+
+
+def require(
+    config: object,
+    *names: str,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float = INT32_LIMIT,
+) -> None:
+    """Holds fields of `config`, each a number, numbers or None, to bounds; NaN is never within.
+
+    Raises:
+        ValueError: one is out of bounds; the message names it as a flag.
+    """
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if number is None:
+                continue
+            if minimum is not None and not number >= minimum:
+                bound = f"at least {minimum}"
+            elif above is not None and not number > above:
+                bound = f"above {above}"
+            elif not number < below:
+                bound = f"below {_shown(below)}"
+            else:
+                continue
+            raise ValueError(f"--{name.replace('_', '-')} must be {bound}, got {number}.")
+
+
+def _shown(bound: float) -> str:
+    if isinstance(bound, int) and bound > 1 and bound & (bound - 1) == 0:
+        return f"2**{bound.bit_length() - 1}"
+    return f"{bound:.9g}"

@@ -1,40 +1,36 @@
-"""Configuration of a training run; its fields are the flags of `train_byte_lm.py`."""
+"""Configuration of a training run; its fields are the flags of the training programs."""
 
 import contextlib
 import dataclasses
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.sizing import count_params
+from experiments.tasks.base import Task, TaskConfig
 
-from .bounds import FLOAT32_LIMIT, INT32_LIMIT, require
+from .cli import FLOAT32_LIMIT, INT32_LIMIT, field_types, require
 from .errors import UsageError
 
-# Memory is no matter at this size, and keeping more states saves the backward pass a replay.
+# Memory is no matter at this size, and more saved states make the backward pass recompute less.
 DEFAULT_MODEL = LMConfig(
     layer=E88Config(dim=256, n_heads=8, n_state=32, saved_state_interval=8), depth=4
 )
-"""Small enough to learn bytes on a laptop's processor in minutes."""
+"""Model that learns bytes on a laptop's CPU in minutes."""
 
 _BELOW_ONE = 1 - 2**-24
 """The largest number below 1 in float32."""
 MOST_PARAMETERS = 10**10
-"""Each device holds a copy of the model and of what its optimiser keeps, 12 bytes a parameter."""
+"""Limit of one machine: each device holds weights and optimiser state, 12 bytes a parameter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read, and in which pieces."""
+class BatchConfig:
+    """Tokens of a training step, and the seed."""
 
-    data: tuple[str, ...] = ()
-    """Files, directories or globs of bytes; none for the Python standard library's source. With
-    --resume, where the files of the run are now, if they were moved."""
-    val_fraction: float = 0.05
-    """Fraction of the bytes, at the end, that is kept for validation."""
     seq_len: int = 256
-    """Window: bytes that one gradient reaches back."""
+    """Window: tokens that one gradient reaches back."""
     batch_size: int = 8
     """Windows in one forward and backward pass."""
     accumulate: int = 1
@@ -43,23 +39,32 @@ class DataConfig:
     """Read consecutive windows and carry the state from one to the next; gradients stop at the
     window. Otherwise windows are random and start from a zero state."""
     seed: int = 0
-    """Of the initial weights and the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
 
     def __post_init__(self) -> None:
         require(self, "seq_len", "batch_size", "accumulate", minimum=1)
-        require(self, "val_fraction", above=0, below=1)
         require(self, "seed", minimum=0, below=2**32)
-        n_bytes = self.accumulate * self.batch_size * (self.seq_len + 1)
-        if n_bytes >= INT32_LIMIT:
+        n_tokens = self.accumulate * self.batch_size * (self.seq_len + 1)
+        if n_tokens >= INT32_LIMIT:
             raise ValueError(
                 f"--accumulate {self.accumulate}, --batch-size {self.batch_size} and --seq-len "
-                f"{self.seq_len} make {n_bytes:,} bytes a step, which must be below 2**31."
+                f"{self.seq_len} make {n_tokens:,} tokens a step, which must be below 2**31."
             )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Passes and rows of a step."""
+        return self.accumulate, self.batch_size
+
+    @property
+    def carry_shape(self) -> tuple[int, int] | None:
+        """Passes and rows whose state is carried from step to step; None unless stateful."""
+        return self.shape if self.stateful else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How the weights are updated."""
+    """Optimiser, learning rate and clipping."""
 
     optimizer: Literal["adamw", "schedule_free", "muon"] = "adamw"
     """AdamW or Muon with warm-up and cosine decay, or schedule-free AdamW at a constant rate."""
@@ -92,7 +97,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train an E88 language model on bytes: a corpus in, a checkpoint and a loss curve out."""
+    """Flags of any training run. A program's own class gives `task` a type and a default."""
 
     out: Path | None = None
     """Directory of the run; by default a new one under runs/, with --resume the newest there."""
@@ -104,17 +109,11 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of progress and of metrics.jsonl."""
     eval_every: int = 100
-    """Steps between evaluations on the validation bytes."""
-    eval_bytes: int = 65536
-    """Validation bytes that an evaluation reads, the same ones each time."""
+    """Steps between evaluations on the validation data."""
     save_every: int = 100
     """Steps between checkpoints; one is also written for each best evaluation and at the end."""
     keep: int = 2
     """Newest checkpoints kept, besides the best."""
-    sample_bytes: int = 400
-    """Bytes of text generated at the end."""
-    prompt: str = "def "
-    """What that text continues."""
     preset: str | None = None
     """Take a model of the sizing guide, such as h72n32-500m; `python -m e88_jax.sizing --presets`
     lists them. Flags of the model change it."""
@@ -123,27 +122,37 @@ class TrainConfig:
     it."""
     gpu: str | None = None
     """What --params is for, such as h100 or rtx4090; by default the GPU in this machine."""
-    data: DataConfig = DataConfig()
+    task: TaskConfig
+    batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     model: LMConfig = DEFAULT_MODEL
 
+    NAME: ClassVar[str] = "run"
+    """Prefix of the names of new directories under runs/."""
+
     def __post_init__(self) -> None:
-        counts = "steps", "log_every", "eval_every", "eval_bytes", "save_every", "keep"
-        require(self, *counts, minimum=1)
-        require(self, "sample_bytes", minimum=0)
-        if self.sample_bytes and not self.prompt:
-            raise ValueError("--prompt must have at least one byte when --sample-bytes is not 0.")
+        require(self, "steps", "log_every", "eval_every", "save_every", "keep", minimum=1)
         if self.model.layer.dtype == "float64":
             raise ValueError("--dtype float64 is for comparisons; train in float32 or bfloat16.")
-        if self.model.vocab_size != 256:
-            raise ValueError(
-                f"--vocab-size must be 256, as tokens are bytes; got {self.model.vocab_size}."
-            )
         if (n := count_params(self.model)) > MOST_PARAMETERS:
             raise ValueError(
                 f"the model of these flags has {n:,} parameters, and {MOST_PARAMETERS:,} are the "
                 "most that one machine trains: choose a smaller --dim, --n-heads or --depth."
             )
+
+    def open_task(self) -> Task:
+        """The task of a run, which is that of the run in `out` if it is resumed.
+
+        Raises:
+            UsageError: its data will not do, or it has another vocabulary than the model.
+        """
+        task = self.task.open(self.batch, self.out if self.resume else None)
+        if self.model.vocab_size != task.vocab_size:
+            raise UsageError(
+                f"--vocab-size must be {task.vocab_size}, the vocabulary of the task's "
+                f"{task.tokens}; got {self.model.vocab_size}."
+            )
+        return task
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data for JSON."""
@@ -152,7 +161,7 @@ class TrainConfig:
         return {**values, "out": out, "model": self.model.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """The configuration that `to_dict` wrote.
 
         Raises:
@@ -170,7 +179,7 @@ def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        types = get_type_hints(kind)
+        types = field_types(kind)
         keys = set(value) if isinstance(value, dict) else set()
         if wrong := sorted(keys ^ types.keys()):
             what = "has no" if wrong[0] in types else "has an unknown"
@@ -191,21 +200,11 @@ def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:
     raise ValueError(f"{name} is {value!r}, which is not of type {what}")
 
 
-_MAY_CHANGE_ON_RESUME = {
-    "data.data",  # the bytes may not, wherever they are
-    "out",
-    "resume",
-    "steps",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "keep",
-    "sample_bytes",
-    "prompt",
-    "optimizer.max_skipped_steps",
-    "model.layer.implementation",
-    "model.remat",
+_MAY_CHANGE = {
+    *("out", "resume", "steps", "log_every", "eval_every", "save_every", "keep"),
+    *("optimizer.max_skipped_steps", "model.layer.implementation", "model.remat"),
 }
+"""Flags that may be others when a run is resumed, besides the task's."""
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -221,9 +220,8 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_resumable(stored: TrainConfig, asked: TrainConfig) -> None:
     """Raises UsageError unless a run of configuration `stored` can go on under `asked`."""
     before, now = _flatten(stored.to_dict()), _flatten(asked.to_dict())
-    differing = [
-        name for name in before if before[name] != now[name] and name not in _MAY_CHANGE_ON_RESUME
-    ]
+    may_change = _MAY_CHANGE | {f"task.{name}" for name in asked.task.MAY_CHANGE}
+    differing = [name for name in before if before[name] != now[name] and name not in may_change]
     if differing:
         changes = ", ".join(
             f"--{name.rpartition('.')[2].replace('_', '-')} {before[name]} (not {now[name]})"

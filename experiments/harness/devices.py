@@ -9,11 +9,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.tasks.base import Batch
+
 from .errors import UsageError, warn
 
 GPU_MEMORY_FRACTION = "0.93"
-"""Of a GPU's memory, what JAX takes at once; its own 0.75 would leave out what a large batch needs.
-Some hundred MB must be left to CUDA and its libraries."""
+"""Fraction of a GPU's memory that JAX preallocates. Its default of 0.75 is too little for a large
+batch; CUDA and its libraries need some hundred MB."""
 
 _MEMORY_SETTINGS = tuple(
     f"XLA_{client}_{setting}"
@@ -81,7 +83,7 @@ def cores() -> int:
 
 
 def _cache_directory() -> Path | None:
-    """Where compiled programs are kept; None, with a warning, if nothing can be written there."""
+    """Directory of compiled programs; None, with a warning, if it cannot be written."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     directory = Path(caches) / "e88_jax"
     try:
@@ -100,20 +102,22 @@ def _cache_directory() -> Path | None:
 
 
 class Placement(NamedTuple):
-    """Where arrays live."""
+    """Shardings of a run's arrays."""
 
     everywhere: NamedSharding
-    """Each device has a copy."""
+    """Replicated."""
     by_row: NamedSharding
-    """Arrays `[passes, rows, ...]`: each device has its share of the rows."""
+    """Arrays `[passes, rows, ...]`, divided by row."""
 
     def __str__(self) -> str:
         return f"{self.everywhere.num_devices} x {jax.devices()[0].device_kind}"
 
-    def put_rows(self, x: np.ndarray) -> jax.Array:
-        """`[passes, rows, ...]` by row if each device can have as many rows, else everywhere."""
-        divisible = x.shape[1] % self.everywhere.num_devices == 0
-        return jax.device_put(x, self.by_row if divisible else self.everywhere)
+    def put(self, batch: Batch) -> Batch:
+        """The batch on the devices: by row if their number divides the rows, else replicated."""
+        divisible = batch.inputs.shape[1] % self.everywhere.num_devices == 0
+        where = self.by_row if divisible else self.everywhere
+        arrays = jax.device_put(batch[:3], where)
+        return Batch(*arrays, restart=np.bool_(batch.restart))
 
 
 def placement(rows: int) -> Placement:

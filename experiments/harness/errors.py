@@ -1,4 +1,4 @@
-"""What a program tells its user on standard error: one sentence, without a traceback."""
+"""Errors and warnings for the user: one sentence on standard error, no traceback."""
 
 import sys
 
@@ -6,18 +6,18 @@ from e88_jax.command import ProgramEnd
 
 
 def warn(message: str) -> None:
-    """Says that something is not as it should be, while the program goes on."""
+    """Prints a warning; the program goes on."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class UsageError(ProgramEnd):
-    """What was asked for cannot be done; the message says why and what would do. Exit code 2."""
+    """A request that cannot be met; the message says why and what would do. Exit code 2."""
 
     exit_code = 2
 
 
 class RunStopped(ProgramEnd):
-    """The run ended early, with its checkpoint written."""
+    """An early end of the run, its checkpoint written."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)

@@ -9,10 +9,10 @@ _HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
 class Interrupts:
-    """While entered, the first SIGTERM, SIGINT or SIGHUP is noted.
+    """A context in which the first SIGTERM, SIGINT or SIGHUP is noted in `received`.
 
-    SIGTERM or SIGINT a second later acts as usual; SIGHUP comes from the shell and from the kernel,
-    and does no more. A SIGHUP that is ignored, as under nohup, stays so.
+    A SIGTERM or SIGINT a second later acts as usual. A later SIGHUP does nothing, as the shell and
+    the kernel both send it. A SIGHUP that is ignored, as under nohup, stays ignored.
     """
 
     def __init__(self) -> None:

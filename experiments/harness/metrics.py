@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines, TensorBoard, and a clock that counts training alone."""
+"""A run's numbers: JSON lines, TensorBoard, a plot, and a clock that counts training alone."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import (
@@ -20,11 +20,20 @@ from tensorboard.compat.proto.summary_pb2 import (
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from experiments.tasks.base import Metric
+
 from .errors import warn
 from .run_directory import optional, write
 
+if TYPE_CHECKING:
+    from .step import StepMetrics
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+
+Record = dict[str, Any]
+"""A line of `metrics.jsonl`: "kind" ("train" or "validation"), "step", and numbers by name."""
+
+
+def read_metrics(path: Path) -> list[Record]:
     """The records of a `metrics.jsonl`.
 
     A last line cut short, as a killed process leaves it, is left out; so is a line that is no
@@ -112,7 +121,7 @@ class MetricsLog:
             self._tensorboard.close()
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def _line(record: Record) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
@@ -123,7 +132,7 @@ class _TensorBoard:
     is full, and loses two minutes of a killed run.
     """
 
-    def __init__(self, directory: Path, earlier: Iterable[dict[str, Any]]):
+    def __init__(self, directory: Path, earlier: Iterable[Record]):
         """Holds `earlier` records, and in place of the event files that were there before."""
         self.directory = directory
         directory.mkdir(exist_ok=True)
@@ -142,7 +151,7 @@ class _TensorBoard:
         for path in before:
             path.unlink()
 
-    def write(self, record: dict[str, Any], wall_time: float | None = None) -> None:
+    def write(self, record: Record, wall_time: float | None = None) -> None:
         """Adds a point of each of the record's numbers, by default with the present time."""
         summary = Summary()
         for name, value in record.items():
@@ -159,46 +168,35 @@ class _TensorBoard:
             self._file.close()
 
 
-class StepLoss(Protocol):
-    """Numbers of one step; see `step.StepMetrics`."""
-
-    @property
-    def loss(self) -> Any: ...
-    @property
-    def grad_norm(self) -> Any: ...
-
-
 class Interval:
     """Sums over the steps since the last record, which a checkpoint keeps for the next one.
 
     Steps whose loss or gradient was not finite do not count.
     """
 
-    def __init__(self, steps: int = 0, loss: float = 0.0, grad_norm: float = 0.0):
-        self._steps, self._loss, self._grad_norm = steps, loss, grad_norm
+    def __init__(self, steps: int = 0, **sums: float):
+        self._steps, self._sums = steps, sums
 
-    def add(self, steps: Iterable[StepLoss]) -> None:
+    def add(self, steps: "Iterable[StepMetrics]") -> None:
         """Adds steps in their order, as float64, so that it does not matter in how many calls."""
         for step in steps:
-            loss, grad_norm = float(step.loss), float(step.grad_norm)
-            if math.isfinite(loss) and math.isfinite(grad_norm):
+            if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
                 self._steps += 1
-                self._loss += loss
-                self._grad_norm += grad_norm
+                for name in ("loss", "grad_norm", "score"):
+                    if (value := getattr(step, name)) is not None:
+                        self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
-    def sums(self) -> dict[str, Any]:
+    def sums(self) -> dict[str, float]:
         """The arguments that make this interval again, for JSON."""
-        return {"steps": self._steps, "loss": self._loss, "grad_norm": self._grad_norm}
+        return {"steps": self._steps, **self._sums}
 
     def means(self) -> dict[str, float]:
-        """Mean loss in nats per byte and mean gradient norm; empty if no step counted."""
-        if not self._steps:
-            return {}
-        return {"loss": self._loss / self._steps, "grad_norm": self._grad_norm / self._steps}
+        """Mean loss, gradient norm and score, if there is one; empty if no step counted."""
+        return {name: total / self._steps for name, total in self._sums.items()}
 
 
 class TrainingClock:
-    """Seconds spent in training steps: pauses for evaluation and checkpoints do not count."""
+    """Clock of training steps: pauses for evaluation and checkpoints do not count."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
@@ -211,7 +209,54 @@ class TrainingClock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside does not count."""
+        """A context whose time does not count."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
+
+
+def plot_metric(directory: Path, metric: Metric) -> None:
+    """Draws training and validation over steps from `metrics.jsonl` into `loss.png`.
+
+    Where the machine refuses, a full disk or memory for example, it is a warning: a run does not
+    fail for its plot.
+    """
+    image = directory / "loss.png"
+    partial = image.with_name(image.name + ".partial")
+    try:
+        _draw(read_metrics(directory / "metrics.jsonl"), metric, partial)
+        partial.replace(image)
+    except Exception as error:  # matplotlib's own ones, too
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        warn(f"{image} is not drawn: {error}.")
+
+
+def _draw(records: list[Record], metric: Metric, image: Path) -> None:
+    from matplotlib.figure import Figure  # an OSError without a directory for its cache
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel=metric.unit)
+    for kind, marker in (("train", ""), ("validation", "o")):
+        # A record has no metric if none of its steps had a finite loss.
+        points = [
+            (record["step"], record[metric.name])
+            for record in records
+            if record["kind"] == kind and metric.name in record
+        ]
+        if points:
+            axes.plot([x for x, _ in points], [y for _, y in points], label=kind, marker=marker)
+        if points and kind == "validation":
+            choose = min if metric.better == "lower" else max
+            step, best = choose(points, key=lambda point: point[1])
+            axes.annotate(
+                f"best {best:.3f} at step {step}",
+                (step, best),
+                textcoords="offset points",
+                xytext=(0, 18),
+                ha="right",
+            )
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(image, dpi=120, format="png")

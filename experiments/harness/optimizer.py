@@ -12,6 +12,9 @@ from e88_jax.model import weight_decay_mask
 from .config import OptimizerConfig
 
 Params = Any
+"""A tree of parameters, such as `nnx.state(model, nnx.Param)`."""
+OptimizerState = Any
+"""State of an optax transformation."""
 
 
 class Optimizer(NamedTuple):
@@ -20,8 +23,8 @@ class Optimizer(NamedTuple):
     transform: optax.GradientTransformation
     schedule: optax.Schedule
     """Learning rate by number of updates made."""
-    eval_params: Callable[[Any, Params], Params]
-    """From optimiser state and trained weights to the weights to evaluate and sample with."""
+    eval_params: Callable[[OptimizerState, Params], Params]
+    """Weights to evaluate and sample with, from optimiser state and trained weights."""
 
 
 def _muon_or_adamw(params: Params) -> Any:

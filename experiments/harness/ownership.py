@@ -1,4 +1,4 @@
-"""One process at a time writes into a run's directory: a lock file that says which one."""
+"""Ownership of a run's directory: a lock file names the one process that writes there."""
 
 import contextlib
 import dataclasses
@@ -45,7 +45,7 @@ class Owner:
         return cls(host, boot, pid, _started(pid), time.strftime("%Y-%m-%d %H:%M:%S %z"))
 
     def has_ended(self, *, locks_work: bool) -> bool | None:
-        """Whether the process that left this description runs no more; None if nobody can tell.
+        """Whether the owner's process has ended; None if that cannot be known.
 
         `locks_work` says that this process has just locked the file that the owner had locked:
         under one kernel, the owner is gone then.
@@ -65,7 +65,7 @@ def _started(pid: int) -> int | None:
 
 @contextlib.contextmanager
 def owned(directory: Path) -> Iterator[Path]:
-    """While entered, `directory` is this process's, which the file `lock` in it tells others.
+    """A context in which this process owns `directory`: the file `lock` in it says so.
 
     The kernel holds the lock and drops it when the process ends in whatever way. Locks of another
     machine may not be seen on a shared file system, so the file also names its owner; where that is
@@ -115,7 +115,7 @@ def _take(path: Path) -> IO[str]:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Whether the file system has locks; if so, the file is locked now.
+    """Locks the file; returns whether the file system has locks.
 
     Raises:
         BlockingIOError: another process has locked it.

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from typing import Self
 
@@ -33,11 +33,11 @@ class Report:
             self._bar.stop()
 
     def say(self, message: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self._console.print(message, markup=False)
 
     def advance(self, step: int, line: str) -> None:
-        """The run has done `step` steps; `line` says how it stands."""
+        """Shows that `step` steps are done, and `line`."""
         if self._bar is None:
             self.say(f"step {step}/{self._steps}  {line}")
         else:

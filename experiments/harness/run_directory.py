@@ -8,22 +8,25 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import e88_jax
+from experiments.tasks.base import Metric
 
 from .config import TrainConfig
 from .errors import UsageError, warn
 from .ownership import LOCK, owned
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 RUNS = Path("runs")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a run's numbers depend on."""
+    """Versions of Python and of the packages that a run's numbers depend on."""
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), "e88_jax": e88_jax.__version__, **packages}
 
@@ -41,8 +44,8 @@ def newest_run() -> Path:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether `directory` is that of a training run: finished, started or just claimed."""
-    marks = (("run.json", {"config", "corpus"}), (LOCK, {"boot", "pid"}))
+    """Whether `directory` is a training run's: finished, started or just claimed."""
+    marks = (("run.json", {"config", "devices", "versions"}), (LOCK, {"boot", "pid"}))
     for name, keys in marks:
         try:
             values = json.loads((directory / name).read_bytes())
@@ -55,15 +58,15 @@ def is_run(directory: Path) -> bool:
     return (directory / "run.json").exists() and (directory / "checkpoints").exists()
 
 
-def load_config(directory: Path) -> TrainConfig:
-    """The configuration that the run in `directory` was started with.
+def load_config(directory: Path, kind: type[Config]) -> Config:
+    """The configuration, of class `kind`, that the run in `directory` was started with.
 
     Raises:
         UsageError: there is no run, or this version does not know its configuration.
     """
     values = _read(directory, "config")["config"]
     try:
-        return TrainConfig.from_dict(values)
+        return kind.from_dict(values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise UsageError(
@@ -71,10 +74,27 @@ def load_config(directory: Path) -> TrainConfig:
         ) from None
 
 
+def load_metric(directory: Path) -> Metric:
+    """The name, unit and better side of the metric of the run in `directory`.
+
+    Raises:
+        UsageError: there is no run, or it names no metric.
+    """
+    values = _read(directory, "metric")["metric"]
+    name, unit, better = (values.get(key) for key in ("name", "unit", "better"))
+    if isinstance(name, str) and isinstance(unit, str) and better in ("lower", "higher"):
+        return Metric(name, unit, better)
+    raise UsageError(
+        f"'metric' in {directory / 'run.json'} must have a name, a unit, and what is better, lower "
+        f"or higher; got {values!r:.80}."
+    )
+
+
 _KINDS = {
     "config": (dict, "an object"),
-    "corpus": (str, "a string"),
-    "corpus_bytes": (int, "a whole number"),
+    "fingerprint": (str, "a string"),
+    "data": (str, "a string"),
+    "metric": (dict, "an object"),
     "devices": (str, "a string"),
     "versions": (dict, "an object"),
     "resumed": (list, "a list"),
@@ -109,21 +129,16 @@ def steps_done(directory: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-_PARTIAL = "run.json.partial"
-LISTING = "corpus.jsonl"
-"""File that lists the files of the run's corpus."""
-
-
-def own(out: Path | None, *, resume: bool) -> contextlib.AbstractContextManager[Path]:
+def own(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
     """The directory to train in, this process's own while entered: see `owned` and `claim`."""
-    if not resume:
-        return claim(out)
-    assert out is not None, "the command line names the run to resume"
-    return owned(out)
+    if not config.resume:
+        return claim(config.out, config.NAME, config.task.FILES)
+    assert config.out is not None, "the command line names the run to resume"
+    return owned(config.out)
 
 
-def check_claimable(out: Path | None) -> None:
-    """Raises UsageError if `claim(out)` could not make a new run there."""
+def check_claimable(out: Path | None, files: Sequence[str] = ()) -> None:
+    """Raises UsageError if `claim(out, files=files)` could not make a new run there."""
     try:
         str(Path.cwd() if out is None else out.absolute()).encode()
     except UnicodeEncodeError:
@@ -140,37 +155,37 @@ def check_claimable(out: Path | None) -> None:
         raise UsageError(
             f"{out} already holds a run: continue it with --resume, or choose another --out."
         )
-    if existing == out and not _holds_nothing(out):
+    if existing == out and not _holds_nothing(out, files):
         raise UsageError(f"--out {out} is not empty: choose another directory.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"--out {out} cannot be written: {existing} does not allow it.")
 
 
-def _holds_nothing(directory: Path) -> bool:
-    """Whether it is empty but for what a process leaves that is killed as it claims it."""
-    return all(
-        path.name in (LOCK, _PARTIAL, LISTING, f"{LISTING}.partial") for path in directory.iterdir()
-    )
+def _holds_nothing(directory: Path, files: Sequence[str]) -> bool:
+    """Whether it is empty, or holds only what a process leaves that was killed as it claimed it."""
+    left = {LOCK, *(f"{name}.partial" for name in ("run.json", *files)), *files}
+    return all(path.name in left for path in directory.iterdir())
 
 
 @contextlib.contextmanager
-def claim(out: Path | None, name: str = "byte-lm") -> Iterator[Path]:
+def claim(out: Path | None, name: str, files: Sequence[str] = ()) -> Iterator[Path]:
     """A directory for a new run, this process's own while entered.
 
     Args:
         out: the directory; None for a new one under `runs/`, by `name` and the time.
-        name: what a directory under `runs/` begins with.
+        name: prefix of a directory's name under `runs/`.
+        files: names of files, written before `run.json`, that a killed process may have left.
 
     A directory that is still empty at the end is removed again.
 
     Raises:
         UsageError: `out` is a file, holds something or is in use.
     """
-    check_claimable(out)
+    check_claimable(out, files)
     directory, made = _make(out, name)
     try:
         with owned(directory):
-            check_claimable(directory)
+            check_claimable(directory, files)
             yield directory
     finally:
         for empty in made:
@@ -196,7 +211,7 @@ def _make(out: Path | None, name: str) -> tuple[Path, list[Path]]:
 
 @contextlib.contextmanager
 def optional(path: Path) -> Iterator[None]:
-    """Writes a file that a run can do without: a failure is a warning."""
+    """A context that writes a file that a run can do without: a failure is a warning."""
     try:
         yield
     except Exception as error:  # matplotlib's and TensorBoard's own ones, too
@@ -204,18 +219,17 @@ def optional(path: Path) -> Iterator[None]:
         warn(f"{path} could not be written ({why}); the run goes on.")
 
 
-def _new_run() -> Path:
-    return RUNS / time.strftime("byte-lm-%Y%m%d-%H%M%S")
-
-
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What `run.json` says of a run, besides versions."""
+    """Content of `run.json`, besides versions."""
 
     config: TrainConfig
-    corpus: str
-    """Fingerprint of the data."""
-    corpus_bytes: int
+    fingerprint: str
+    """Digest of the data."""
+    data: str
+    """The data's size in words."""
+    metric: dict[str, str]
+    """Its name, unit, and which side is better."""
     parameters: int
     devices: str
 
@@ -226,13 +240,13 @@ def check_continues(directory: Path, now: Description) -> None:
     A different machine only gets a warning: sums are then rounded otherwise.
 
     Raises:
-        UsageError: the run began with another corpus.
+        UsageError: the run began with other data.
     """
     before = _read(directory)
-    if before["corpus"] != now.corpus:
+    if before["fingerprint"] != now.fingerprint:
         raise UsageError(
-            f"the corpus is not the one that the run in {directory} began with: "
-            f"{now.corpus_bytes:,} bytes now, {before['corpus_bytes']:,} then."
+            f"the data is not that which the run in {directory} began with: "
+            f"{now.data} now, {before['data']} then."
         )
     for what, then, here in (
         ("on", before["devices"], now.devices),
@@ -254,7 +268,7 @@ def describe(directory: Path, description: Description, *, resumed_at: int | Non
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file atomically.
 
     Raises:
         UsageError: the disk is full, say; the file is as it was before.

@@ -1,7 +1,7 @@
 """One training step and one evaluation, as compiled functions of explicit state."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,61 +12,77 @@ from flax import nnx
 from jax import Array, lax
 
 from e88_jax.model import E88LM, LMState
+from experiments.tasks.base import Batch, Metric
 
-from .data import Batch
 from .devices import Placement
-from .optimizer import Optimizer, Params
-
-BITS_PER_NAT = 1.4426950408889634
-"""1 / ln 2."""
+from .optimizer import Optimizer, OptimizerState, Params
 
 GPU_OPTIONS: dict[str, str | bool] = {
-    # XLA moves what joins the gradients of a product's parts into a product of its own making, then
-    # finds cuBLAS faster, and is left with copies.
+    # XLA fuses the concatenation of a matmul's gradients into a Triton GEMM, then finds cuBLAS
+    # faster, and is left with copies.
     "xla_gpu_enable_triton_gemm": False,
-    # Graphs of kernels are filled in anew for each step, as its arrays move.
+    # CUDA graphs are updated at every step, as the arrays' addresses change.
     "xla_gpu_enable_command_buffer": "",
-    # XLA would join a layer's two products where they are small, and copy the parts.
+    # XLA merges a layer's two matmuls where they are small, and copies the parts.
     "xla_gpu_dot_merger_threshold_mb": "0",
 }
-"""XLA's options for the training step on a GPU; flags of the same name in `XLA_FLAGS` win. What
-each gains is in `benchmarks/README.md`."""
+"""XLA's options for the training step on a GPU; flags of the same name in `XLA_FLAGS` win.
+`benchmarks/README.md` has what each gains."""
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes; all that a checkpoint holds of the weights."""
+    """Arrays that a step reads and writes, and a checkpoint holds."""
 
     params: Params
-    optimizer: Any
+    optimizer: OptimizerState
     carry: LMState | None
-    """State of each row at the end of its window, `[passes, rows, ...]`; None unless stateful."""
+    """Model state after each row's window, `[passes, rows, ...]`; None unless stateful."""
     updates: Array
-    """Updates made."""
+    """Count of updates."""
     skipped: Array
-    """Steps that changed nothing, because loss or gradient was not finite."""
+    """Count of steps that changed nothing, as loss or gradient was not finite."""
     skipped_in_a_row: Array
 
 
 class StepMetrics(NamedTuple):
-    """Numbers of one step, on the device until someone asks."""
+    """Numbers of one step, on the device."""
 
     loss: Array
-    """Mean nats per byte."""
+    """Weighted mean of nats per target."""
     grad_norm: Array
     """Global norm of the gradient before clipping."""
     learning_rate: Array
     skipped: Array
     skipped_in_a_row: Array
+    score: Array | None = None
+    """Weighted mean of the metric's values per target; None for a metric that is the loss."""
 
 
-def next_byte_loss(
-    model: E88LM, windows: Array, state: LMState | None = None
-) -> tuple[Array, LMState]:
-    """Mean cross-entropy in nats per byte of windows `[B, T + 1]`, and the state at their end."""
-    tokens = windows.astype(jnp.int32)
-    logits, state = model(tokens[:, :-1], state)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return jnp.mean(losses), state
+def mean_loss(
+    model: E88LM, batch: Batch, state: LMState | None = None, metric: Metric | None = None
+) -> tuple[Array, tuple[Array | None, LMState]]:
+    """Loss of one pass, `[rows, T]`, with the metric's mean and the state at its end.
+
+    The loss is the mean cross-entropy in nats, weighted as given: `relative` makes it a weighted
+    mean. The metric's mean is None for a metric that is the loss.
+    """
+    logits, state = model(jnp.asarray(batch.inputs, jnp.int32), state)
+    targets = jnp.asarray(batch.targets, jnp.int32)
+
+    def mean(values: Array) -> Array:
+        return jnp.mean(values if batch.weights is None else batch.weights * values)
+
+    loss = mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+    if metric is None or metric.per_target is None:
+        return loss, (None, state)
+    return loss, (mean(metric.per_target(lax.stop_gradient(logits), targets)), state)
+
+
+def relative(batch: Batch) -> Batch:
+    """The batch with weights whose mean is 1."""
+    if batch.weights is None:
+        return batch
+    return batch._replace(weights=jnp.asarray(batch.weights) / jnp.mean(batch.weights))
 
 
 def init_state(
@@ -91,34 +107,35 @@ def place(state: TrainState, where: Placement) -> TrainState:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[E88LM], optimizer: Optimizer, clip_norm: float
-) -> Callable[[TrainState, Array, Array], tuple[TrainState, StepMetrics]]:
-    """The function `(state, windows, restart) -> (state, metrics)`, to be compiled.
+    graphdef: nnx.GraphDef[E88LM], optimizer: Optimizer, clip_norm: float, metric: Metric
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The function `(state, batch) -> (state, metrics)`, to be compiled.
 
-    `windows` is `[passes, rows, T + 1]`: the gradients of the passes are averaged. `restart` (bool)
-    starts the rows of a stateful run from zero states. A step whose loss or gradient is not finite
-    leaves weights, optimiser and carried state as they were.
+    The gradients of the passes are averaged. `batch.restart` starts the rows of a stateful run from
+    zero states. A step whose loss or gradient is not finite leaves weights, optimiser and carried
+    state as they were.
     """
     clip = optax.clip_by_global_norm(clip_norm)
 
-    def gradient(params: Params, windows: Array, carry: LMState | None) -> Any:
-        def loss_of(params: Params) -> tuple[Array, LMState | None]:
-            loss, end = next_byte_loss(nnx.merge(graphdef, params), windows, carry)
-            return loss, None if carry is None else end
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        carry = jax.tree.map(lambda x: jnp.where(batch.restart, jnp.zeros_like(x), x), state.carry)
 
-        (loss, carry), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        return loss, grads, carry
+        def accumulate(total: Any, one: tuple[Batch, LMState | None]) -> Any:
+            one_pass, carry = one
 
-    def step(state: TrainState, windows: Array, restart: Array) -> tuple[TrainState, StepMetrics]:
-        carry = jax.tree.map(lambda x: jnp.where(restart, jnp.zeros_like(x), x), state.carry)
+            def loss_of(params: Params) -> Any:
+                loss, (score, end) = mean_loss(nnx.merge(graphdef, params), one_pass, carry, metric)
+                return loss, (score, None if carry is None else end)
 
-        def accumulate(total: Any, one_pass: Any) -> Any:
-            loss, grads, end = gradient(state.params, *one_pass)
-            return jax.tree.map(jnp.add, total, (loss, grads)), end
+            (loss, (score, end)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            return jax.tree.map(jnp.add, total, (loss, score, grads)), end
 
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
-        total, carry = lax.scan(accumulate, zeros, (windows, carry))
-        loss, grads = jax.tree.map(lambda x: x / windows.shape[0], total)
+        zero = jnp.zeros(())
+        zeros = zero, None if metric.per_target is None else zero
+        zeros = *zeros, jax.tree.map(jnp.zeros_like, state.params)
+        passes = relative(batch)._replace(restart=None)
+        total, carry = lax.scan(accumulate, zeros, (passes, carry))
+        loss, score, grads = jax.tree.map(lambda x: x / batch.inputs.shape[0], total)
         grad_norm = optax.tree.norm(grads)
         clipped, _ = clip.update(grads, optax.EmptyState())
         updates, opt_state = optimizer.transform.update(clipped, state.optimizer, state.params)
@@ -139,8 +156,8 @@ def make_train_step(
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         rate = jnp.asarray(optimizer.schedule(state.updates), jnp.float32)
-        metrics = StepMetrics(loss, grad_norm, rate, new_state.skipped, new_state.skipped_in_a_row)
-        return new_state, metrics
+        skipped = new_state.skipped, new_state.skipped_in_a_row
+        return new_state, StepMetrics(loss, grad_norm, rate, *skipped, score)
 
     return step
 
@@ -149,8 +166,9 @@ def compile_train_step(
     graphdef: nnx.GraphDef[E88LM],
     optimizer: Optimizer,
     clip_norm: float,
+    metric: Metric,
     state: TrainState,
-    windows: Array,
+    batch: Batch,
 ) -> jax.stages.Compiled:
     """`make_train_step` compiled for arguments like these, which are where they are to stay.
 
@@ -158,13 +176,15 @@ def compile_train_step(
     """
     shardings = jax.tree.map(lambda x: x.sharding, state), state.updates.sharding
     step = jax.jit(
-        make_train_step(graphdef, optimizer, clip_norm), donate_argnums=0, out_shardings=shardings
+        make_train_step(graphdef, optimizer, clip_norm, metric),
+        donate_argnums=0,
+        out_shardings=shardings,
     )
-    return step.lower(state, windows, np.bool_(True)).compile(compiler_options=xla_options())
+    return step.lower(state, batch).compile(compiler_options=xla_options())
 
 
 def xla_options() -> dict[str, str | bool]:
-    """Those of `GPU_OPTIONS` that are for the device at hand and not the user's to choose."""
+    """`GPU_OPTIONS` without those that XLA_FLAGS sets; none if the device is no GPU."""
     if jax.default_backend() != "gpu":
         return {}
     chosen = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
@@ -172,20 +192,27 @@ def xla_options() -> dict[str, str | bool]:
 
 
 def make_evaluate(
-    graphdef: nnx.GraphDef[E88LM], batches: list[Batch], where: Placement, *, stateful: bool
+    graphdef: nnx.GraphDef[E88LM],
+    batches: Sequence[Batch],
+    where: Placement,
+    metric: Metric,
+    *,
+    stateful: bool,
 ) -> Callable[[Params], float]:
-    """The function from weights to bits per byte on `batches`, state carried if `stateful`."""
-    rows = batches[0].windows.shape[1]
+    """The function from weights to the metric on `batches`, state carried if `stateful`."""
+    rows = batches[0].inputs.shape[1]
 
     @jax.jit
-    def evaluate(params: Params, windows: Array) -> Array:
+    def evaluate(params: Params, batch: Batch) -> Array:
         model = nnx.merge(graphdef, params)
 
-        def one(state: LMState, windows: Array) -> tuple[LMState, Array]:
-            loss, end = next_byte_loss(model, windows, state)
-            return (end if stateful else state), loss
+        def one(state: LMState, batch: Batch) -> tuple[LMState, Array]:
+            loss, (score, end) = mean_loss(model, batch, state, metric)
+            return (end if stateful else state), loss if score is None else score
 
-        return jnp.mean(lax.scan(one, model.init_state(rows), windows)[1])
+        passes = relative(batch)._replace(restart=None)
+        return jnp.mean(lax.scan(one, model.init_state(rows), passes)[1])
 
-    windows = where.put_rows(np.concatenate([batch.windows for batch in batches]))
-    return lambda params: float(evaluate(params, windows)) * BITS_PER_NAT
+    joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(x[:3] for x in batches))
+    batch = where.put(Batch(*joined, restart=True))
+    return lambda params: float(evaluate(params, batch)) * metric.scale

@@ -8,31 +8,33 @@ from e88_jax.model import E88LM
 
 from . import run_directory
 from .checkpoints import Checkpoints
+from .config import TrainConfig
 from .errors import UsageError
 from .optimizer import make_optimizer
 from .step import TrainState, init_state
 
 
-def load_trained(directory: Path, *, latest: bool) -> tuple[E88LM, int]:
+def load_trained(directory: Path, kind: type[TrainConfig], *, latest: bool) -> tuple[E88LM, int]:
     """The model of the run in `directory` and the step it is from.
 
     Args:
         directory: of the run.
-        latest: the newest checkpoint, rather than the one with the fewest bits per byte.
+        kind: class of the run's configuration.
+        latest: the newest checkpoint, rather than the best by the run's metric.
 
     Raises:
         UsageError: no run there, or no checkpoint that can be read.
     """
-    config = run_directory.load_config(directory)
+    config = run_directory.load_config(directory, kind)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    carry_shape = (config.data.accumulate, config.data.batch_size) if config.data.stateful else None
 
     def build() -> tuple[E88LM, TrainState]:
         model = E88LM(config.model, rngs=nnx.Rngs(0))
-        return model, init_state(model, optimizer, carry_shape)
+        return model, init_state(model, optimizer, config.batch.carry_shape)
 
     model, like = nnx.eval_shape(build)
-    checkpoints = Checkpoints(directory / "checkpoints", keep=None)
+    metric = run_directory.load_metric(directory)
+    checkpoints = Checkpoints(directory / "checkpoints", metric, keep=None)
     restored = checkpoints.restore_latest(like) if latest else checkpoints.restore_best(like)
     checkpoints.close()
     if restored is None:

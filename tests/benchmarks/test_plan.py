@@ -1,6 +1,9 @@
 """What is read from the text of a compiled program."""
 
+import pytest
+
 from benchmarks import plan
+from experiments.harness.errors import UsageError
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -42,3 +45,15 @@ def test_kernels_and_the_bytes_they_move() -> None:
     assert recurrence[:3] == ("mpmd.1", "recurrence backward", y + (16 * 30 + 16) * 4)
     # Of y it reads two slices, in its own width.
     assert fusion[:3] == ("fusion.7", "everything else", 16 * 50 * 2 + (2 * 16 * 30 + 16) * 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--seq-len 0", "--seq-len must be at least 1, got 0"),
+        ("--implementation scan", "--implementation scan is a loop"),
+    ],
+)
+def test_mistakes(flags: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        plan.main(flags.split())

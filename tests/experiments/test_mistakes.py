@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from experiments.tasks.bytes import ByteLMConfig
+
 ROOT = Path(__file__).parents[2]
 SENTENCES = {
     # The directory of the run.
@@ -31,7 +33,7 @@ SENTENCES = {
     "train_byte_lm --data file": "holds no bytes: every file is empty.",
     "train_byte_lm --data short": "corpus of 300 bytes leaves 15 for validation, shorter",
     "train_byte_lm --data short --seq-len 20": "leaves 15 for validation, shorter",
-    "train_byte_lm --seq-len 1000000000": "make 8,000,000,008 bytes a step",
+    "train_byte_lm --seq-len 1000000000": "make 8,000,000,008 tokens a step",
     "train_byte_lm --stateful --batch-size 1000000": "training bytes over 1000000 rows are shorter",
     # The model.
     "train_byte_lm --preset h1": "unknown preset 'h1'",
@@ -87,10 +89,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (here / "dangling").symlink_to("nowhere")
     (here / "short").write_bytes(bytes(300))
     os.mkfifo(here / "pipe")
-    from experiments.harness.config import TrainConfig
-
-    described = {"config": TrainConfig().to_dict(), "corpus": "", "corpus_bytes": 0}
-    described |= {"devices": "", "versions": {}}
+    described = {"config": ByteLMConfig().to_dict(), "devices": "", "versions": {}}
     (here / "run" / "run.json").write_text(json.dumps(described))
     (here / "run" / "checkpoints" / "800").mkdir(parents=True)
     (here / "run" / "checkpoints" / "900.orbax-checkpoint-tmp").mkdir()

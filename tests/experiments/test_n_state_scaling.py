@@ -13,17 +13,13 @@ import pytest
 from matplotlib.image import imread
 
 import e88_jax.recurrence
+from benchmarks.measure import layer_step, recurrence_timing, timing
 from e88_jax.config import E88Config
 from e88_jax.recurrence import e88_recurrence
 from experiments import n_state_scaling
-from experiments.harness import (
-    cli,
-    layer_step,
-    recurrence_timing,
-    scaling,
-    scaling_report,
-    timing,
-)
+from experiments.harness import cli
+from experiments.scaling import measure as scaling
+from experiments.scaling import report as scaling_report
 
 TINY = ["--d-inner", "16", "--batch-size", "1", "--seq-len", "2", "--repetitions", "2"]
 REFUSED = 12

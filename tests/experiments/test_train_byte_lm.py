@@ -18,7 +18,10 @@ import pytest
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from experiments import sample, train_byte_lm
+from experiments.harness.errors import UsageError
 from experiments.harness.trained import load_trained
+from experiments.tasks.bytes import ByteLMConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TINY = [
@@ -64,7 +67,7 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
 
 
 def parameters(directory: Path) -> list[np.ndarray]:
-    model, _ = load_trained(directory, latest=True)
+    model, _ = load_trained(directory, ByteLMConfig, latest=True)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
 
@@ -210,7 +213,14 @@ def test_steps_that_are_not_finite_stop_the_run(corpus: Path, tmp_path: Path):
         ("--out taken --resume --data short.txt", "another configuration, --data"),
     ],
 )
-def test_mistakes_get_one_sentence(whole: Path, tmp_path: Path, flags: str, sentence: str):
+def test_mistakes_get_one_sentence(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    sentence: str,
+):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("x" * 40)
     (tmp_path / "full").mkdir()
@@ -218,23 +228,41 @@ def test_mistakes_get_one_sentence(whole: Path, tmp_path: Path, flags: str, sent
     (tmp_path / "taken").symlink_to(whole)
     os.mkfifo(tmp_path / "pipe")
     before = sorted(tmp_path.rglob("*")), (whole / "run.json").read_bytes()
-    done = run(tmp_path, "train_byte_lm.py", *flags.split())
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert sentence in done.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as error:
+        train_byte_lm.main(flags.split())
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
     assert (sorted(tmp_path.rglob("*")), (whole / "run.json").read_bytes()) == before
+
+
+@pytest.mark.parametrize("program", ["train_byte_lm.py", "sample.py"])
+def test_a_mistake_ends_a_program_with_2(tmp_path: Path, program: str):
+    done = run(tmp_path, program, "--no-such-flag")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"{program}: ")
+
+
+def test_a_program_is_a_module_too(tmp_path: Path):
+    module = [sys.executable, "-m", "experiments.train_byte_lm", "--data", "none"]
+    environment = {**os.environ, "PYTHONPATH": str(EXPERIMENTS.parent)}
+    done = subprocess.run(module, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"train_byte_lm.py: --data {tmp_path}/none is no file, directory or matching glob.\n"
+    )
 
 
 def test_a_changed_corpus_is_not_resumed(whole: Path, tmp_path: Path):
     shutil.copytree(whole, tmp_path / "run")
     described = (tmp_path / "run" / "run.json").read_text()
-    other = re.sub(r'"corpus": "[0-9a-f]+"', '"corpus": "0123"', described)
+    other = re.sub(r'"fingerprint": "[0-9a-f]+"', '"fingerprint": "0123"', described)
     assert other != described
     (tmp_path / "run" / "run.json").write_text(other)
-    done = run(tmp_path, "train_byte_lm.py", "--out", "run", "--resume", "--steps", "300")
-    assert done.returncode == 2
-    assert "the corpus is not the one" in done.stderr
+    with pytest.raises(UsageError, match="the data is not that which the run in"):
+        train_byte_lm.main(["--out", str(tmp_path / "run"), "--resume", "--steps", "300"])
 
 
 def test_help_is_quick_and_says_units():
@@ -260,18 +288,18 @@ def test_other_devices_get_a_warning(whole: Path, tmp_path: Path):
 
 
 def test_a_reader_that_stops_reading(whole: Path):
-    sample = subprocess.Popen(
+    process = subprocess.Popen(
         command("sample.py", str(whole), "--length", "100000"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert sample.stdout is not None
-    assert sample.stdout.read(4) == b"def "
-    sample.stdout.close()
-    with sample:
-        assert sample.stderr is not None
-        assert sample.stderr.read() == b""
-        assert sample.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert process.stdout is not None
+    assert process.stdout.read(4) == b"def "
+    process.stdout.close()
+    with process:
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
 def test_nobody_reads_what_a_run_prints(corpus: Path, whole: Path, tmp_path: Path):
@@ -309,8 +337,8 @@ def test_sampling_from_a_run(whole: Path, tmp_path: Path):
         ("RUN --length -3", "--length must be at least 0 bytes, got -3"),
     ],
 )
-def test_sampling_mistakes_get_one_sentence(whole: Path, tmp_path: Path, flags: str, sentence: str):
-    done = run(tmp_path, "sample.py", *flags.replace("RUN", str(whole)).split())
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert sentence in done.stderr
+def test_sampling_mistakes_get_one_sentence(whole: Path, flags: str, sentence: str):
+    with pytest.raises(UsageError) as error:
+        sample.main(flags.replace("RUN", str(whole)).split())
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)

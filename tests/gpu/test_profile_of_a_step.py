@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from benchmarks.measure.gpu_profile import ELSE, breakdown, profile
 from e88_jax import recurrence
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.model import E88LM
-from experiments.harness.gpu_profile import ELSE, breakdown, profile
 
 if refusal := recurrence.unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)

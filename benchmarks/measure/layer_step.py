@@ -1,0 +1,48 @@
+"""The whole training step of one layer, to be timed."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from e88_jax.config import E88Config, LMConfig
+from e88_jax.model import Block, weight_decay_mask
+from experiments.harness.step import xla_options
+
+LEARNING_RATE = 1e-4
+"""Small enough that a timing's hundreds of steps hardly change the layer."""
+
+
+def make_layer_step(
+    config: E88Config, batch: int, seq_len: int
+) -> tuple[Callable[[Any, Array], tuple[Any, Array]], Any, Array]:
+    """`x + mixer(rmsnorm(x))`, the mean square of it, gradient and AdamW update, compiled by jit.
+
+    Parameters and optimiser state are float32; the matmuls are in `config.dtype`.
+
+    Returns:
+        `(step, state, x)`: `step(state, x)` gives the next state and the loss, and consumes its
+        state (parameters and optimiser); x is normal, `[batch, seq_len, dim]` float32.
+    """
+    graphdef, params = nnx.split(Block(LMConfig(layer=config, depth=1), rngs=nnx.Rngs(0)))
+    optimizer = optax.adamw(LEARNING_RATE, mask=weight_decay_mask)
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=xla_options())
+    def step(state: Any, x: Array) -> tuple[Any, Array]:
+        params, opt_state = state
+
+        def loss_of(params: Any) -> Array:
+            y, _ = nnx.merge(graphdef, params)(x, None, None, None)
+            return jnp.mean(jnp.square(y))
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    x = jax.random.normal(jax.random.key(1), (batch, seq_len, config.dim))
+    return step, (params, optimizer.init(params)), x

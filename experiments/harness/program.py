@@ -1,0 +1,105 @@
+"""A training program: from its command line to a run."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from e88_jax import hardware
+from e88_jax.config import LMConfig
+from e88_jax.sizing import count_params, d_inner_of, find_preset, parse_params, solve
+
+from . import cli, run_directory
+from .config import TrainConfig, check_resumable
+from .errors import UsageError
+from .run import Run
+
+Config = TypeVar("Config")
+Training = TypeVar("Training", bound=TrainConfig)
+
+
+def main(kind: type[TrainConfig], args: Sequence[str]) -> None:
+    """Parses, looks at the directory and the data, then trains."""
+    config = parse_args(kind, args)
+    if not config.resume:
+        run_directory.check_claimable(config.out, config.task.FILES)
+    elif config.out is not None and (done := run_directory.steps_done(config.out)) > config.steps:
+        raise UsageError(f"the run in {config.out} has done {done} steps: raise --steps.")
+    task = config.open_task()
+    with Run(config, task) as run:
+        from .train import train  # imports JAX, which --help and mistakes need not wait for
+
+        train(config, task, run)
+
+
+def parse_args(kind: type[Training], args: Sequence[str]) -> Training:
+    """The run that the command line asks for; a resumed run keeps the flags it had.
+
+    Raises:
+        UsageError: a flag is wrong, or the run to resume has other flags.
+    """
+    config = cli.parse(kind, args)
+    if not config.resume:
+        if (model := chosen_model(config)) is not None:
+            config = cli.parse(kind, args, default=dataclasses.replace(config, model=model))
+            print(f"{config.preset or config.params}: {describe(config.model)}")
+        return _located(config, args)
+    directory = config.out if config.out is not None else run_directory.newest_run()
+    stored = run_directory.load_config(directory, kind)
+    asked = _located(cli.parse(kind, [*args, "--out", str(directory)], default=stored), args)
+    check_resumable(stored, asked)
+    return asked
+
+
+def _located(config: Training, args: Sequence[str]) -> Training:
+    return dataclasses.replace(config, task=config.task.located(args))
+
+
+def parse_with_preset(config_type: type[Config], args: Sequence[str]) -> Config:
+    """A `config_type` from command-line `args`: its `preset`, if any, is what flags of the `model`
+    change.
+
+    Raises:
+        UsageError: as `cli.parse`, or there is no such preset.
+    """
+    config: Any = cli.parse(config_type, args)
+    if config.preset is None:
+        return config
+    default = dataclasses.replace(config, model=_preset(config.preset))
+    return cli.parse(config_type, args, default=default)
+
+
+def _preset(name: str) -> LMConfig:
+    try:
+        return find_preset(name).config
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def chosen_model(config: TrainConfig) -> LMConfig | None:
+    """The model that --preset or --params asks for; None without either.
+
+    Raises:
+        UsageError: there is no such preset, budget or GPU, or flags that contradict each other.
+    """
+    if config.preset is not None and config.params is not None:
+        raise UsageError("--preset and --params both choose the model: give one of them.")
+    if config.gpu is not None and config.params is None:
+        raise UsageError(f"--gpu {config.gpu} is for --params, which is not given.")
+    if config.preset is not None:
+        return _preset(config.preset)
+    try:
+        if config.params is not None:
+            gpu = hardware.detect() if config.gpu is None else hardware.find(config.gpu)
+            return solve(parse_params(config.params), gpu=gpu)[0].config
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return None
+
+
+def describe(model: LMConfig) -> str:
+    """One line about a model's size."""
+    layer = model.layer
+    return (
+        f"dim {layer.dim}, {layer.n_heads} heads of {layer.n_state} (d_inner {d_inner_of(model)}), "
+        f"depth {model.depth}: {count_params(model):,} parameters"
+    )

@@ -1,0 +1,225 @@
+"""A training run: its directory, checkpoints, metrics, clock and signals."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Self
+
+from experiments.tasks.base import DataError, Task
+
+from . import run_directory
+from .config import TrainConfig
+from .errors import RunStopped, UsageError, warn
+from .interrupts import Interrupts
+
+if TYPE_CHECKING:
+    from .step import StepMetrics, TrainState
+
+
+class Run:
+    """A run while it trains; a context manager, in which its directory is this process's own.
+
+    The directory gets `run.json` (configuration and versions), the task's files, `metrics.jsonl`,
+    `tensorboard/`, `checkpoints/` and `loss.png`. Imports JAX no earlier than `begin`.
+
+    Args:
+        config: what to train; `config.resume` continues a run.
+        task: what to train on.
+
+    Raises:
+        UsageError: on entering, if the directory will not do or another process has it.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task):
+        self._config, self._task = config, task
+        self.step = 0
+        """Steps done."""
+        self._exits = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self.directory = self._exits.enter_context(run_directory.own(self._config))
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._exits.__exit__(*exc)
+
+    def begin(self, state: "TrainState", *, parameters: int, devices: str) -> "TrainState":
+        """Opens the files, and returns the state to train from: `state`, or the last checkpoint.
+
+        Raises:
+            UsageError: the run cannot go on with these steps, data or files.
+        """
+        from .checkpoints import Checkpoints
+        from .metrics import Interval, MetricsLog, TrainingClock, plot_metric
+        from .progress import Report
+
+        config, task, directory = self._config, self._task, self.directory
+        metric = task.metric
+        description = run_directory.Description(
+            config,
+            fingerprint=task.fingerprint(),
+            data=task.describe(),
+            metric={"name": metric.name, "unit": metric.unit, "better": metric.better},
+            parameters=parameters,
+            devices=devices,
+        )
+        if config.resume:
+            run_directory.check_continues(directory, description)
+        else:
+            task.write(directory)
+            run_directory.describe(directory, description, resumed_at=None)
+        enter = self._exits.enter_context
+        self._interrupts = enter(Interrupts())
+        self._interval, self._pending = Interval(), list["StepMetrics"]()
+        self._checkpoints = enter(
+            contextlib.closing(Checkpoints(directory / "checkpoints", metric, keep=config.keep))
+        )
+        if config.resume:
+            if (restored := self._checkpoints.restore_latest(state)) is None:
+                warn(f"{directory} has no checkpoint yet: starting from step 0.")
+            else:
+                self.step, state, meta = restored
+                self._interval = Interval(**meta["interval"])
+            if self.step > config.steps:
+                raise UsageError(
+                    f"the run in {directory} has done {self.step} steps: raise --steps."
+                )
+            task.write(directory)
+            run_directory.describe(directory, description, resumed_at=self.step)
+        self._report = enter(Report(config.steps, start=self.step))
+        self.say(f"{directory}: {parameters:,} parameters, {task.describe()}, {devices}")
+        if self.step:
+            self.say(f"continuing from step {self.step}")
+        self._log = enter(contextlib.closing(MetricsLog(directory, start=self.step)))
+        self._exits.callback(plot_metric, directory, metric)
+        self._clock, self._n_targets, self._skipped_in_a_row = TrainingClock(), 0, 0
+        return state
+
+    def say(self, message: str) -> None:
+        """Prints a line that stays."""
+        self._report.say(message)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file that the run can do without: a failure is a warning."""
+        with run_directory.optional(self.directory / name):
+            (self.directory / name).write_bytes(content)
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Says how long what runs inside took; the clock starts after it."""
+        began = time.perf_counter()
+        yield
+        self.say(f"compiled in {time.perf_counter() - began:.1f} s")
+        self._clock.lap()
+
+    @contextlib.contextmanager
+    def reading(self, state: "TrainState") -> Iterator[None]:
+        """Ends the run with a checkpoint of `state` if the data cannot be read inside."""
+        try:
+            yield
+        except DataError as error:
+            self._save(state, None)
+            raise RunStopped(
+                f"stopped at step {self.step}: {error} When it is as it was, continue with "
+                f"--out {self.directory} --resume.",
+                exit_code=1,
+            ) from None
+
+    def stepped(self, metrics: "StepMetrics", n_targets: int) -> None:
+        """Counts a step, and writes a record every `log_every` steps.
+
+        Raises:
+            RunStopped: a checkpoint before could not be written.
+        """
+        import jax
+
+        self.step += 1
+        self._pending.append(metrics)
+        self._n_targets += n_targets
+        if not self._due(self._config.log_every):
+            return
+        steps = jax.device_get(self._pending)
+        self._interval.add(steps)
+        means, newest, metric = self._interval.means(), steps[-1], self._task.metric
+        record = {name: means[name] for name in ("loss", "grad_norm") if means}
+        if means:
+            record[metric.name] = metric.of_means(means)
+        record["learning_rate"] = float(newest.learning_rate)
+        record["skipped"] = int(newest.skipped)
+        record["skipped_in_a_row"] = self._skipped_in_a_row = int(newest.skipped_in_a_row)
+        rate = self._n_targets / self._clock.lap()
+        record[f"{self._task.tokens}_per_second"] = rate
+        self._log.write("train", self.step, **record)
+        line = [f"{rate:,.0f} {self._task.tokens}/s", f"rate {record['learning_rate']:.1e}"]
+        if means:
+            line.insert(0, f"loss {means['loss']:.3f}, {record[metric.name]:.3f} {metric.unit}")
+        if record["skipped"]:
+            line.append(f"{record['skipped']} steps skipped: not finite")
+        self._report.advance(self.step, ", ".join(line))
+        self._pending.clear()
+        self._interval, self._n_targets = type(self._interval)(), 0
+        self._checkpoints.check()
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether this step ends with an evaluation."""
+        return self._due(self._config.eval_every)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self._config.steps
+
+    @contextlib.contextmanager
+    def paused(self, state: "TrainState") -> Iterator[None]:
+        """The clock counts the steps that still run, and nothing that runs inside."""
+        import jax
+
+        jax.block_until_ready(state)
+        with self._clock.paused():
+            yield
+
+    def ended_step(self, state: "TrainState", value: float | None) -> None:
+        """Records an evaluation's `value`, writes a checkpoint where one is due.
+
+        Raises:
+            RunStopped: a signal came, or too many steps in a row were not finite; a checkpoint was
+                written.
+        """
+        metric, stop = self._task.metric, self._interrupts.received
+        stuck = self._skipped_in_a_row >= self._config.optimizer.max_skipped_steps
+        is_best = value is not None and metric.improves(value, self._checkpoints.best)
+        if value is not None:
+            self._log.write("validation", self.step, **{metric.name: value})
+            self.say(f"step {self.step}: validation {value:.3f} {metric.unit}")
+        if stop is not None or stuck or is_best or self._due(self._config.save_every):
+            self._save(state, value)
+        if stuck:
+            raise RunStopped(
+                f"stopped at step {self.step}: {self._skipped_in_a_row} steps in a row had a "
+                f"loss or gradient that is not finite. The checkpoint has the weights before "
+                f"them; a lower --learning-rate in a new run may help.",
+                exit_code=1,
+            )
+        if stop is not None and self.step < self._config.steps:
+            raise RunStopped(
+                f"stopped by {stop.name} at step {self.step}: continue with "
+                f"--out {self.directory} --resume.",
+                exit_code=128 + stop,
+            )
+
+    def _save(self, state: "TrainState", value: float | None) -> None:
+        import jax
+
+        self._interval.add(jax.device_get(self._pending))
+        self._pending.clear()
+        with self.paused(state):
+            meta = {"interval": self._interval.sums()}
+            self._checkpoints.save(self.step, state, meta, value)
+
+    def finished(self) -> None:
+        """Says what came out."""
+        best, metric = self._checkpoints.best, self._task.metric
+        found = "no validation" if best is None else f"best validation {best:.3f} {metric.unit}"
+        self.say(
+            f"{self.directory}: {found}; metrics in metrics.jsonl and tensorboard/, curve in "
+            f"loss.png"
+        )

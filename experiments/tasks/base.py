@@ -1,0 +1,126 @@
+"""What a training run needs of a task: batches by step, a metric, validation, an end."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, Self
+
+import numpy as np
+
+from experiments.harness.errors import UsageError
+
+if TYPE_CHECKING:
+    from jax import Array
+
+    from e88_jax.model import E88LM
+    from experiments.harness.config import BatchConfig
+    from experiments.harness.run import Run
+
+
+class DataError(UsageError):
+    """A batch cannot be read any more; the run stops with a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """The number that a run is judged by: the weighted mean of one value per target, scaled."""
+
+    name: str
+    """Key in `metrics.jsonl`, TensorBoard and the checkpoints."""
+    unit: str
+    """Words after the number, such as "bits per byte"; the plot's axis label."""
+    better: Literal["lower", "higher"]
+    scale: float = 1.0
+    """Factor of the mean."""
+    per_target: "Callable[[Array, Array], Array] | None" = None
+    """Value of each target from logits `[rows, T, vocab]` and targets `[rows, T]`; None for the
+    cross-entropy in nats, which is the loss."""
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether `value` is better than `best`; any finite one is better than None."""
+        if not np.isfinite(value) or best is None:
+            return bool(np.isfinite(value))
+        return value < best if self.better == "lower" else value > best
+
+    def of_means(self, means: Mapping[str, float]) -> float:
+        """The metric from the means of "loss" and, if the metric is not the loss, "score"."""
+        return self.scale * means["loss" if self.per_target is None else "score"]
+
+
+class Batch(NamedTuple):
+    """Tokens of one step: NumPy arrays from a task, JAX arrays in the training step."""
+
+    inputs: "np.ndarray | Array"
+    """Token ids `[passes, rows, T]`, of any integer dtype."""
+    targets: "np.ndarray | Array"
+    """Token ids to predict, as `inputs`."""
+    weights: "np.ndarray | Array | None"
+    """Weight of each target in loss and metric, float32 as `inputs`; None for 1. Only their ratios
+    count."""
+    restart: "bool | np.bool_ | Array"
+    """Whether these rows do not continue those of the batch before."""
+
+
+class Task(Protocol):
+    """A data stream to train on. `task[step]` depends on the task's flags and on `step` alone."""
+
+    vocab_size: int
+    metric: Metric
+    tokens: str
+    """Noun for the targets in reports, such as "bytes"."""
+
+    def __getitem__(self, step: int, /) -> Batch:
+        """The batch of a step; raises DataError if it cannot be read any more."""
+        ...
+
+    def validation(self) -> Sequence[Batch]:
+        """The batches of an evaluation: equal shapes, one pass each, in order if stateful."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Digest of the data: a resumed run must have the same one."""
+        ...
+
+    def describe(self) -> str:
+        """The data's size in words."""
+        ...
+
+    def write(self, directory: Path) -> None:
+        """Writes to the run's directory what is needed to find the same data on resume."""
+        ...
+
+    def finish(self, model: "E88LM", run: "Run") -> None:
+        """Called with the trained model after the last step."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig(ABC):
+    """Flags of a task."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
+    """Flags that may be others when a run is resumed."""
+    FILES: ClassVar[tuple[str, ...]] = ()
+    """Names of the files that `Task.write` writes."""
+
+    def located(self, args: Sequence[str]) -> Self:
+        """The flags with paths that hold in any directory; `args` is the command line.
+
+        Raises:
+            UsageError: a path is empty.
+        """
+        del args
+        return self
+
+    @abstractmethod
+    def open(self, batch: "BatchConfig", resumed: Path | None) -> Task:
+        """The task. Imports no JAX, so that mistakes are told at once.
+
+        Args:
+            batch: sizes and seed.
+            resumed: directory of the run that goes on.
+
+        Raises:
+            UsageError: there is no such data, or it is not that of the resumed run.
+        """

@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.measure.gpu_profile import ELSE, Kernel, breakdown, longest, part_of, profile
+
+KERNELS = [
+    Kernel("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", 1000, 4000),
+    Kernel("e88_forward_mosaic_gpu_kernel", 5000, 1000),
+    Kernel("e88_backward_mosaic_gpu_kernel", 8000, 2000),
+    Kernel("input_reduce_fusion_3", 9000, 500),  # beside the one before
+    Kernel("input_reduce_fusion_3", 10500, 500),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("e88_forward_mosaic_gpu_kernel", "recurrence forward"),
+        ("e88_backward_mosaic_gpu_kernel", "recurrence backward"),
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matrix products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>", "matrix products"),
+        ("gemm_fusion_dot_general_12", "matrix products"),
+        ("loop_convert_fusion_8", ELSE),
+        ("MemcpyD2D", ELSE),
+    ],
+)
+def test_parts(name: str, part: str) -> None:
+    assert part_of(name) == part
+
+
+def test_breakdown() -> None:
+    ms = breakdown(reversed(KERNELS), steps=2)
+    assert ms == pytest.approx(
+        {
+            "recurrence forward": 0.0005,
+            "recurrence backward": 0.001,
+            "matrix products": 0.002,
+            ELSE: 0.0005,
+            "idle": 0.00125,  # 2000 ns before the backward kernel, 500 before the last
+        }
+    )
+    assert not any(breakdown([], steps=1).values())
+
+
+def test_longest() -> None:
+    first, second, *others = longest(KERNELS, steps=2, n=4)
+    assert first == {**first, "name": KERNELS[0].name, "calls": 0.5, "part": "matrix products"}
+    assert second["name"] == "e88_backward_mosaic_gpu_kernel"
+    assert {row["name"]: row["calls"] for row in others} == {
+        "e88_forward_mosaic_gpu_kernel": 0.5,
+        "input_reduce_fusion_3": 1,
+    }
+    assert longest(KERNELS, steps=2, n=1) == [first]
+
+
+def test_without_a_gpu_there_are_no_kernels() -> None:
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    with pytest.raises(RuntimeError, match="no kernel of a GPU"):
+        profile(lambda: jax.block_until_ready(jnp.ones(3) + 1))

@@ -1,0 +1,318 @@
+"""The training step: accumulation, clipping, skipping, carried state; optimisers; evaluation."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import experiments.harness.step
+from e88_jax import E88LM, E88Config, LMConfig
+from e88_jax.model import LMState
+from experiments.harness.config import OptimizerConfig
+from experiments.harness.devices import placement
+from experiments.harness.optimizer import make_optimizer
+from experiments.harness.step import (
+    GPU_OPTIONS,
+    TrainState,
+    compile_train_step,
+    init_state,
+    make_evaluate,
+    make_train_step,
+    mean_loss,
+    place,
+    xla_options,
+)
+from experiments.tasks.base import Batch, Metric
+from experiments.tasks.bytes import BITS_PER_BYTE
+
+ACCURACY = Metric(
+    "accuracy",
+    "of targets",
+    "higher",
+    per_target=lambda logits, targets: (jnp.argmax(logits, -1) == targets).astype(jnp.float32),
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> E88LM:
+    config = LMConfig(layer=E88Config(dim=16, n_heads=2, n_state=4), depth=1)
+    return E88LM(config, rngs=nnx.Rngs(0))
+
+
+def windows_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def batch_of(windows: np.ndarray, restart: bool = True, weights: Any = None) -> Batch:
+    """Each token of a window but the first is the target of the one before."""
+    return Batch(windows[..., :-1], windows[..., 1:], weights, np.bool_(restart))
+
+
+def loss_of(model: E88LM, windows: np.ndarray, state: LMState | None = None) -> Any:
+    """Loss of windows `[rows, T + 1]`, and the state at their end."""
+    loss, (_, state) = mean_loss(model, batch_of(windows), state)
+    return loss, state
+
+
+def plain(**flags: object) -> OptimizerConfig:
+    return dataclasses.replace(OptimizerConfig(warmup_steps=2), **flags)
+
+
+def make(
+    model: E88LM,
+    config: OptimizerConfig,
+    carry_shape: tuple[int, int] | None = None,
+    metric: Metric = BITS_PER_BYTE,
+):
+    optimizer = make_optimizer(config, steps=20)
+    step = jax.jit(make_train_step(nnx.graphdef(model), optimizer, config.clip_norm, metric))
+    return step, init_state(model, optimizer, carry_shape), optimizer
+
+
+def test_accumulation_equals_one_large_batch(model: E88LM):
+    step, state, optimizer = make(model, plain())
+    windows = windows_of((4, 2, 10))
+    small, small_metrics = step(state, batch_of(windows))
+    np.testing.assert_allclose(small_metrics.learning_rate, optimizer.schedule(0), rtol=1e-6)
+    large, large_metrics = step(state, batch_of(windows.reshape(1, 8, 10)))
+    chex.assert_trees_all_close(small_metrics, large_metrics, rtol=1e-5)
+    # Adam's first update is the sign of the gradient, so compare its moments.
+    chex.assert_trees_all_close(small.optimizer[0].mu, large.optimizer[0].mu, rtol=1e-3, atol=1e-7)
+
+
+def test_gradient_is_clipped_to_the_norm(model: E88LM):
+    config = plain(clip_norm=0.01, beta1=0.5)
+    step, state, _ = make(model, config)
+    state, metrics = step(state, batch_of(windows_of((1, 2, 10))))
+    assert metrics.grad_norm > 0.1
+    np.testing.assert_allclose(optax.tree.norm(state.optimizer[0].mu), 0.01 * 0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free", "muon"])
+def test_each_optimizer_learns(model: E88LM, optimizer: str):
+    step, state, chosen = make(model, plain(optimizer=optimizer, learning_rate=1e-2))
+    windows = windows_of((1, 4, 17))
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, batch_of(windows))
+        losses.append(float(metrics.loss))
+    first, *_, last = losses
+    assert last < 0.9 * first
+    batches = [batch_of(windows)]
+    evaluate = make_evaluate(
+        nnx.graphdef(model), batches, placement(4), BITS_PER_BYTE, stateful=False
+    )
+    weights = chosen.eval_params(state.optimizer, state.params)
+    assert evaluate(weights) < 0.95 * first / np.log(2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free", "muon"])
+def test_weight_decay_spares_rates_and_norms(model: E88LM, optimizer: str):
+    updated = []
+    for weight_decay in (0.0, 1.0):
+        config = plain(optimizer=optimizer, weight_decay=weight_decay, warmup_steps=0)
+        step, state, _ = make(model, config)
+        for seed in range(2):
+            state, _ = step(state, batch_of(windows_of((1, 2, 10), seed)))
+        updated.append(state.params)
+    without, with_decay = updated
+    mixer, decayed = without["blocks"][0]["mixer"], with_decay["blocks"][0]["mixer"]
+    # The second step's gradient already differs a little, as the other weights have decayed.
+    for spared in ("A_log", "dt_bias"):
+        chex.assert_trees_all_close(mixer[spared], decayed[spared], rtol=1e-3)
+    chex.assert_trees_all_close(
+        without["blocks"][0]["norm"], with_decay["blocks"][0]["norm"], rtol=1e-3
+    )
+    for name in ("qkv_proj", "g_proj", "a_proj", "o_proj"):
+        before, after = mixer[name]["kernel"][...], decayed[name]["kernel"][...]
+        assert jnp.linalg.norm(after) < 0.9995 * jnp.linalg.norm(before)
+    assert jnp.linalg.norm(with_decay["embed"]["embedding"][...]) < 0.9995 * jnp.linalg.norm(
+        without["embed"]["embedding"][...]
+    )
+
+
+def poisoned(state: TrainState) -> TrainState:
+    params = jax.tree.map(jnp.copy, state.params)
+    params["norm"]["scale"] = jax.tree.map(lambda x: x.at[0].set(jnp.nan), params["norm"]["scale"])
+    return state._replace(params=params)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(model: E88LM):
+    step, state, _ = make(model, plain(), carry_shape=(1, 2))
+    state, _ = step(state, batch_of(windows_of((1, 2, 10))))
+    bad = poisoned(state)
+    after, metrics = step(bad, batch_of(windows_of((1, 2, 10), 1), restart=False))
+    assert not np.isfinite(metrics.loss)
+    for name in ("params", "optimizer", "carry", "updates"):
+        chex.assert_trees_all_equal(getattr(after, name), getattr(bad, name))
+    assert (after.skipped, after.skipped_in_a_row) == (1, 1)
+    after, _ = step(after, batch_of(windows_of((1, 2, 10), 1), restart=False))
+    assert (after.skipped, after.skipped_in_a_row) == (2, 2)
+    good, metrics = step(after._replace(params=state.params), batch_of(windows_of((1, 2, 10))))
+    assert np.isfinite(metrics.loss)
+    assert (good.updates, good.skipped, good.skipped_in_a_row) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_a_gradient_alone_that_is_not_finite(
+    model: E88LM, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    def loss(model: E88LM, *_: object) -> tuple[jax.Array, tuple[None, None]]:
+        scale: Any = model.norm.scale
+        total = jnp.sum(scale[...])
+        return (jnp.inf + total if what == "loss" else jnp.sqrt(0 * total)), (None, None)
+
+    monkeypatch.setattr(experiments.harness.step, "mean_loss", loss)
+    step, state, _ = make(model, plain())
+    after, metrics = step(state, batch_of(windows_of((1, 2, 10))))
+    assert np.isfinite(metrics.loss) == (what == "gradient")
+    assert np.isfinite(metrics.grad_norm) == (what == "loss")
+    chex.assert_trees_all_equal(after.params, state.params)
+    assert (after.updates, after.skipped) == (0, 1)
+
+
+def test_stateful_training_carries_the_state_and_truncates(model: E88LM):
+    step, state, _ = make(model, plain(), carry_shape=(2, 3))
+    long = windows_of((2, 3, 21))
+    first, second = long[..., :11], long[..., 10:]
+    after, _ = step(state, batch_of(first))
+    tokens = first.reshape(6, 11)
+    _, expected = loss_of(model, tokens)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), after.carry), expected, atol=1e-5
+    )
+    # The loss of the second window is that of a model that has read the first.
+    frozen = after._replace(params=state.params)
+    _, continued = step(frozen, batch_of(second, restart=False))
+    loss, _ = loss_of(model, second.reshape(6, 11), expected)
+    np.testing.assert_allclose(continued.loss, loss, rtol=1e-5)
+    _, restarted = step(frozen, batch_of(second))
+    fresh, _ = loss_of(model, second.reshape(6, 11))
+    np.testing.assert_allclose(restarted.loss, fresh, rtol=1e-5)
+    assert abs(float(continued.loss - restarted.loss)) > 1e-6
+
+
+@pytest.mark.parametrize("metric", [BITS_PER_BYTE, ACCURACY])
+def test_weights_are_of_targets_over_all_passes(model: E88LM, metric: Metric):
+    """Only their ratios count; weights of 1 are none; a target of weight 0 has no gradient."""
+    step, state, _ = make(model, plain(), metric=metric)
+    windows = windows_of((2, 2, 11))
+    weights = np.random.default_rng(1).random((2, 2, 10), np.float32)
+    weights[0, :, 3:] = 0
+    inputs, targets, *_ = batch_of(windows.reshape(4, 11))
+    logits = model(jnp.asarray(inputs, jnp.int32))[0]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(targets, int))
+    hits = jnp.argmax(logits, -1) == targets
+    for scale in (1.0, 7.0):
+        after, metrics = step(state, batch_of(windows, weights=scale * weights))
+        for found, values in ((metrics.loss, losses), (metrics.score, hits)):
+            if found is not None:
+                expected = np.average(values, weights=weights.reshape(4, 10))
+                np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert (metrics.score is None) == (metric is BITS_PER_BYTE)
+        other = windows.copy()
+        other[0, :, 4:] += 1  # targets of weight 0, and inputs after the last of another weight
+        chex.assert_trees_all_close(
+            step(state, batch_of(other, weights=scale * weights))[0].params, after.params, rtol=1e-6
+        )
+    ones = np.ones((2, 2, 10), np.float32)
+    _, weighted = step(state, batch_of(windows, weights=ones))
+    _, plain_metrics = step(state, batch_of(windows))
+    chex.assert_trees_all_close(weighted, plain_metrics, rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", [BITS_PER_BYTE, ACCURACY])
+def test_evaluation_over_weights(model: E88LM, metric: Metric):
+    windows = windows_of((2, 2, 11))
+    weights = np.random.default_rng(1).random((2, 2, 10), np.float32)
+    batches = [batch_of(windows[i : i + 1], weights=weights[i : i + 1]) for i in range(2)]
+    where = placement(2)
+    evaluate = make_evaluate(nnx.graphdef(model), batches, where, metric, stateful=False)
+    inputs, targets, *_ = batch_of(windows.reshape(4, 11))
+    logits = model(jnp.asarray(inputs, jnp.int32))[0]
+    values = jnp.argmax(logits, -1) == targets
+    if metric is BITS_PER_BYTE:
+        targets = jnp.asarray(targets, int)
+        values = optax.softmax_cross_entropy_with_integer_labels(logits, targets) / np.log(2)
+    expected = np.average(values, weights=weights.reshape(4, 10))
+    np.testing.assert_allclose(evaluate(nnx.state(model, nnx.Param)), expected, rtol=1e-5)
+
+
+def test_a_step_whose_weights_are_all_zero_changes_nothing(model: E88LM):
+    step, state, _ = make(model, plain())
+    windows = windows_of((1, 2, 11))
+    after, metrics = step(state, batch_of(windows, weights=np.zeros((1, 2, 10), np.float32)))
+    assert not np.isfinite(metrics.loss)
+    assert (after.updates, after.skipped) == (0, 1)
+    chex.assert_trees_all_equal(after.params, state.params)
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_evaluation_is_mean_bits_per_byte(model: E88LM, stateful: bool):
+    long = windows_of((1, 2, 21))
+    first, second = long[..., :11], long[..., 10:]
+    batches = [batch_of(first), batch_of(second, restart=False)]
+    evaluate = make_evaluate(
+        nnx.graphdef(model), batches, placement(2), BITS_PER_BYTE, stateful=stateful
+    )
+    if stateful:
+        expected, _ = loss_of(model, long[0])
+    else:
+        expected = sum(loss_of(model, x[0])[0] for x in (first, second)) / 2
+    np.testing.assert_allclose(
+        evaluate(nnx.state(model, nnx.Param)), expected / np.log(2), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_data_parallel_steps_equal_those_of_one_device(model: E88LM, stateful: bool):
+    """Four rows over four devices; three validation rows, which do not divide among them."""
+    optimizer = make_optimizer(plain(), steps=20)
+    windows = windows_of((2, 4, 10))
+    results = []
+    for where in (placement(4), placement(1)):
+        state = init_state(model, optimizer, (2, 4) if stateful else None)
+        state = place(jax.tree.map(jnp.copy, state), where)  # steps consume their state
+        assert all(x.sharding == where.by_row for x in jax.tree.leaves(state.carry))
+        assert all(x.sharding == where.everywhere for x in jax.tree.leaves(state.params))
+        placed = where.put(batch_of(windows))
+        graphdef = nnx.graphdef(model)
+        step = compile_train_step(graphdef, optimizer, 1.0, BITS_PER_BYTE, state, placed)
+        for restart in (True, False):
+            state, metrics = step(state, placed._replace(restart=np.bool_(restart)))
+        batches = [batch_of(windows_of((1, 3, 10)))]
+        evaluate = make_evaluate(graphdef, batches, where, BITS_PER_BYTE, stateful=stateful)
+        results.append((metrics, state.carry, evaluate(state.params)))
+        assert state.updates.sharding.num_devices == where.everywhere.num_devices
+    assert placement(4).everywhere.num_devices == 4
+    chex.assert_trees_all_close(*jax.device_get(results), rtol=1e-4, atol=1e-6)
+
+
+def test_schedules():
+    config = plain(learning_rate=1.0, warmup_steps=10, final_lr_fraction=0.1)
+    cosine: Any = make_optimizer(config, 100).schedule
+    assert 0 < cosine(0) < 0.2
+    np.testing.assert_allclose([cosine(10), cosine(100), cosine(500)], [1, 0.1, 0.1], rtol=1e-5)
+    config = plain(optimizer="schedule_free", learning_rate=1.0, warmup_steps=0)
+    constant: Any = make_optimizer(config, 100).schedule
+    np.testing.assert_allclose([constant(1), constant(99)], [1, 1])
+
+
+def test_options_of_xla_are_for_gpus_and_give_way_to_the_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert xla_options() == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert xla_options() == GPU_OPTIONS
+    first, *others = GPU_OPTIONS
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/dev/null --{first}=true")
+    assert xla_options() == {name: GPU_OPTIONS[name] for name in others}
+    # XLA knows them, whatever the device.
+    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=GPU_OPTIONS)
