@@ -57,15 +57,14 @@ def build(config: DecodeConfig) -> tuple[int, Any, Any, dict[int, Any]]:
     import jax
     from flax import nnx
 
-    from e88_jax.generate import for_inference
-    from e88_jax.model import E88LM, count_params
+    from e88_jax.model import LanguageModel
 
-    model = E88LM(config.model, rngs=nnx.Rngs(0))
+    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
     states = {
         batch: jax.eval_shape(lambda batch=batch: model.init_state(batch))
         for batch in config.batch_sizes
     }
-    return count_params(model), *for_inference(model), states
+    return config.model.count_params(), *nnx.split(model.for_inference()), states
 
 
 def main(args: Sequence[str]) -> None:
@@ -77,7 +76,7 @@ def main(args: Sequence[str]) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from e88_jax.generate import BLOCK, decode, prefill
+    from e88_jax.sampling import BLOCK, decode, prefill
     from experiments.harness import devices
 
     devices.set_up()

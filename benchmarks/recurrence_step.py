@@ -17,6 +17,7 @@ from benchmarks.measure.recurrence_timing import Shape, make_inputs
 from benchmarks.measure.timing import ClockSampler, time_calls
 from experiments.harness import cli
 from experiments.harness.cli import require
+from pallas_kernels import target
 from pallas_kernels.recurrence import recurrence, single_step
 
 WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {
@@ -58,8 +59,8 @@ def main(args: Sequence[str] | None = None) -> int:
         require(options, "batch", "heads", "n_state", "steps", "repetitions", minimum=1)
     except ValueError as error:
         parser.error(str(error))
-    if jax.default_backend() != "gpu":
-        parser.error(f"needs a GPU, got {jax.default_backend()}.")
+    if (platform := target.current().platform) != "gpu":
+        parser.error(f"needs a GPU, got {platform}.")
     print("microseconds a step:", *(f"{way:>10}" for way in WAYS))
     with ClockSampler() as clock:
         for batch in options.batch:

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 from e88_jax import hardware
 from e88_jax.config import LMConfig
-from e88_jax.sizing import training_flops
 from experiments.harness import cli
 from experiments.harness.cli import require
 from experiments.harness.config import DEFAULT_MODEL, BatchConfig, OptimizerConfig
 from experiments.harness.errors import UsageError
 from experiments.harness.program import parse_with_preset
 from experiments.harness.run_directory import versions
+from pallas_kernels import target
 
 UNTIMED_STEPS = 2
 PROFILED_STEPS = 3
@@ -163,7 +163,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     from flax import nnx
 
     from benchmarks.measure.gpu_profile import breakdown, longest, profile
-    from e88_jax.model import E88LM, count_params
+    from e88_jax.model import LanguageModel
     from experiments.harness import devices
     from experiments.harness.optimizer import make_optimizer
     from experiments.harness.step import compile_train_step, init_state, place
@@ -172,11 +172,12 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
 
     devices.set_up()
     jax.config.update("jax_enable_compilation_cache", False)  # it is timed
-    on_gpu = jax.default_backend() == "gpu"
+    platform = target.current().platform
+    on_gpu = platform == "gpu"
     if config.profile and not on_gpu:
-        raise UsageError(f"--profile needs a GPU, got {jax.default_backend()}.")
-    model = E88LM(config.model, rngs=nnx.Rngs(0))
-    graphdef, n_params = nnx.graphdef(model), count_params(model)
+        raise UsageError(f"--profile needs a GPU, got {platform}.")
+    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
+    graphdef, n_params = nnx.graphdef(model), config.model.count_params()
     optimizer = make_optimizer(config.optimizer, steps=1000)
     where = devices.placement(config.batch.batch_size)
     state = place(init_state(model, optimizer, config.batch.carry_shape), where)
@@ -213,8 +214,8 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     median = statistics.median(seconds)
     tokens = batch.targets.size
     memory, used = step.memory_analysis(), jax.local_devices()[0].memory_stats()
-    flops = training_flops(config.model)
-    gpu = hardware.detect() if on_gpu else None
+    flops = config.model.flops_per_token()
+    gpu = hardware.detect_gpu() if on_gpu else None
     numbers: dict[str, Any] = {
         "devices": str(where),
         "versions": versions(),
@@ -227,7 +228,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
         "argument_bytes": None if memory is None else memory.argument_size_in_bytes,
         "peak_bytes_in_use": used["peak_bytes_in_use"] if used else None,
-        "product_tflops": flops.products * tokens / median / 1e12,
+        "product_tflops": flops.matmul * tokens / median / 1e12,
         "recurrence_tflops": flops.recurrence * tokens / median / 1e12,
     }
     if gpu is not None:

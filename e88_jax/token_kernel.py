@@ -44,7 +44,9 @@ def decode(
     """
     from pallas_kernels.decode import DecodeConfig, decode_layer
 
-    layer = DecodeConfig(kernels.head_columns(config), config.output_gate, gate_start, config.linear_state)
+    layer = DecodeConfig(
+        kernels.head_columns(config), config.output_gate, gate_start, config.linear_state
+    )
     write_gate = None if write_gate is None else write_gate[:, 0]
     token = layer, y[:, 0], decay[:, 0], write_gate, state
     out, state = kernels.call(decode_layer, *token, gradient=False)

@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> None:
 
     import jax
 
-    from e88_jax.generate import generate_stream
+    from e88_jax.sampling import generate_stream
     from experiments.harness import devices
     from experiments.harness.trained import load_trained
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from e88_jax.mixer import E88Mixer
 from flax import nnx
 
 from e88_jax import kernels, recurrence
 from e88_jax.config import E88Config
-from e88_jax.mixer import E88Mixer
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.decode import op as decode_op
 from pallas_kernels.qkv_activation import op as activation_op

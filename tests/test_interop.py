@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from e88_jax.mixer import E88Mixer
 from flax import nnx
 
 from e88_jax.interop import mixer_from_torch, mixer_to_torch
-from e88_jax.mixer import E88Mixer
 from tests.reference import layer as numpy_layer
 from tests.test_mixer import OPTIONS, make_config, name_of
 

@@ -10,8 +10,9 @@ import optax
 from flax import nnx
 from jax import Array
 
-from e88_jax.config import E88Config, LMConfig
-from e88_jax.model import Block, weight_decay_mask
+from e88_jax.config import LMConfig
+from e88_jax.model import Block
+from e88_jax.optim import weight_decay_mask
 from experiments.harness.step import xla_options
 
 LEARNING_RATE = 1e-4
@@ -19,17 +20,18 @@ LEARNING_RATE = 1e-4
 
 
 def make_layer_step(
-    config: E88Config, batch: int, seq_len: int
+    config: LMConfig, batch: int, seq_len: int
 ) -> tuple[Callable[[Any, Array], tuple[Any, Array]], Any, Array]:
-    """`x + mixer(rmsnorm(x))`, the mean square of it, gradient and AdamW update, compiled by jit.
+    """Training step of the model's first layer: the mean square of its output, gradient and AdamW
+    update, compiled by jit.
 
-    Parameters and optimiser state are float32; the matmuls are in `config.dtype`.
+    Parameters and optimizer state are float32.
 
     Returns:
         `(step, state, x)`: `step(state, x)` gives the next state and the loss, and consumes its
-        state (parameters and optimiser); x is normal, `[batch, seq_len, dim]` float32.
+        state (parameters and optimizer); x is normal, `[batch, seq_len, dim]` float32.
     """
-    graphdef, params = nnx.split(Block(LMConfig(layer=config, depth=1), rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(Block(config, config.mixers[0], rngs=nnx.Rngs(0)))
     optimizer = optax.adamw(LEARNING_RATE, mask=weight_decay_mask)
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=xla_options())

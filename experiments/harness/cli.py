@@ -15,7 +15,9 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import tyro
 
 from e88_jax.command import run as run
+from e88_jax.config import LMConfig
 
+from . import model_flags
 from .errors import UsageError
 
 Config = TypeVar("Config")
@@ -45,6 +47,7 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
                 args=args,
                 default=default if default is not None else tyro.MISSING_NONPROP,
                 config=(tyro.conf.OmitArgPrefixes,),
+                registry=model_flags.registry(args),
                 return_unknown_args=True,
             )
     except SystemExit as exit_:
@@ -52,7 +55,9 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
             raise
         raise UsageError(_first_sentence(printed.getvalue())) from None
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], list(_flags(config)), 1)
+        kind = model_flags.named_mixer(args) or "e88"
+        known = list(_flags(config, kind))
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags."
         raise UsageError(f"unknown argument {unknown[0]}: {hint}")
     return parsed
@@ -114,12 +119,13 @@ def field_types(config: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(config)}
 
 
-def _flags(config: Any) -> dict[str, Any]:
-    """The type of each flag."""
+def _flags(config: Any, mixer: str = "e88") -> dict[str, Any]:
+    """The type of each flag, where a model's are those of a kind of mixer."""
+    types = model_flags.flag_types(mixer) if config is LMConfig else field_types(config)
     flags: dict[str, Any] = {}
-    for name, kind in field_types(config).items():
+    for name, kind in types.items():
         if dataclasses.is_dataclass(kind):
-            flags |= _flags(kind)
+            flags |= _flags(kind, mixer)
         else:
             flags["--" + name.replace("_", "-")] = kind
     return flags

@@ -7,7 +7,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from e88_jax.config import E88Config, LMConfig
-from e88_jax.sizing import count_params
+from e88_jax.mixers.base import Execution
 from experiments.tasks.base import Task, TaskConfig
 
 from .cli import FLOAT32_LIMIT, INT32_LIMIT, field_types, require
@@ -15,7 +15,10 @@ from .errors import UsageError
 
 # Memory is no matter at this size, and more saved states make the backward pass recompute less.
 DEFAULT_MODEL = LMConfig(
-    layer=E88Config(dim=256, n_heads=8, n_state=32, saved_state_interval=8), depth=4
+    dim=256,
+    depth=4,
+    layers=(E88Config(n_heads=8, n_state=32),),
+    execution=Execution(saved_state_interval=8),
 )
 """Model that learns bytes on a laptop's CPU in minutes."""
 
@@ -132,12 +135,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self, "steps", "log_every", "eval_every", "save_every", "keep", minimum=1)
-        if self.model.layer.dtype == "float64":
+        if self.model.execution.dtype == "float64":
             raise ValueError("--dtype float64 is for comparisons; train in float32 or bfloat16.")
-        if (n := count_params(self.model)) > MOST_PARAMETERS:
+        if (n := self.model.count_params()) > MOST_PARAMETERS:
             raise ValueError(
                 f"the model of these flags has {n:,} parameters, and {MOST_PARAMETERS:,} are the "
-                "most that one machine trains: choose a smaller --dim, --n-heads or --depth."
+                "most that one machine trains: choose a smaller --dim, --depth or mixer."
             )
 
     def open_task(self) -> Task:
@@ -202,18 +205,21 @@ def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:
 
 _MAY_CHANGE = {
     *("out", "resume", "steps", "log_every", "eval_every", "save_every", "keep"),
-    *("optimizer.max_skipped_steps", "model.layer.implementation", "model.remat"),
+    "optimizer.max_skipped_steps",
 }
-"""Flags that may be others when a run is resumed, besides the task's."""
+"""Flags that may be others when a run is resumed, besides the task's and those of execution."""
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def _flatten(values: Any, path: str = "") -> dict[str, Any]:
+    """Values by dotted path."""
+    if not isinstance(values, dict):
+        return {path: values}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
+        inner = enumerate(value) if name == "layers" else [(name, value)]
+        for key, x in inner:
+            key = "mixer" if key == "kind" else key
+            flat |= _flatten(x, f"{path}.{key}" if path else str(key))
     return flat
 
 
@@ -221,10 +227,16 @@ def check_resumable(stored: TrainConfig, asked: TrainConfig) -> None:
     """Raises UsageError unless a run of configuration `stored` can go on under `asked`."""
     before, now = _flatten(stored.to_dict()), _flatten(asked.to_dict())
     may_change = _MAY_CHANGE | {f"task.{name}" for name in asked.task.MAY_CHANGE}
-    differing = [name for name in before if before[name] != now[name] and name not in may_change]
+    differing = [
+        name
+        for name in before
+        if before[name] != now.get(name)
+        and name not in may_change
+        and not name.startswith("model.execution.")
+    ]
     if differing:
         changes = ", ".join(
-            f"--{name.rpartition('.')[2].replace('_', '-')} {before[name]} (not {now[name]})"
+            f"--{name.rpartition('.')[2].replace('_', '-')} {before[name]} (not {now.get(name)})"
             for name in differing
         )
         raise UsageError(

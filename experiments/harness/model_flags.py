@@ -47,7 +47,8 @@ def registry(args: Sequence[str]) -> ConstructorRegistry:
             return None
         default: LMConfig = info.default
         kind, layer = named_mixer(args) or default.layers[0].kind, default.layers[0]
-        values = {name: getattr(default, name) for name in flag_types(kind) if hasattr(default, name)}
+        same = (x.name for x in dataclasses.fields(LMConfig) if x.name != "layers")
+        values = {name: getattr(default, name) for name in same}
         flags = ModelFlags(mixer=kind, layer=E88Config(n_heads=1), **values)
         made = StructTypeInfo.make(ModelFlags, flags, in_union_context=False)
         spec = ConstructorRegistry.get_struct_spec(made)

@@ -7,7 +7,7 @@ import jax
 import optax
 from optax import contrib
 
-from e88_jax.model import weight_decay_mask
+from e88_jax.optim import muon_dimensions, weight_decay_mask
 
 from .config import OptimizerConfig
 
@@ -28,13 +28,10 @@ class Optimizer(NamedTuple):
 
 
 def _muon_or_adamw(params: Params) -> Any:
-    """Muon for the projections' matrices; embedding, convolutions and vectors stay with AdamW."""
-
-    def label(path: tuple[Any, ...], param: jax.Array) -> str:
-        in_projection = any("_proj" in str(getattr(entry, "key", "")) for entry in path)
-        return "muon" if in_projection and param.ndim == 2 else "adamw"
-
-    return jax.tree_util.tree_map_with_path(label, params)
+    """Muon for the matmuls' weights; embedding, convolutions and vectors stay with AdamW."""
+    dimensions = muon_dimensions(params)
+    is_leaf = lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers)  # noqa: E731
+    return jax.tree.map(lambda x: "adamw" if x is None else "muon", dimensions, is_leaf=is_leaf)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
@@ -66,6 +63,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
     )
     if config.optimizer == "muon":
         # Updates as large as AdamW's, so that one rate suits both (arXiv:2502.16982).
-        muon = contrib.muon(schedule, weight_decay=config.weight_decay, consistent_rms=0.2)
+        muon = contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )
         transform = optax.partition({"muon": muon, "adamw": transform}, _muon_or_adamw)
     return Optimizer(transform, schedule, lambda _state, params: params)

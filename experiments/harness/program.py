@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from e88_jax import hardware
 from e88_jax.config import LMConfig
-from e88_jax.sizing import count_params, d_inner_of, find_preset, parse_params, solve
+from e88_jax.sizing import d_inner_of, e88_layer, find_preset, parse_params, solve
 
 from . import cli, run_directory
 from .config import TrainConfig, check_resumable
@@ -89,7 +89,7 @@ def chosen_model(config: TrainConfig) -> LMConfig | None:
         return _preset(config.preset)
     try:
         if config.params is not None:
-            gpu = hardware.detect() if config.gpu is None else hardware.find(config.gpu)
+            gpu = hardware.detect_gpu() if config.gpu is None else hardware.find_gpu(config.gpu)
             return solve(parse_params(config.params), gpu=gpu)[0].config
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -98,8 +98,8 @@ def chosen_model(config: TrainConfig) -> LMConfig | None:
 
 def describe(model: LMConfig) -> str:
     """One line about a model's size."""
-    layer = model.layer
+    layer = e88_layer(model)
     return (
-        f"dim {layer.dim}, {layer.n_heads} heads of {layer.n_state} (d_inner {d_inner_of(model)}), "
-        f"depth {model.depth}: {count_params(model):,} parameters"
+        f"dim {model.dim}, {layer.n_heads} heads of {layer.n_state} (d_inner {d_inner_of(model)}), "
+        f"depth {model.depth}: {model.count_params():,} parameters"
     )

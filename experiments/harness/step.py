@@ -11,8 +11,9 @@ import optax
 from flax import nnx
 from jax import Array, lax
 
-from e88_jax.model import E88LM, LMState
+from e88_jax.model import LanguageModel, LMState
 from experiments.tasks.base import Batch, Metric
+from pallas_kernels import target
 
 from .devices import Placement
 from .optimizer import Optimizer, OptimizerState, Params
@@ -59,7 +60,7 @@ class StepMetrics(NamedTuple):
 
 
 def mean_loss(
-    model: E88LM, batch: Batch, state: LMState | None = None, metric: Metric | None = None
+    model: LanguageModel, batch: Batch, state: LMState | None = None, metric: Metric | None = None
 ) -> tuple[Array, tuple[Array | None, LMState]]:
     """Loss of one pass, `[rows, T]`, with the metric's mean and the state at its end.
 
@@ -86,7 +87,7 @@ def relative(batch: Batch) -> Batch:
 
 
 def init_state(
-    model: E88LM, optimizer: Optimizer, carry_shape: tuple[int, int] | None
+    model: LanguageModel, optimizer: Optimizer, carry_shape: tuple[int, int] | None
 ) -> TrainState:
     """The state before the first step; `carry_shape` is (passes, rows) of a stateful run."""
     params = nnx.state(model, nnx.Param)
@@ -107,7 +108,7 @@ def place(state: TrainState, where: Placement) -> TrainState:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[E88LM], optimizer: Optimizer, clip_norm: float, metric: Metric
+    graphdef: nnx.GraphDef[LanguageModel], optimizer: Optimizer, clip_norm: float, metric: Metric
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The function `(state, batch) -> (state, metrics)`, to be compiled.
 
@@ -163,7 +164,7 @@ def make_train_step(
 
 
 def compile_train_step(
-    graphdef: nnx.GraphDef[E88LM],
+    graphdef: nnx.GraphDef[LanguageModel],
     optimizer: Optimizer,
     clip_norm: float,
     metric: Metric,
@@ -185,14 +186,14 @@ def compile_train_step(
 
 def xla_options() -> dict[str, str | bool]:
     """`GPU_OPTIONS` without those that XLA_FLAGS sets; none if the device is no GPU."""
-    if jax.default_backend() != "gpu":
+    if target.current().platform != "gpu":
         return {}
     chosen = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     return {name: value for name, value in GPU_OPTIONS.items() if f"--{name}" not in chosen}
 
 
 def make_evaluate(
-    graphdef: nnx.GraphDef[E88LM],
+    graphdef: nnx.GraphDef[LanguageModel],
     batches: Sequence[Batch],
     where: Placement,
     metric: Metric,

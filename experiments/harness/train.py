@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e88_jax.model import E88LM, count_params
+from e88_jax.model import LanguageModel
 from experiments.tasks.base import Batch, Task
 
 from . import devices
@@ -34,7 +34,7 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
     stateful = config.batch.stateful
     evaluate = make_evaluate(graphdef, task.validation(), where, metric, stateful=stateful)
 
-    state = run.begin(state, parameters=count_params(model), devices=str(where))
+    state = run.begin(state, parameters=config.model.count_params(), devices=str(where))
     with run.compiling():
         train_step = compile_train_step(
             graphdef,
@@ -62,13 +62,13 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
     run.finished()
 
 
-def build(config: TrainConfig, task: Task) -> E88LM:
+def build(config: TrainConfig, task: Task) -> LanguageModel:
     """The model before training.
 
     Raises:
         UsageError: the named implementation of the recurrence cannot do it.
     """
-    model = E88LM(config.model, rngs=nnx.Rngs(config.batch.seed))
+    model = LanguageModel(config.model, rngs=nnx.Rngs(config.batch.seed))
     _, rows, length = task[0].inputs.shape
     try:
         jax.eval_shape(model, jax.ShapeDtypeStruct((rows, length), jnp.int32))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from e88_jax.model import E88LM
+from e88_jax.model import LanguageModel
 
 from . import run_directory
 from .checkpoints import Checkpoints
@@ -14,7 +14,9 @@ from .optimizer import make_optimizer
 from .step import TrainState, init_state
 
 
-def load_trained(directory: Path, kind: type[TrainConfig], *, latest: bool) -> tuple[E88LM, int]:
+def load_trained(
+    directory: Path, kind: type[TrainConfig], *, latest: bool
+) -> tuple[LanguageModel, int]:
     """The model of the run in `directory` and the step it is from.
 
     Args:
@@ -28,8 +30,8 @@ def load_trained(directory: Path, kind: type[TrainConfig], *, latest: bool) -> t
     config = run_directory.load_config(directory, kind)
     optimizer = make_optimizer(config.optimizer, config.steps)
 
-    def build() -> tuple[E88LM, TrainState]:
-        model = E88LM(config.model, rngs=nnx.Rngs(0))
+    def build() -> tuple[LanguageModel, TrainState]:
+        model = LanguageModel(config.model, rngs=nnx.Rngs(0))
         return model, init_state(model, optimizer, config.batch.carry_shape)
 
     model, like = nnx.eval_shape(build)

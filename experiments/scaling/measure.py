@@ -16,7 +16,8 @@ from benchmarks.measure.recurrence_timing import (
     time_passes,
 )
 from benchmarks.measure.timing import ClockSampler, Numbers, time_calls
-from e88_jax.config import E88Config
+from e88_jax.config import E88Config, LMConfig
+from e88_jax.mixers.base import Execution
 from e88_jax.recurrence import Implementation, e88_recurrence
 
 Row = dict[str, Any]
@@ -145,14 +146,13 @@ def measure(
 
 
 def _time_training_step(setting: Setting, shape: Shape, clock: ClockSampler) -> Numbers:
-    layer = E88Config(
+    model = LMConfig(
         dim=setting.dim,
-        n_heads=shape.H,
-        n_state=shape.N,
-        dtype=setting.dtype,
-        implementation=setting.implementation,
+        depth=1,
+        layers=(E88Config(n_heads=shape.H, n_state=shape.N),),
+        execution=Execution(dtype=setting.dtype, implementation=setting.implementation),
     )
-    step, state, x = make_layer_step(layer, shape.B, shape.T)
+    step, state, x = make_layer_step(model, shape.B, shape.T)
 
     def next_step(x: jax.Array) -> Any:
         nonlocal state

@@ -13,7 +13,7 @@ from experiments.harness.errors import UsageError
 if TYPE_CHECKING:
     from jax import Array
 
-    from e88_jax.model import E88LM
+    from e88_jax.model import LanguageModel
     from experiments.harness.config import BatchConfig
     from experiments.harness.run import Run
 
@@ -90,7 +90,7 @@ class Task(Protocol):
         """Writes to the run's directory what is needed to find the same data on resume."""
         ...
 
-    def finish(self, model: "E88LM", run: "Run") -> None:
+    def finish(self, model: "LanguageModel", run: "Run") -> None:
         """Called with the trained model after the last step."""
         ...
 

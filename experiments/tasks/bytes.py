@@ -18,7 +18,7 @@ from .base import Batch, Metric, TaskConfig
 from .corpus import LISTING, Corpus, reopen, split, warn_of_copies
 
 if TYPE_CHECKING:
-    from e88_jax.model import E88LM
+    from e88_jax.model import LanguageModel
     from experiments.harness.run import Run
 
 BITS_PER_BYTE = Metric("bits_per_byte", "bits per byte", "lower", scale=1.4426950408889634)
@@ -112,13 +112,13 @@ class Bytes:
     def write(self, directory: Path) -> None:
         self._corpus.write_listing(directory / LISTING)
 
-    def finish(self, model: "E88LM", run: "Run") -> None:
+    def finish(self, model: "LanguageModel", run: "Run") -> None:
         """Writes `sample.txt`; weights that are not finite give a warning instead."""
         if not self._config.sample_bytes:
             return
         import jax
 
-        from e88_jax.generate import generate
+        from e88_jax.sampling import generate
 
         prompt = np.frombuffer(os.fsencode(self._config.prompt), np.uint8)
         key = jax.random.key(self._batch.seed)

@@ -9,7 +9,6 @@ from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax import Array
@@ -127,7 +126,16 @@ def test_it_trains_resumes_and_samples(
     data.write_bytes(b"abcdefgh" * 500)
     model = ["--mixer", "toy", "--width", "7", "--rate", "0.25", "--dim", "16", "--depth", "2"]
     flags = ["--data", str(data), "--seq-len", "16", "--batch-size", "4", "--log-every", "2"]
-    flags += ["--eval-every", "4", "--save-every", "2", "--eval-bytes", "128", "--sample-bytes", "0"]
+    flags += [
+        "--eval-every",
+        "4",
+        "--save-every",
+        "2",
+        "--eval-bytes",
+        "128",
+        "--sample-bytes",
+        "0",
+    ]
     # A rate that does not depend on the number of steps.
     flags += ["--optimizer", "muon", "--warmup-steps", "0", "--final-lr-fraction", "1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import e88_jax.generate
 import numpy as np
 import pytest
 
-import e88_jax.generate
 from experiments.harness.config import BatchConfig
 from experiments.harness.errors import UsageError
 from experiments.harness.train import prefetch
