@@ -5,16 +5,18 @@ them is rewritten. The recorded results are `benchmarks/results/` and `experimen
 """
 
 import argparse
+import dataclasses
 import difflib
 import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from e88_jax import command, hardware
-from e88_jax.sizing import PRESETS, balance, d_inner_of
+from e88_jax.mixers.base import Remat
+from e88_jax.sizing import PRESETS, balance, d_inner_of, training_memory
 
 ROOT = Path(__file__).parents[1]
 PAGES = "README.md", "docs/performance.md", "docs/sizing.md"
@@ -64,7 +66,7 @@ def percent(x: float) -> str:
 
 def block(about: str, command: str, table: str) -> str:
     """What was measured on, by which command, and the numbers."""
-    return f"{about}, by `{command}`:\n\n{table}"
+    return f"{about}:\n\n    {command}\n\n{table}"
 
 
 def _recurrence() -> tuple[Record, str, list[Record], list[Record]]:
@@ -316,6 +318,17 @@ def presets() -> str:
     return markdown([*header, "dim of the published count", "dim / d_inner"], rows)
 
 
+def remat() -> str:
+    """Estimated training memory, by what the backward pass recomputes."""
+    config, batch, length = PRESETS["h72n32-500m"].config, 8, 2048
+    choices: tuple[Remat, ...] = get_args(Remat)
+    executions = (dataclasses.replace(config.execution, remat=choice) for choice in choices)
+    configs = (dataclasses.replace(config, execution=execution) for execution in executions)
+    totals = [training_memory(config, batch, length).total for config in configs]
+    row = ["training GB", *(f"{total / 1e9:.0f}" for total in totals)]
+    return markdown([f"h72n32-500m, {length} x {batch}, --remat", *choices], [row])
+
+
 def _parameters(n: int) -> str:
     return f"{n / 1e9:.3f}B" if n >= 1e9 else f"{n / 1e6:.1f}M"
 
@@ -328,6 +341,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "recurrence": recurrence,
     "recurrence-sizes": recurrence_sizes,
+    "remat": remat,
     "train-step": train_step,
     "train-step-cpu": train_step_cpu,
     "training-run": training_run,
