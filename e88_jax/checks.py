@@ -7,8 +7,8 @@ ValueError. Neither JAX nor NumPy is imported until an array is checked.
 import math
 import numbers
 import operator
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sized
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +28,8 @@ def shown(value: Any) -> str:
         return text if len(text) <= 60 else f"{text[:57]}..."
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{kind} of {value.dtype} and shape {value.shape}"
-    if isinstance(value, (list, tuple, dict, set)):
-        return f"{kind} of length {len(value)}"
+    if isinstance(value, list | tuple | dict | set):
+        return f"{kind} of length {len(cast(Sized, value))}"
     return f"the class {value.__name__}" if isinstance(value, type) else f"{kind}"
 
 
@@ -178,9 +178,10 @@ def as_array(name: str, value: Any, shape: str) -> "Array":
         raise TypeError(f"{needs}, got None.")
     try:
         array = jnp.asarray(value)
-        if isinstance(value, np.ndarray) and value.size and value.dtype.kind in "iu":
+        given = cast("np.ndarray", value) if isinstance(value, np.ndarray) else np.empty(0)
+        if given.size and given.dtype.kind in "iu":
             held = jnp.iinfo(array.dtype)  # JAX would drop the high bits of others
-            if value.min() < held.min or value.max() > held.max:
+            if given.min() < held.min or given.max() > held.max:
                 raise OverflowError
     except OverflowError:
         raise ValueError(f"{needs}, got integers beyond int32: {shown(value)}.") from None
@@ -216,7 +217,7 @@ def as_integers(name: str, value: Any, axes: str, shape: tuple[int, ...] | None 
     return array
 
 
-def as_lengths(value: Any, batch: int, time: int) -> "Array":
+def as_lengths(value: Any, batch: int, time: Any) -> "Array":
     """The lengths of the rows of a batch `[B, T, ...]` as a JAX array.
 
     Raises:

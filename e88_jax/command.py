@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, cast
 
 PATIENCE_SECONDS = 10.0
 """How long a program whose output is not its result waits for a reader that does not read."""
@@ -122,7 +122,8 @@ def _take_over_streams(output_is_result: bool) -> None:
 def _refusal_of_the_machine(error: BaseException) -> BaseException | None:
     """The OSError or lack of memory that `error` is or is explicitly caused by, if any."""
     if isinstance(error, BaseExceptionGroup):
-        causes = [_refusal_of_the_machine(part) for part in error.exceptions]
+        parts = cast("BaseExceptionGroup[BaseException]", error).exceptions
+        causes = [_refusal_of_the_machine(part) for part in parts]
         return causes[0] if all(causes) else None
     if isinstance(error, OSError | MemoryError) and not isinstance(error, io.UnsupportedOperation):
         return error

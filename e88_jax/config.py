@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from e88_jax import mixers
 from e88_jax.checks import (
@@ -244,40 +244,44 @@ class LMConfig:
         return {**dataclasses.asdict(self), "layers": layers}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LMConfig":
+    def from_dict(cls, values: Any) -> "LMConfig":
         """The configuration that `to_dict` wrote. Fields with a default may be missing.
 
         Raises:
             ValueError: a field is missing, unknown, of another type or out of range; the message
                 names it.
         """
-        if isinstance(values, Mapping):
-            values = dict(values)
-            if "execution" in values:
-                values["execution"] = _read(Execution, values["execution"], "execution")
-            if isinstance(layers := values.get("layers"), list | tuple):
-                values["layers"] = tuple(_read_layer(x, i) for i, x in enumerate(layers))
-        return _read(cls, values, "the model's configuration")
+        what = "the model's configuration"
+        fields = _fields(values, what)
+        if "execution" in fields:
+            fields["execution"] = _read(Execution, fields["execution"], "execution")
+        if isinstance(fields.get("layers"), list | tuple):
+            fields["layers"] = tuple(_read_layer(x, i) for i, x in enumerate(fields["layers"]))
+        return _read(cls, fields, what)
+
+
+def _fields(values: Any, what: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} must be a dictionary of fields, got {shown(values)}.")
+    return dict(cast("Mapping[str, Any]", values))
 
 
 def _read_layer(values: Any, index: int) -> MixerConfig:
     """A mixer's configuration from its kind and fields."""
     what = f"layers[{index}]"
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a dictionary of fields, got {shown(values)}.")
-    if "kind" not in values:
+    fields = _fields(values, what)
+    if "kind" not in fields:
         raise ValueError(f"{what} lacks kind.")
     try:
-        kind = mixers.config_type(values["kind"])
+        kind = mixers.config_type(fields.pop("kind"))
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-    return _read(kind, {name: x for name, x in values.items() if name != "kind"}, what)
+    return _read(kind, fields, what)
 
 
 def _read(kind: type, values: Any, what: str) -> Any:
     """A configuration from its fields by name."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a dictionary of fields, got {shown(values)}.")
+    values = _fields(values, what)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     needed = {name for name, x in fields.items() if x.default is dataclasses.MISSING}
     if missing := sorted(needed - values.keys()):

@@ -4,9 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from e88_jax.typed import checkpoint
 
 
 class Inputs(NamedTuple):
@@ -58,7 +59,8 @@ def of_rows(
 def document_starts(segment_ids: Array) -> Array:
     """Where the id changes from the step before, `[B, T]` bool; never at step 0."""
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changes, ((0, 0), (1, 0)))
+    first = jnp.zeros((segment_ids.shape[0], 1), bool)
+    return jnp.concatenate([first, changes], axis=1)
 
 
 def live_steps(lengths: Array, time: int) -> Array:
@@ -102,8 +104,11 @@ def _not_finite(x: Array, n_axes: int) -> Array:
     return jnp.any(~jnp.isfinite(x), axis=tuple(range(n_axes, x.ndim)))
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)  # keeps `where`, not what it is repeated to
 def _filled(x: Array, where: Array, value: float) -> Array:
     """x, with `value` where `where`, of its first axes, holds."""
-    where = where.reshape(*where.shape, *(1,) * (x.ndim - where.ndim))
-    return jnp.where(where, jnp.asarray(value, x.dtype), x)
+
+    def fill(x: Array, where: Array) -> Array:
+        where = where.reshape(*where.shape, *(1,) * (x.ndim - where.ndim))
+        return jnp.where(where, jnp.asarray(value, x.dtype), x)
+
+    return checkpoint(fill)(x, where)  # keeps `where`, not what it is repeated to

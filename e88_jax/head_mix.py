@@ -1,5 +1,7 @@
 """From the heads' outputs to one vector a token: residual, norm, gate, mix, output projection."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,7 @@ from jax.nn import initializers
 from e88_jax.config import E88Config
 from e88_jax.precision import NORM_EPSILON, wide
 from e88_jax.projection import InferenceProjection, Projection, Read
+from e88_jax.typed import copy, einsum
 
 
 class HeadMix(nnx.Module):
@@ -35,7 +38,9 @@ class HeadMix(nnx.Module):
         self.norm = norm if config.output_norm else None
         self.weights = nnx.Param(weights) if config.head_mix == "weighted_sum" else None
 
-        def of_each_head(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        def of_each_head(
+            key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
+        ) -> Array:
             xavier = initializers.xavier_uniform(batch_axis=0)
             return xavier(key, (heads, n_value, dim), dtype).reshape(shape)
 
@@ -61,16 +66,16 @@ class HeadMix(nnx.Module):
             out *= jax.nn.silu(gate) if self.gate == "silu" else jax.nn.sigmoid(gate)
         if self.weights is not None:
             weights = jax.nn.softmax(self.weights[...].astype(out.dtype))
-            out = jnp.einsum("bthv,h->btv", out, weights)
+            out = einsum("bthv,h->btv", out, weights)
         elif read.head_weights is not None:
             weights = jax.nn.softmax(wide(read.head_weights))
-            out = jnp.einsum("bthv,bth->btv", out, weights)
+            out = einsum("bthv,bth->btv", out, weights)
         elif self.mix == "sum":
             out = jnp.sum(out, axis=2)
         return self.projection(out.astype(dtype))
 
     def for_inference(self) -> "HeadMix":
         """The same with the output projection laid out for decoding."""
-        mix = nnx.merge(*nnx.split(self))  # other variables, of the same arrays
+        mix = copy(self)
         mix.projection = self.projection.for_inference()
         return mix

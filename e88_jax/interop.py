@@ -18,6 +18,7 @@ from e88_jax.checks import require_instance, shown
 from e88_jax.config import E88Config
 from e88_jax.mixers.base import Execution
 from e88_jax.mixers.e88 import E88InferenceMixer, E88Mixer
+from e88_jax.typed import params_by_path, params_of, set_params
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -30,7 +31,13 @@ class _Layout(NamedTuple):
 
 
 def _same(key: str) -> _Layout:
-    return _Layout(lambda ours: {key: ours}, lambda theirs: theirs[key])
+    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
+        return {key: ours}
+
+    def from_torch(theirs: Arrays) -> np.ndarray:
+        return theirs[key]
+
+    return _Layout(to_torch, from_torch)
 
 
 def _linear(key: str, in_axes: int, shape: tuple[int, ...]) -> _Layout:
@@ -40,15 +47,22 @@ def _linear(key: str, in_axes: int, shape: tuple[int, ...]) -> _Layout:
         n_in = int(np.prod(ours.shape[:in_axes]))
         return {key: ours.reshape(n_in, -1).T}
 
-    return _Layout(to_torch, lambda theirs: theirs[key].T.reshape(shape))
+    def from_torch(theirs: Arrays) -> np.ndarray:
+        return theirs[key].T.reshape(shape)
+
+    return _Layout(to_torch, from_torch)
 
 
 def _of_each_head(key: str, n_heads: int) -> _Layout:
     """`[H, V, dim]` and, for each head, `[dim, V]`."""
-    return _Layout(
-        lambda ours: {key.format(head=i): x.T for i, x in enumerate(ours)},
-        lambda theirs: np.stack([theirs[key.format(head=i)].T for i in range(n_heads)]),
-    )
+
+    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
+        return {key.format(head=i): ours[i].T for i in range(n_heads)}
+
+    def from_torch(theirs: Arrays) -> np.ndarray:
+        return np.stack([theirs[key.format(head=i)].T for i in range(n_heads)])
+
+    return _Layout(to_torch, from_torch)
 
 
 def _streams(config: E88Config) -> dict[str, slice]:
@@ -151,7 +165,7 @@ def mixer_from_torch(
     require_instance("state_dict", state_dict, Mapping)
     require_instance("config", config, E88Config)
     mixer = nnx.eval_shape(lambda: E88Mixer(config, dim, execution, rngs=nnx.Rngs(0)))
-    params, layouts = _params(mixer), _layouts(config, dim)
+    params, layouts = params_by_path(mixer), _layouts(config, dim)
     # Zeros that occupy one element each: only their shapes matter.
     shapes = {
         key: array.shape
@@ -172,11 +186,7 @@ def mixer_from_torch(
         if arrays[key].shape != shape:
             raise ValueError(f"{key} must have shape {shape}, got {arrays[key].shape}.")
 
-    ours = [
-        (tuple(name.split(".")), param.replace(jnp.asarray(layouts[name].from_torch(arrays))))
-        for name, param in params.items()
-    ]
-    nnx.update(mixer, nnx.from_flat_state(ours))
+    set_params(mixer, {name: jnp.asarray(layouts[name].from_torch(arrays)) for name in params})
     return mixer
 
 
@@ -196,21 +206,15 @@ def mixer_to_torch(mixer: E88Mixer) -> dict[str, np.ndarray]:
             "mixer must be a layer as it is trained, got one made by for_inference, whose weights "
             f"are joined and rounded to {mixer.dtype}: give the layer that it was made from."
         )
-    for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)):
+    for leaf in jax.tree.leaves(params_of(mixer)):
         if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
             raise TypeError(f"mixer must hold arrays that have their values, got {shown(leaf)}.")
     layouts = _layouts(mixer.config, mixer.dim)
     return {
         key: np.array(array, order="C")
-        for name, param in _params(mixer).items()
+        for name, param in params_by_path(mixer).items()
         for key, array in layouts[name].to_torch(np.asarray(param[...])).items()
     }
-
-
-def _params(mixer: E88Mixer) -> dict[str, nnx.Param[Any]]:
-    """The layer's parameters by dotted path."""
-    flat = nnx.to_flat_state(nnx.state(mixer, nnx.Param))
-    return {".".join(map(str, path)): param for path, param in flat}
 
 
 def _to_float32(key: str, given: Any) -> np.ndarray:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from e88_jax.config import E88Config
 from e88_jax.mixers.base import Implementation
+from e88_jax.typed import jit, vjp
 from pallas_kernels import target
 
 Result = TypeVar("Result")
@@ -134,13 +135,16 @@ def _lowering_refusal(
         return function(*arguments, **options)
 
     def both_passes(floats: Any, others: Any) -> Any:
-        results, pullback = jax.vjp(lambda floats: run(floats, others), floats)
+        def of_floats(floats: Any) -> Any:
+            return run(floats, others)
+
+        results, pullback = vjp(of_floats, floats)
         return pullback(results)
 
     def lower() -> None:
         try:
-            traced = jax.jit(both_passes if gradient else run).trace(floats, others)
-            traced.lower(lowering_platforms=("cuda",))
+            program: Any = jit(both_passes if gradient else run)
+            program.trace(floats, others).lower(lowering_platforms=("cuda",))
         except NotImplementedError as refusal:
             refusals.append(refusal)
         except Exception as error:

@@ -7,12 +7,14 @@ arrays one type.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, auto_axes  # pyright: ignore
+
+from e88_jax.typed import Variables, split
 
 Tree = TypeVar("Tree")
 
@@ -37,16 +39,15 @@ def with_automatic_axes(
     names_of_all = jax.tree.leaves(jax.tree.broadcast(axes, arguments))
     for x, names in zip(jax.tree.leaves(arguments), names_of_all, strict=True):
         for name, part in zip(names.split(), jax.typeof(x).sharding.spec, strict=False):
-            taken = set().union(*map(_mesh_axes, divided.values()))
+            taken = frozenset[str]().union(*map(_mesh_axes, divided.values()))
             if name in ("b", "h") and name not in divided and not _mesh_axes(part) & taken:
                 divided |= {} if part is None else {name: part}
 
     def sharding(names: str) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*map(divided.get, names.split())))
 
-    automatic = jax.sharding.auto_axes(
-        function, axes=mesh.explicit_axes, out_sharding=jax.tree.map(sharding, results)
-    )
+    shardings = jax.tree.map(sharding, results)
+    automatic = cast(Any, auto_axes)(function, axes=mesh.explicit_axes, out_sharding=shardings)
     return automatic(*arguments)
 
 
@@ -65,9 +66,9 @@ def call_with_automatic_axes(
 ) -> Any:
     """`method(module, *arguments)` by `with_automatic_axes`; the module's parameters are arguments
     too, wherever they are."""
-    graphdef, variables = nnx.split(module)
+    graphdef, variables = split(module)
 
-    def call(variables: nnx.State, *arguments: Any) -> Any:
+    def call(variables: Variables, *arguments: Any) -> Any:
         return method(nnx.merge(graphdef, variables), *arguments)
 
     return with_automatic_axes(call, (variables, *arguments), ("", *axes), results)
@@ -80,11 +81,13 @@ def _mesh_axes(part: Any) -> set[str]:
 
 def varying_alike(*trees: Any) -> Any:
     """The trees, their arrays varying over every manual mesh axis that one of them varies over."""
-    axes = frozenset().union(*map(_varying, jax.tree.leaves(trees)))
+    axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(trees)))
 
     def cast(x: Array) -> Array:
         missing = axes - _varying(x)
-        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+        if not missing:
+            return x
+        return cast(Array, jax.lax.pcast(x, tuple(missing), to="varying"))  # pyright: ignore
 
     return jax.tree.map(cast, trees)
 

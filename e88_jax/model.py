@@ -1,6 +1,5 @@
 """The language model: embedding, mixers with residual connections, tied logits."""
 
-import functools
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from e88_jax.mixers.base import MixerConfig, MixerState, Remat
 from e88_jax.mixers.call import check_state
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide_dtype
 from e88_jax.projection import InferenceProjection, Projection
+from e88_jax.typed import Variables, checkpoint, copy, einsum, split
 
 LMState = tuple[MixerState, ...]
 """The state of each layer, first layer first."""
@@ -96,13 +96,12 @@ def _run(block: Block, remat: Remat, *inputs: Any) -> tuple[Array, MixerState]:
     """
     if remat == "none":
         return block(*inputs)
-    graphdef, params = nnx.split(block)
+    graphdef, params = split(block)
 
-    @functools.partial(jax.checkpoint, policy=_REMAT_POLICIES[remat])
-    def run(params: nnx.State, *inputs: Any) -> tuple[Array, MixerState]:
+    def run(params: Variables, *inputs: Any) -> tuple[Array, MixerState]:
         return nnx.merge(graphdef, params)(*inputs)
 
-    return run(params, *inputs)
+    return checkpoint(run, policy=_REMAT_POLICIES[remat])(params, *inputs)
 
 
 class LanguageModel(nnx.Module):
@@ -179,20 +178,28 @@ class LanguageModel(nnx.Module):
             lengths = as_lengths(lengths, *tokens.shape)
         require_range("tokens", given, 0, self.config.vocab_size - 1, lengths)
         if state is not None:
-            is_sequence = type(state) in (tuple, list)
-            if not is_sequence or len(state) != len(self.blocks):
-                raise (ValueError if is_sequence else TypeError)(
-                    f"state must be a tuple of {len(self.blocks)} mixers' states, one for each "
-                    f"layer, got {shown(state)}."
-                )
-            for i, (block, layer_state) in enumerate(zip(self.blocks, state, strict=True)):
-                check_state(f"state[{i}]", layer_state, block.mixer, tokens.shape[0])
-            state = tuple(state)
+            state = self.check_state(state, tokens.shape[0])
         arguments = tokens, state, segment_ids, lengths
         if explicit_mesh((*arguments, self.embed.embedding[...])) is None:
             return self._compute(*arguments)
         axes, results = ("b t", "b", "b t", "b"), ("b t", "b")
         return call_with_automatic_axes(LanguageModel._compute, self, arguments, axes, results)
+
+    def check_state(self, state: Any, batch: int) -> LMState:
+        """The state, which is one of this model's for `batch` rows.
+
+        Raises:
+            TypeError, ValueError: it is not.
+        """
+        is_sequence = type(state) in (tuple, list)
+        if not is_sequence or len(state) != len(self.blocks):
+            raise (ValueError if is_sequence else TypeError)(
+                f"state must be a tuple of {len(self.blocks)} mixers' states, one for each layer, "
+                f"got {shown(state)}."
+            )
+        for i, (block, layer_state) in enumerate(zip(self.blocks, state, strict=True)):
+            check_state(f"state[{i}]", layer_state, block.mixer, batch)
+        return tuple(state)
 
     def _compute(
         self,
@@ -207,14 +214,14 @@ class LanguageModel(nnx.Module):
             tokens = jnp.where(live_steps(lengths, tokens.shape[1]), tokens, 0)
         x = self.embed(tokens)
         layer_states = [None] * len(self.blocks) if state is None else state
-        new_state = []
+        new_state: list[MixerState] = []
         for block, layer_state in zip(self.blocks, layer_states, strict=True):
             x, layer_state = _run(
                 block, self.config.execution.remat, x, layer_state, segment_ids, lengths
             )
             new_state.append(layer_state)
         dtype = self.dtype
-        logits = jnp.einsum(
+        logits = einsum(
             "btd,vd->btv",
             self.norm(x).astype(dtype),
             self.embed.embedding[...].astype(dtype),
@@ -230,7 +237,7 @@ class LanguageModel(nnx.Module):
         transposed, which a token reads faster. There a token may be computed by a kernel that
         cannot be differentiated.
         """
-        model = nnx.merge(*nnx.split(self))  # other variables, of the same arrays
+        model = copy(self)
         for block in model.blocks:
             block.mixer = block.mixer.for_inference()
             if block.channel_mixer is not None:

@@ -45,9 +45,9 @@ class Result(NamedTuple):
 def step(S: Array, x: Step, linear_state: bool) -> tuple[Array, Array]:
     """The state `[..., N, V]` after a step from S, and what the query reads from it `[..., V]`."""
     d = x.write_gate[..., None] * (x.v - _read(S, x.k))
-    S = x.decay[..., None, None] * S + _outer(x.k, d)
-    S = S if linear_state else np.tanh(S)
-    return S, _read(S, x.q)
+    P = x.decay[..., None, None] * S + _outer(x.k, d)
+    after = P if linear_state else np.tanh(P)
+    return after, _read(after, x.q)
 
 
 def step_gradient(
@@ -79,15 +79,16 @@ def step_gradient(
 def run(inputs: Inputs) -> Result:
     """The recurrence over all steps."""
     batch, time, heads, n_state = inputs.q.shape
-    S = np.zeros((batch, heads, n_state, inputs.v.shape[-1]))
+    state = np.zeros((batch, heads, n_state, inputs.v.shape[-1]))
     if inputs.initial_state is not None:
-        S = np.asarray(inputs.initial_state, np.float64)
-    out, states = np.zeros(inputs.v.shape), []
+        state = np.asarray(inputs.initial_state, np.float64)
+    out = np.zeros(inputs.v.shape)
+    states: list[tuple[Array, Array]] = []
     for t in range(time):
-        before = S * _goes_on(inputs, t)
-        S, out[:, t] = step(before, _step_of(inputs, t), inputs.linear_state)
-        states.append((before, S))
-    return Result(out, S, states)
+        before = state * _goes_on(inputs, t)
+        state, out[:, t] = step(before, _step_of(inputs, t), inputs.linear_state)
+        states.append((before, state))
+    return Result(out, state, states)
 
 
 def gradients(inputs: Inputs, d_out: Array, d_final_state: Array) -> Inputs:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers
+from optax.contrib import MuonDimensionNumbers  # pyright: ignore[reportMissingTypeStubs]
 
 from e88_jax.checks import shown
 
@@ -32,7 +32,11 @@ def weight_decay_mask(params: Any) -> Any:
             f"params must be a tree of parameters, such as nnx.state(model, nnx.Param), "
             f"got {shown(params)}."
         )
-    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in DECAYED, params)
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        return _name(path) in DECAYED
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def muon_dimensions(params: Any) -> Any:

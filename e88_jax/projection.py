@@ -6,7 +6,7 @@ sharded; a matmul sees them as matrices, which copies nothing.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +73,11 @@ class Projection(nnx.Module):
 
     def for_inference(self) -> "InferenceProjection":
         """The same map with the kernel as a matmul reads it."""
-        matrix = with_automatic_axes(
-            lambda _: self.matrix(), (self.kernel[...],), ("",), results=""
-        )
+
+        def matrix_of(_: Array) -> Array:
+            return self.matrix()
+
+        matrix = with_automatic_axes(matrix_of, (self.kernel[...],), ("",), results="")
         return _inference_projection(matrix, self.in_shape, self.out_shape)
 
 
@@ -155,23 +157,24 @@ class InputProjections(nnx.Module):
     def __init__(self, config: E88Config, dim: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         heads, n_state, n_value = config.n_heads, config.n_state, config.n_value
 
-        def linear(*out: int, init: Initializer = initializers.xavier_uniform()) -> Projection:  # noqa: B008
+        xavier = initializers.xavier_uniform()
+
+        def linear(*out: int, init: Initializer = xavier) -> Projection:
             return Projection((dim,), out, dtype=dtype, kernel_init=init, rngs=rngs)
 
-        def tied(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        def tied(
+            key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
+        ) -> Array:
             """q and k as the two matrices that they are without v."""
-            xavier, sizes = initializers.xavier_uniform(), (dim, heads * n_state)
-            parts = (
-                xavier(key, sizes, dtype).reshape(dim, heads, n_state)
-                for key in jax.random.split(key)
-            )
-            return jnp.concatenate(list(parts), axis=2).reshape(shape)
+            keys = jax.random.split(key)
+            q, k = (xavier(key, (dim, heads * n_state), dtype) for key in keys)
+            parts = [x.reshape(dim, heads, n_state) for x in (q, k)]
+            return jnp.concatenate(parts, axis=2).reshape(shape)
 
         # PyTorch's default for a linear layer: uniform in +-1 / sqrt(fan_in).
         torch_default = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        qkv_init = tied if config.tie_kv else initializers.xavier_uniform()
         reads_decay = config.decay_mode in ("mamba", "simple")
-        self.qkv = linear(heads, config.head_columns, init=qkv_init)
+        self.qkv = linear(heads, config.head_columns, init=tied if config.tie_kv else xavier)
         self.decay = linear(heads) if reads_decay else None
         self.gate = linear(heads, n_value) if config.output_gate != "none" else None
         self.write_gate = linear(heads, init=torch_default) if config.write_gate else None
@@ -185,14 +188,14 @@ class InputProjections(nnx.Module):
         x = x.astype(self.qkv.dtype)
         rows = x.shape[0] * x.shape[1]
         few = not export.is_symbolic_dim(rows) and rows < x.shape[-1]
-        groups = ([p.matrix() for p in group] for group in self._groups() if group)
+        groups = ([p.matrix() for p in group] for group in self.groups() if group)
         if few:
             return tuple(_joined([multiply(x, m) for m in group]) for group in groups)
         return tuple(multiply(x, _joined(group)) for group in groups)
 
-    def _groups(self) -> list[list[Projection]]:
+    def groups(self) -> list[list[Projection]]:
         """The projections of each matmul."""
-        groups = (self.qkv, self.decay), (self.gate, self.write_gate, self.head_weights)
+        groups = (self.qkv, self.decay), self.apart
         return [[p for p in group if p is not None] for group in groups]
 
     def split(self, rest: Array, *others: Array) -> Read:
@@ -205,9 +208,11 @@ class InputProjections(nnx.Module):
         columns = _Columns(rest)
         decay = columns.take(_shape(self.decay))
         columns = _Columns(*others) if others else columns
-        return Read(decay, *(columns.take(_shape(p)) for p in self._read_apart()))
+        return Read(decay, *(columns.take(_shape(p)) for p in self.apart))
 
-    def _read_apart(self) -> tuple[Projection | None, ...]:
+    @property
+    def apart(self) -> tuple[Projection | None, ...]:
+        """The projections of the second matmul, present or not."""
         return self.gate, self.write_gate, self.head_weights
 
     def for_inference(self) -> "JoinedInputProjections":
@@ -220,7 +225,7 @@ class JoinedInputProjections(nnx.Module):
     for each token otherwise."""
 
     def __init__(self, trained: InputProjections):
-        parts = [p for group in trained._groups() for p in group]
+        parts = [p for group in trained.groups() for p in group]
         kernels = tuple(p.kernel[...] for p in parts)
 
         def join(*_: Array) -> Array:
@@ -228,7 +233,7 @@ class JoinedInputProjections(nnx.Module):
 
         matrix = with_automatic_axes(join, kernels, ("",) * len(kernels), results="")
         self.joined = _inference_projection(matrix, trained.qkv.in_shape, (matrix.shape[1],))
-        self.shapes = tuple(_shape(p) for p in (trained.decay, *trained._read_apart()))
+        self.shapes = tuple(_shape(p) for p in (trained.decay, *trained.apart))
 
     def __call__(self, x: Array) -> tuple[Array, ...]:
         """The matmul `[B, T, columns]` of x `[B, T, dim]`."""

@@ -1,7 +1,7 @@
 """Prompts: text, or ids in lists and arrays, as one padded array of ids."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,52 +17,55 @@ Prompt = str | bytes | ArrayLike | Sequence[str | bytes | ArrayLike]
 _TEXT = (str, bytes, bytearray, memoryview)
 
 
-def check_prompt(
-    prompt: Any, lengths: Any, vocab_size: int
-) -> tuple[np.ndarray | Array, np.ndarray | Array | None]:
+def check_prompt(prompt: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray | Array, Any]:
     """A `Prompt` as int32 `[B, T]`, and as int32 `[B]` its rows' lengths; None for T each."""
     if isinstance(prompt, _TEXT):
         prompt = [prompt]
     if isinstance(prompt, list | tuple):
-        rows = [_text_ids(row, vocab_size) if isinstance(row, _TEXT) else row for row in prompt]
+        given = cast("list[Any]", prompt)
+        rows = [_text_ids(row, vocab_size) if isinstance(row, _TEXT) else row for row in given]
         rows = [_as_array("each row of the prompt", row) for row in rows]
-        if any(isinstance(row, _TEXT) for row in prompt) or len({row.shape for row in rows}) > 1:
+        if any(isinstance(row, _TEXT) for row in given) or len({row.shape for row in rows}) > 1:
             if lengths is not None:
                 raise ValueError(
                     "lengths must be None for a prompt that is text or rows of different lengths."
                 )
             return _pad_rows(rows, vocab_size)
         prompt = rows
-    prompt = jnp.asarray(prompt) if is_traced(prompt) else _as_array("prompt", prompt)
-    if prompt.ndim != 2 or prompt.size == 0 or not np.issubdtype(prompt.dtype, np.integer):
+    ids: np.ndarray | Array = (
+        jnp.asarray(prompt) if is_traced(prompt) else _as_array("prompt", prompt)
+    )
+    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
-            f"prompt must be integers [B, T] with at least one token, got {prompt.dtype} of shape "
-            f"{prompt.shape}."
+            f"prompt must be integers [B, T] with at least one token, got {ids.dtype} of shape "
+            f"{ids.shape}."
         )
-    batch, width = prompt.shape
-    if lengths is not None and not is_traced(lengths):
-        lengths = _as_array("lengths", lengths)
+    batch, width = ids.shape
+    held: np.ndarray | None = None  # the lengths, where their values are known
     if lengths is not None:
+        if not is_traced(lengths):
+            held = _as_array("lengths", lengths)
+            lengths = cast(Any, held)
         if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
             raise ValueError(
                 f"lengths must be {batch} integers, one for each row of the prompt, got "
                 f"{lengths.dtype} of shape {lengths.shape}."
             )
-        if isinstance(lengths, np.ndarray):
-            if lengths.min() < 1 or lengths.max() > width:
+        if held is not None:
+            if held.min() < 1 or held.max() > width:
                 raise ValueError(
-                    f"lengths must be from 1 to the prompt's {width} tokens, got {lengths.min()} "
-                    f"to {lengths.max()}."
+                    f"lengths must be from 1 to the prompt's {width} tokens, got {held.min()} "
+                    f"to {held.max()}."
                 )
-            width = int(lengths.max())
-            prompt = prompt[:, :width]
+            width = int(held.max())
+            ids = ids[:, :width]
         lengths = lengths.astype(np.int32)
-    if isinstance(prompt, np.ndarray):
-        if isinstance(lengths, np.ndarray):  # past them there may be any numbers
-            _check_ids(prompt[np.arange(width)[None, :] < lengths[:, None]], vocab_size)
+    if isinstance(ids, np.ndarray):
+        if held is not None:  # past them there may be any numbers
+            _check_ids(ids[np.arange(width)[None, :] < held[:, None]], vocab_size)
         else:
-            _check_ids(prompt, vocab_size)
-    return prompt.astype(np.int32), lengths
+            _check_ids(ids, vocab_size)
+    return ids.astype(np.int32), lengths
 
 
 def _pad_rows(rows: list[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,9 +117,7 @@ def padded_length(length: int) -> int:
     return above if length <= 16 else -(-length // (above // 8)) * (above // 8)
 
 
-def pad(
-    tokens: np.ndarray | Array, lengths: np.ndarray | Array | None, sharding: Any
-) -> tuple[Array, np.ndarray | Array | None]:
+def pad(tokens: np.ndarray | Array, lengths: Any, sharding: Any) -> tuple[Array, Any]:
     """`tokens` as `[B, padded_length(T)]` on devices; `lengths`, None if each is all of that.
 
     Traced tokens stay as they are: they are part of a program for their length.
@@ -128,9 +129,9 @@ def pad(
     padded[:, :width] = tokens
     if lengths is None:
         lengths = np.full(batch, width, np.int32)
-    if isinstance(lengths, np.ndarray) and np.all(lengths == padded.shape[1]):
-        lengths = None
-    return jax.device_put(padded, sharding), lengths
+    is_whole = not isinstance(lengths, Array) and bool(np.all(lengths == padded.shape[1]))
+    placed = cast(Array, jax.device_put(padded, sharding))  # pyright: ignore
+    return placed, None if is_whole else lengths
 
 
 def is_traced(x: object) -> bool:

@@ -6,7 +6,7 @@ by piece, keeping the states in between. Derivatives are JAX's own, of any order
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from e88_jax.meshes import varying_alike
 from e88_jax.precision import wide_dtype
+from e88_jax.typed import checkpoint, einsum
 
 MAX_WRITTEN_OUT = 8
 """Most steps written out in a row. Within them the backward pass has each step's state at hand,
@@ -39,7 +40,7 @@ _Run = Callable[[Array, Inputs], tuple[Array, Array]]
 
 # Outer products too: XLA on a CPU takes up to four times as long for the gradient of a broadcast
 # product.
-_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+_einsum = functools.partial(einsum, precision=lax.Precision.HIGHEST)
 
 
 def _read(state: Array, key: Array) -> Array:
@@ -69,9 +70,13 @@ def _step(state: Array, x: Inputs, linear_state: bool) -> tuple[Array, Array]:
 
 def _steps(linear_state: bool, state: Array, inputs: Inputs) -> tuple[Array, Array]:
     """A `_Run` that writes all its steps out."""
-    out = []
+    out: list[Array] = []
     for t in range(inputs.q.shape[1]):
-        x = jax.tree.map(lambda x, t=t: x[:, t], inputs)
+
+        def at_step(x: Array, t: int = t) -> Array:
+            return x[:, t]
+
+        x = jax.tree.map(at_step, inputs)
         x = Inputs(*(y.astype(state.dtype) for y in x[:4]), *x[4:])
         state, read = _step(state, x, linear_state)
         out.append(read)
@@ -80,7 +85,11 @@ def _steps(linear_state: bool, state: Array, inputs: Inputs) -> tuple[Array, Arr
 
 def _piece(start: Array | int, length: int, inputs: Tree) -> Tree:
     """`length` steps of arrays `[B, T, ...]`: a slice of each, where a transpose would copy all."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, length, axis=1), inputs)
+
+    def of(x: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, start, length, axis=1)
+
+    return jax.tree.map(of, inputs)
 
 
 def _in_pieces(run: _Run, length: int, state: Array, inputs: Inputs) -> tuple[Array, Array]:
@@ -88,7 +97,7 @@ def _in_pieces(run: _Run, length: int, state: Array, inputs: Inputs) -> tuple[Ar
 
     The backward pass keeps the state before each piece and runs the piece again.
     """
-    time = inputs.q.shape[1]
+    time: Any = inputs.q.shape[1]
     if not isinstance(time, int):  # symbolic, of `jax.export`: pieces of one step divide it
         length = 1
     elif time <= length:
@@ -96,11 +105,11 @@ def _in_pieces(run: _Run, length: int, state: Array, inputs: Inputs) -> tuple[Ar
     left_over = time % length
     whole = time - left_over
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # in a loop nothing could be merged
     def piece(state: Array, start: Array) -> tuple[Array, Array]:
         return run(state, _piece(start, length, inputs))
 
-    state, outs = lax.scan(piece, state, jnp.arange(0, whole, length))  # [pieces, B, L, H, V]
+    recomputed = checkpoint(piece, prevent_cse=False)  # in a loop nothing could be merged
+    state, outs = lax.scan(recomputed, state, jnp.arange(0, whole, length))  # [pieces, B, L, H, V]
     out = jnp.moveaxis(outs, 0, 1).reshape(outs.shape[1], whole, *outs.shape[3:])
     if isinstance(left_over, int) and left_over:
         state, rest = run(state, _piece(whole, left_over, inputs))

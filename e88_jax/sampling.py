@@ -8,7 +8,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Set
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from e88_jax.draw import NOT_FINITE, draw
 from e88_jax.model import LanguageModel, LMState
 from e88_jax.prompts import Prompt, check_prompt, is_traced, pad
 from e88_jax.sampling_options import check_sampling_options
+from e88_jax.typed import Variables, jit, split
 
 BLOCK = 32
 """Tokens that a stream draws in one program."""
@@ -32,7 +33,7 @@ ENDED = -1
 
 def read(
     graphdef: nnx.GraphDef[LanguageModel],
-    params: nnx.State,
+    params: Variables,
     state: LMState | None,
     tokens: Array,
     lengths: Array | None = None,
@@ -53,7 +54,7 @@ def read(
 
 def read_and_draw(
     graphdef: nnx.GraphDef[LanguageModel],
-    params: nnx.State,
+    params: Variables,
     state: LMState | None,
     tokens: Array,
     key: Array,
@@ -79,16 +80,16 @@ def read_and_draw(
 
 _STATIC = ("graphdef", "top_k", "greedy")
 
-prefill = jax.jit(read_and_draw, static_argnames=_STATIC, donate_argnames="state")
+prefill = jit(read_and_draw, static_argnames=_STATIC, donate_argnames="state")
 """`read_and_draw` as one program, which consumes the state."""
 
-_read = jax.jit(read, static_argnames="graphdef", donate_argnames="state")
+_read = jit(read, static_argnames="graphdef", donate_argnames="state")
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "length"), donate_argnames="state")
+@functools.partial(jit, static_argnames=(*_STATIC, "length"), donate_argnames="state")
 def decode(
     graphdef: nnx.GraphDef[LanguageModel],
-    params: nnx.State,
+    params: Variables,
     state: LMState,
     token: Array,
     key: Array,
@@ -249,8 +250,8 @@ class _Call:
         self.key = _check_key(key)
         self.options = _check_options(temperature, top_k, top_p, vocab_size)
         self.stop = _check_stop(stop, vocab_size)
-        self.state = None if state is None else _check_state(state, model, self.batch)
-        self.graphdef, self.params = nnx.split(model.for_inference())
+        self.state = None if state is None else model.check_state(state, self.batch)
+        self.graphdef, self.params = split(model.for_inference())
         # What a user has put on devices stays there; the rest goes where the parameters are.
         self.sharding = None
         if isinstance(prompt, Array) and not is_traced(prompt) and prompt.committed:
@@ -268,7 +269,7 @@ class _Call:
         self, state: LMState, token: Array, key: Array, length: int
     ) -> tuple[LMState, Array, Array]:
         """The `length` tokens after `token`, as one program."""
-        options = {**self.options, "stop": self.stop, "length": length}
+        options: dict[str, Any] = {**self.options, "stop": self.stop, "length": length}
         return decode(self.graphdef, self.params, state, token, key, **options)
 
     def tokens(
@@ -313,7 +314,7 @@ def _check_key(key: Any) -> Array:
     if isinstance(key, Array):
         if key.ndim == 1 and key.dtype == np.uint32:  # by jax.random.PRNGKey
             with contextlib.suppress(TypeError, ValueError):
-                return jax.random.wrap_key_data(key)
+                return cast(Array, jax.random.wrap_key_data(key))
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
             return key
     raise TypeError(f"key must be one random key, such as jax.random.key(0), got {shown(key)}.")
@@ -336,7 +337,7 @@ def _check_stop(stop: Any, vocab_size: int) -> np.ndarray | None:
     if stop is None:
         return None
     ids = None if isinstance(stop, str | bytes) or is_traced(stop) else stop
-    ids = np.asarray(list(ids) if isinstance(ids, Set | Iterator) else ids)
+    ids = np.asarray(list(cast(Iterable[int], ids)) if isinstance(ids, Set | Iterator) else ids)
     if ids.size == 0:
         return None
     if ids.ndim > 1 or not np.issubdtype(ids.dtype, np.integer):
@@ -348,18 +349,6 @@ def _check_stop(stop: Any, vocab_size: int) -> np.ndarray | None:
     ids = np.unique(ids).astype(np.int32)
     # A power of two of them, so that few programs serve all numbers.
     return np.pad(ids, (0, (1 << (ids.size - 1).bit_length()) - ids.size), mode="edge")
-
-
-def _check_state(state: Any, model: LanguageModel, batch: int) -> LMState:
-    wanted = jax.eval_shape(lambda: model.init_state(batch))
-    state = tuple(state) if isinstance(state, list) else state
-    shapes = [jax.tree.map(np.shape, tree) for tree in (wanted, state)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"state must be as of model.init_state({batch}), of shapes {shapes[0]}, got "
-            f"{shapes[1]}."
-        )
-    return state
 
 
 def _copy(state: LMState) -> LMState:

@@ -18,6 +18,8 @@ import numpy as np
 
 from e88_jax import command, naive, recurrence
 from e88_jax.checks import require_bool, require_choice, shown
+from e88_jax.typed import jit, vjp
+from pallas_kernels import target
 
 BOUNDS = {"float32": 2e-5, "bfloat16": 4e-3}
 """By the dtype of q, k and v: the largest ||x - reference|| / ||reference|| that passes. Rounding
@@ -127,9 +129,10 @@ def run_checks(
     known = tuple(recurrence.IMPLEMENTATIONS)
     if implementations is None:
         implementations = known
-    if isinstance(implementations, str) or not isinstance(implementations, Sequence):
-        raise TypeError(f"implementations must be a list of names, got {shown(implementations)}.")
-    if not implementations:
+    given: Any = implementations
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"implementations must be a list of names, got {shown(given)}.")
+    if not given:
         raise ValueError(f"implementations must be at least one of {', '.join(known)}; got none.")
     names = [require_choice("implementations", name, known) for name in implementations]
     quick = require_bool("quick", quick)
@@ -147,10 +150,10 @@ def run_checks(
         )
 
     show("implementation", "case", "worst", "ratio", "bound", "")
-    results = []
+    results: list[Result] = []
     for name in names:
         evaluate = _evaluator(name)
-        waiting = []  # refusals, one line if there is nothing else
+        waiting: list[Result] = []  # refusals, one line if there is nothing else
         for case in cases:
             waiting.append(_check(name, evaluate, case))
             results.append(waiting[-1])
@@ -183,7 +186,7 @@ def _columns(result: Result) -> tuple[str, ...]:
 
 def _summary(results: list[Result]) -> str:
     """How each implementation fared, in one line."""
-    parts = []
+    parts: list[str] = []
     for name in dict.fromkeys(result.implementation for result in results):
         own = [result for result in results if result.implementation == name]
         refused = sum(result.refusal is not None for result in own)
@@ -266,7 +269,7 @@ def _inputs_and_reference(case: Case) -> tuple[Arrays, Arrays]:
 def _evaluator(name: str) -> Callable[[Arrays, Case], Arrays]:
     """Results and gradients by the implementation; compiled once for cases alike."""
 
-    @functools.partial(jax.jit, static_argnames=("linear_state", "saved_state_interval"))
+    @functools.partial(jit, static_argnames=("linear_state", "saved_state_interval"))
     def run(
         arrays: dict[str, jax.Array],
         segment_ids: jax.Array | None,
@@ -281,8 +284,8 @@ def _evaluator(name: str) -> Callable[[Arrays, Case], Arrays]:
                 **options,
             )
 
-        (out, final_state), pullback = jax.vjp(f, arrays)
-        (d_arrays,) = pullback(cotangents)
+        (out, final_state), pullback = vjp(f, arrays)
+        d_arrays: dict[str, jax.Array] = pullback(cotangents)[0]
         return {"out": out, "final_state": final_state} | {f"d_{x}": d_arrays[x] for x in d_arrays}
 
     def evaluate(inputs: Arrays, case: Case) -> Arrays:
@@ -352,9 +355,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
     began = time.perf_counter()
     report = functools.partial(print, flush=True)
-    device = jax.devices()[0]
+    device = target.current()
     packages = ", ".join(f"{x} {importlib.metadata.version(x)}" for x in ("jax", "jaxlib"))
-    report(f"{device.platform} {device.device_kind}, {packages}\n")
+    report(f"{device.platform} {device.name}, {packages}\n")
     results = run_checks(options.implementation, options.quick, report)
     failed = any(result.failures for result in results)
     checked = any(result.refusal is None for result in results)

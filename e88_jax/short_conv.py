@@ -54,7 +54,8 @@ class ShortConv(nnx.Module):
         new_state = self._last(padded, lengths)
         if segment_ids is not None:
             document = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
-            documents = jnp.pad(document, ((0, 0), (self.size - 1, 0)))
+            before = jnp.zeros((document.shape[0], self.size - 1), jnp.int32)
+            documents = jnp.concatenate([before, document], axis=1)
             reached = [
                 _zero_unless(documents[:, tap : tap + time] == document, inputs)
                 for tap, inputs in enumerate(reached)

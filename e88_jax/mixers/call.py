@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
 from e88_jax.checks import as_array, as_integers, as_lengths, require_instance
 from e88_jax.meshes import call_with_automatic_axes, explicit_mesh
+from e88_jax.typed import params_of, same_structure, shapes_of
 
 
 def call_checked(
@@ -51,7 +51,7 @@ def call_checked(
     else:
         check_state("state", state, mixer, x.shape[0])
     arguments = x, state, segment_ids, lengths
-    if explicit_mesh((*arguments, nnx.state(mixer))) is None:
+    if explicit_mesh((*arguments, params_of(mixer))) is None:
         return compute(mixer, *arguments)
     axes = "b t", state_axes, "b t", "b"
     return call_with_automatic_axes(compute, mixer, arguments, axes, ("b t", state_axes))
@@ -62,13 +62,12 @@ def check_state(name: str, state: Any, mixer: Any, batch: int) -> None:
     TypeError: the state is no tree like the mixer's.
     ValueError: it is none of the mixer for a batch of so many rows.
     """
-    fresh = jax.eval_shape(lambda: mixer.init_state(batch))
-    is_array = jax.tree.structure(fresh) == jax.tree.structure(0)
-    if not is_array:
+    fresh: object = shapes_of(lambda: mixer.init_state(batch))
+    if not same_structure(fresh, 0):  # else it is one array
         needs = f"a {type(fresh).__name__}, such as init_state({batch})"
         require_instance(name, state, type(fresh), needs)
     got, wanted = (jax.tree.map(_described, tree) for tree in (state, fresh))
-    if jax.tree.structure(got) != jax.tree.structure(wanted) or got != wanted:
+    if not same_structure(got, wanted) or got != wanted:
         raise ValueError(f"{name} must be {wanted} for a batch of {batch}, got {got}.")
 
 

@@ -87,7 +87,8 @@ def _proportions(config: LMConfig) -> list[Finding]:
 
 
 def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding]:
-    layer, findings = e88_layer(config), []
+    layer = e88_layer(config)
+    findings: list[Finding] = []
     if not gpu.has_kernels:
         needs = "for the kernels take one such as an H100"
         findings.append(Finding(f"{gpu.name} runs the recurrence by lax.scan", needs))

@@ -1,0 +1,90 @@
+"""A model's flags on the command line: those of its mixer, its sizes and its execution, flat."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+
+from e88_jax.config import E88Config, LMConfig
+from e88_jax.mixers import MIXERS, config_type
+from e88_jax.mixers.base import Execution
+
+from .errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """The flags of a model whose layers all have one mixer; `LMConfig` without its tuple."""
+
+    mixer: str
+    """Kind of the layers' mixer; its own flags, below, are others for another kind."""
+    dim: int
+    """Width of the residual stream."""
+    depth: int
+    """Number of layers."""
+    layer: E88Config
+    """Replaced by the configuration of the mixer."""
+    vocab_size: int
+    """Token ids run from 0 to vocab_size - 1; 256 for bytes."""
+    channel_mixer_dim: int | None
+    """Hidden width of a SwiGLU channel mixer after each layer's mixer; None for none."""
+    execution: Execution
+
+
+def registry(args: Sequence[str]) -> ConstructorRegistry:
+    """Tyro's rules that read an `LMConfig` from flags.
+
+    Args:
+        args: the command line, for the mixer that it names.
+    """
+    rules = ConstructorRegistry()
+
+    @rules.struct_rule
+    def _(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if info.type is not LMConfig:
+            return None
+        default: LMConfig = info.default
+        kind, layer = named_mixer(args) or default.layers[0].kind, default.layers[0]
+        values = {name: getattr(default, name) for name in flag_types(kind) if hasattr(default, name)}
+        flags = ModelFlags(mixer=kind, layer=E88Config(n_heads=1), **values)
+        made = StructTypeInfo.make(ModelFlags, flags, in_union_context=False)
+        spec = ConstructorRegistry.get_struct_spec(made)
+        assert isinstance(spec, StructConstructorSpec)
+        own = layer if layer.kind == kind else tyro.MISSING_NONPROP
+        changed: dict[str, dict[str, Any]] = {
+            "mixer": {"type": Literal[tuple(MIXERS)]},
+            "layer": {"type": config_type(kind), "default": own},
+        }
+        fields = (dataclasses.replace(x, **changed.get(x.name, {})) for x in spec.fields)
+        return StructConstructorSpec(_build, tuple(fields))
+
+    return rules
+
+
+def _build(*, mixer: str, layer: Any, **values: Any) -> LMConfig:
+    assert layer.kind == mixer, "the flags are those of the mixer"
+    return LMConfig(layers=(layer,), **values)
+
+
+def named_mixer(args: Sequence[str]) -> str | None:
+    """The kind of mixer that a command line names, if any.
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    kind = None
+    for i, word in enumerate(args):
+        flag, equals, value = word.partition("=")
+        if flag == "--mixer" and (equals or i + 1 < len(args)):
+            kind = value if equals else args[i + 1]
+    if kind is not None and kind not in MIXERS:
+        raise UsageError(f"--mixer must be one of {', '.join(MIXERS)}, got {kind!r}.")
+    return kind
+
+
+def flag_types(kind: str) -> dict[str, Any]:
+    """Name and type of the model's own flags, those of the mixer and the execution among them."""
+    types = {field.name: field.type for field in dataclasses.fields(ModelFlags)}
+    return {**types, "layer": config_type(kind)}
