@@ -1,0 +1,398 @@
+"""Writes the measured tables of the documentation from the recorded results.
+
+A page marks the place of a table by `<!-- table: NAME -->` and `<!-- end -->`; what stands between
+them is rewritten. The recorded results are `benchmarks/results/` and `experiments/results/`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, get_args
+
+from e88_jax import command, hardware
+from e88_jax.mixers.base import Remat
+from e88_jax.sizing import PRESETS, balance, d_inner_of, training_memory
+
+ROOT = Path(__file__).parents[1]
+PAGES = "README.md", "docs/performance.md", "docs/sizing.md"
+
+DECODE = "benchmarks/results/decode_h100.json"
+RECURRENCE = "benchmarks/results/recurrence_h100.json"
+STEP_CPU = "benchmarks/results/train_step_cpu.json"
+STEP_GPU = "benchmarks/results/train_step_h100.json"
+N_STATE = "experiments/results/n_state_scaling_h100/results.json"
+RUN = "experiments/results/h72n32-500m_h100"
+
+Record: TypeAlias = Mapping[str, Any]
+"""An object of a results file."""
+
+
+def read(path: str) -> Record:
+    """A results file."""
+    return json.loads((ROOT / path).read_text())
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def provenance(result: Record, *passes: Record) -> str:
+    """Device, clock, versions, date and commit: those of them that the file has."""
+    device = result.get("device") or result["devices"]
+    clocks = [x["clock_mhz"] for x in passes if x.get("clock_mhz") is not None]
+    jax = result.get("jax") or result["versions"]["jax"]
+    said = [device]
+    if clocks:
+        low, high = min(clocks), max(clocks)
+        said.append(f"{low:.0f} MHz" if low == high else f"{low:.0f} to {high:.0f} MHz")
+    said.append(f"JAX {jax}")
+    if "date" in result:
+        said.append(result["date"][:10])
+    if "commit" in result:
+        said.append(f"commit {result['commit']}")
+    return ", ".join(said)
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.0f} %"
+
+
+def block(about: str, command: str, table: str) -> str:
+    """What was measured on, by which command, and the numbers."""
+    return f"{about}:\n\n    {command}\n\n{table}"
+
+
+def _recurrence() -> tuple[Record, str, list[Record], list[Record]]:
+    """The file, its command, the named shapes and the sweep over N at equal B * H * N * V."""
+    result = read(RECURRENCE)
+    command = (
+        f"python -m benchmarks.recurrence --repetitions {result['repetitions']} --json {RECURRENCE}"
+    )
+    sweep = [shape for shape in result["shapes"] if shape["name"].startswith("N=")]
+    return result, command, [x for x in result["shapes"] if x not in sweep], sweep
+
+
+def recurrence() -> str:
+    result, command, shapes, _ = _recurrence()
+    rows = []
+    for shape in shapes:
+        forward, backward, both = _passes(shape)
+        rows.append(
+            [
+                f"({', '.join(str(shape[axis]) for axis in 'BTHN')})",
+                f"{forward['ms']:.3f}",
+                f"{backward['ms']:.3f}",
+                f"{both['tokens_per_second'] / 1e6:.1f}",
+                f"{forward['times_tanh_limit']:.1f} / {backward['times_tanh_limit']:.1f}",
+                f"{both['scan_ms']:.0f}",
+            ]
+        )
+    header = [
+        "(B, T, H, N = V)",
+        "forward, ms",
+        "backward, ms",
+        "forward + backward, million tokens/s",
+        "forward / backward over the tanh limit",
+        "forward + backward by the scan, ms",
+    ]
+    about = f"{_about_recurrence(result)}, {result['dtype']}"
+    return block(about, command, markdown(header, rows))
+
+
+def recurrence_sizes() -> str:
+    result, command, _, sweep = _recurrence()
+    passes = [_passes(shape) for shape in sweep]
+    rows = [
+        [name, *(f"{x[i]['ps_per_element']:.2f} ({x[i]['times_n32']:.2f})" for x in passes)]
+        for i, name in enumerate(("forward", "backward"))
+    ]
+    header = ["N = V", *(str(shape["N"]) for shape in sweep)]
+    about = f"{_about_recurrence(result)}, {result['dtype']}"
+    return block(about, command, markdown(header, rows))
+
+
+def _passes(shape: Record) -> tuple[Record, Record, Record]:
+    passes = shape["passes"]
+    return passes["forward"], passes["backward"], passes["forward+backward"]
+
+
+def _about_recurrence(result: Record) -> str:
+    return provenance(result, *(x for shape in result["shapes"] for x in _passes(shape)))
+
+
+def train_step() -> str:
+    points: Record = read(STEP_GPU)["points"]
+    rows = []
+    for point in points.values():
+        data, parts = point["config"]["data"], point["part_ms"]
+        forward, backward = parts["recurrence forward"], parts["recurrence backward"]
+        share = (forward + backward) / sum(parts.values())
+        rows.append(
+            [
+                f"{point['config']['preset']} ({point['parameters'] / 1e6:,.0f}M)",
+                f"{data['seq_len']} x {data['batch_size']}",
+                f"{point['tokens_per_second']:,.0f}",
+                percent(point["mfu"]),
+                f"{parts['matrix products']:.0f}",
+                f"{forward:.0f} + {backward:.0f} ({percent(share)})",
+                f"{parts['everything else']:.0f}",
+                f"{parts['idle']:.1f}",
+                f"{point['peak_bytes_in_use'] / 1e9:.0f}",
+            ]
+        )
+    header = [
+        "preset (parameters)",
+        "tokens x batch",
+        "tokens/s",
+        "MFU",
+        "matmuls, ms",
+        "recurrence, forward + backward, ms",
+        "everything else, ms",
+        "idle, ms",
+        "memory, GB",
+    ]
+    command = f"python -m benchmarks.train_step --grid --json {STEP_GPU}"
+    (about,) = {provenance(point) for point in points.values()}
+    return block(about, command, markdown(header, rows))
+
+
+def train_step_cpu() -> str:
+    result = read(STEP_CPU)
+    data = result["config"]["data"]
+    row = [
+        f"{result['parameters']:,}",
+        f"{data['seq_len']} x {data['batch_size']}",
+        f"{result['tokens_per_second']:,.0f}",
+        f"{result['compile_seconds']:.1f}",
+    ]
+    table = markdown(["parameters", "tokens x batch", "tokens/s", "compile, s"], [row])
+    return block(provenance(result), f"python -m benchmarks.train_step --json {STEP_CPU}", table)
+
+
+def decode() -> str:
+    result = read(DECODE)
+    rows = [
+        [
+            str(row["batch"]),
+            f"{row['context']:,}",
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['decode_tokens_per_second']:,.0f}",
+            f"{row['bytes_in_use'] / 1e9:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["batch", "tokens read before", "prefill, tokens/s", "decode, tokens/s", "memory, GB"]
+    preset = result["config"]["preset"]
+    command = f"python -m benchmarks.decode --preset {preset} --json {DECODE}"
+    return block(provenance(result), command, markdown(header, rows))
+
+
+def training_run() -> str:
+    result = read(f"{RUN}/run.json")
+    config = result["config"]
+    data = config["data"]
+    lines = (ROOT / RUN / "metrics.jsonl").read_text().splitlines()
+    records: list[Record] = [json.loads(line) for line in lines]
+    rates = [x["bytes_per_second"] for x in records if x["kind"] == "train"]
+    losses = [x["bits_per_byte"] for x in records if x["kind"] == "validation"]
+    row = [
+        f"{config['preset']} ({result['parameters'] / 1e6:,.0f}M)",
+        f"{data['seq_len']} x {data['batch_size']}",
+        f"{config['steps']}",
+        ", ".join(str(x["step"]) for x in result["resumed"][:1]) or "none",
+        f"{statistics.median(rates):,.0f}",
+        f"{losses[-1]:.2f}",
+    ]
+    header = ["preset (parameters)", "tokens x batch", "steps", "stopped and resumed at step"]
+    header += ["tokens/s, median", "validation, bits per byte"]
+    return f"{provenance(result)}:\n\n{markdown(header, [row])}"
+
+
+def headline() -> str:
+    """Three numbers: the recurrence of the first shape, training and decoding of one preset."""
+    shape = _recurrence()[2][0]
+    decoded = read(DECODE)
+    preset, first = decoded["config"]["preset"], decoded["rows"][0]
+    points = [x for x in read(STEP_GPU)["points"].values() if x["config"]["preset"] == preset]
+    trained = max(
+        (x for x in points if x["config"]["data"]["seq_len"] == shape["T"]),
+        key=lambda point: point["tokens_per_second"],
+    )
+    data, sizes = trained["config"]["data"], ", ".join(f"{axis} {shape[axis]}" for axis in "BTHN")
+    rows = [
+        [f"the recurrence, forward + backward ({sizes})", _passes(shape)[2]["tokens_per_second"]],
+        [
+            f"training {preset}, {data['seq_len']} x {data['batch_size']}",
+            trained["tokens_per_second"],
+        ],
+        [f"decoding {preset}, batch {first['batch']}", first["decode_tokens_per_second"]],
+    ]
+    table = markdown(["", "tokens/s"], [[what, f"{rate:,.0f}"] for what, rate in rows])
+    return f"{provenance(decoded)}, bfloat16:\n\n{table}"
+
+
+def n_state() -> str:
+    result = read(N_STATE)
+    config, measured = result["config"], result["results"]
+    rows = [
+        [
+            "an element, forward + backward, ps",
+            *(f"{x['both_ps_per_element']:.2f}" for x in measured),
+        ],
+        ["backward over forward", *(f"{x['backward_over_forward']:.1f}" for x in measured)],
+        [
+            "recurrence, million tokens/s",
+            *(_millions(x["recurrence_tokens_per_second"], 1) for x in measured),
+        ],
+        [
+            "training step of a layer, million tokens/s",
+            *(_millions(x["training_step_tokens_per_second"], 2) for x in measured),
+        ],
+    ]
+    published = result["published"]
+    by_n = published["tokens_per_second"]
+    rows.append(
+        [
+            f"published, tokens/s ({published['device']})",
+            *(by_n.get(str(x["n_state"]), "") for x in measured),
+        ]
+    )
+    about = provenance(result, *(t for x in measured for t in x["timings"].values()))
+    sizes = f"d_inner {config['d_inner']}, {config['seq_len']} x {config['batch_size']}"
+    command = f"python experiments/n_state_scaling.py --out {Path(N_STATE).parent}"
+    table = markdown(["n_state", *(str(x["n_state"]) for x in measured)], rows)
+    return block(f"{about}, {config['dtype']}, {sizes}", command, table)
+
+
+def _millions(x: float, digits: int) -> str:
+    return f"{x / 1e6:.{digits}f}"
+
+
+def gpus() -> str:
+    def span(sizes: tuple[int, int] | None) -> str:
+        if sizes is None:
+            return ""
+        low, high = sizes
+        return str(low) if low == high else f"{low} to {high}"
+
+    rows = [
+        [
+            gpu.name,
+            span(gpu.published.optimal_n_state if gpu.published else None),
+            str(gpu.published.max_n_state) if gpu.published else "",
+            str(gpu.formula_n_state),
+            span(gpu.measured_n_state),
+            "kernels" if gpu.has_kernels else "scan",
+        ]
+        for gpu in hardware.GPUS
+    ]
+    header = ["GPU", "published n_state", "published maximum", "the published formula gives"]
+    return markdown([*header, "measured here", "recurrence runs by"], rows)
+
+
+def presets() -> str:
+    rows = []
+    for preset in PRESETS.values():
+        config, corrected = preset.config, preset.corrected_dim
+        d_inner = d_inner_of(config)
+        rows.append(
+            [
+                preset.name,
+                str(preset.dim),
+                str(preset.depth),
+                preset.published,
+                _parameters(preset.formula_params),
+                _parameters(config.count_params()),
+                str(corrected or ""),
+                f"{preset.dim / d_inner:.2f} ({balance(preset.dim, d_inner)})",
+            ]
+        )
+    header = ["preset", "dim", "depth", "published", "its formula gives", "exact"]
+    return markdown([*header, "dim of the published count", "dim / d_inner"], rows)
+
+
+def remat() -> str:
+    """Estimated training memory, by what the backward pass recomputes."""
+    config, batch, length = PRESETS["h72n32-500m"].config, 8, 2048
+    choices: tuple[Remat, ...] = get_args(Remat)
+    executions = (dataclasses.replace(config.execution, remat=choice) for choice in choices)
+    configs = (dataclasses.replace(config, execution=execution) for execution in executions)
+    totals = [training_memory(config, batch, length).total for config in configs]
+    row = ["training GB", *(f"{total / 1e9:.0f}" for total in totals)]
+    return markdown([f"h72n32-500m, {length} x {batch}, --remat", *choices], [row])
+
+
+def _parameters(n: int) -> str:
+    return f"{n / 1e9:.3f}B" if n >= 1e9 else f"{n / 1e6:.1f}M"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "decode": decode,
+    "gpus": gpus,
+    "headline": headline,
+    "n-state": n_state,
+    "presets": presets,
+    "recurrence": recurrence,
+    "recurrence-sizes": recurrence_sizes,
+    "remat": remat,
+    "train-step": train_step,
+    "train-step-cpu": train_step_cpu,
+    "training-run": training_run,
+}
+
+_START = "<!-- table: "
+_MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def rewritten(page: str) -> str:
+    """A page with its tables made again.
+
+    Raises:
+        ValueError: a mark that names no table, or has no end.
+    """
+
+    def again(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"no table {name!r}: choose from {', '.join(TABLES)}.")
+        return f"{_START}{name} -->\n\n{TABLES[name]()}\n\n<!-- end -->"
+
+    found = [match[0] for match in _MARKED.finditer(page)]
+    if len(found) != page.count(_START) or any(x.count(_START) > 1 for x in found):
+        raise ValueError(f"a mark {_START}NAME --> is without its <!-- end -->.")
+    return _MARKED.sub(again, page)
+
+
+def main(args: Sequence[str]) -> int:
+    """Rewrites the pages; with `--check` prints what would change, and returns 1 if anything."""
+    parser = argparse.ArgumentParser(prog="benchmarks.tables", description=(__doc__ or "").strip())
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a page differs"
+    )
+    options = parser.parse_args(args)
+    stale = 0
+    for name in PAGES:
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = rewritten(before)
+        if before == after:
+            continue
+        stale = 1
+        if options.check:
+            lines = difflib.unified_diff(before.splitlines(), after.splitlines(), name, name)
+            print("\n".join(lines))
+        else:
+            path.write_text(after, encoding="utf-8")
+            print(f"{name} rewritten")
+    return stale if options.check else 0
+
+
+if __name__ == "__main__":
+    command.run(main)
