@@ -71,6 +71,6 @@ class HeadMix(nnx.Module):
 
     def for_inference(self) -> "HeadMix":
         """The same with the output projection laid out for decoding."""
-        mix = nnx.merge(*nnx.split(self))  # other variables, of the same arrays
+        mix = nnx.clone(self)  # other variables, of the same arrays
         mix.projection = self.projection.for_inference()
         return mix

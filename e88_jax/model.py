@@ -230,7 +230,7 @@ class LanguageModel(nnx.Module):
         transposed, which a token reads faster. There a token may be computed by a kernel that
         cannot be differentiated.
         """
-        model = nnx.merge(*nnx.split(self))  # other variables, of the same arrays
+        model = nnx.clone(self)  # other variables, of the same arrays
         for block in model.blocks:
             block.mixer = block.mixer.for_inference()
             if block.channel_mixer is not None:

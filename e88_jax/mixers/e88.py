@@ -182,8 +182,8 @@ class E88InferenceMixer(E88Mixer):
         self.config, self.execution = trained.config, trained.execution
         self.dim, self.dtype = trained.dim, trained.dtype
         self.inputs = trained.inputs.for_inference()
-        self.conv = None if trained.conv is None else nnx.merge(*nnx.split(trained.conv))
-        self.decay = nnx.merge(*nnx.split(trained.decay))
+        self.conv = None if trained.conv is None else nnx.clone(trained.conv)
+        self.decay = nnx.clone(trained.decay)
         self.heads = trained.heads.for_inference()
 
     def _mix(
