@@ -68,7 +68,8 @@ class Projection(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """`[..., *out_shape]` of x `[..., *in_shape]`."""
         leading = x.shape[: x.ndim - len(self.in_shape)]
-        y = multiply(x.astype(self.dtype).reshape(*leading, -1), self.matrix())
+        x = x.astype(self.dtype).reshape(*leading, math.prod(self.in_shape))
+        y = multiply(x, self.matrix())
         return y.reshape(*leading, *self.out_shape)
 
     def for_inference(self) -> "InferenceProjection":
@@ -90,7 +91,7 @@ class InferenceProjection(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """`[..., *out_shape]` of x `[..., *in_shape]`."""
         leading = x.shape[: x.ndim - len(self.in_shape)]
-        x = x.astype(self.kernel[...].dtype).reshape(*leading, -1)
+        x = x.astype(self.kernel[...].dtype).reshape(*leading, math.prod(self.in_shape))
         return self._multiply(x).reshape(*leading, *self.out_shape)
 
     def _multiply(self, x: Array) -> Array:

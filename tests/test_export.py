@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from e88_jax.generate import for_inference
 from flax import nnx
 from jax import export
 
 from e88_jax import E88LM, E88Config, LMConfig, e88_recurrence
-from e88_jax.generate import for_inference
 
 LAYER = E88Config(dim=8, n_heads=2, n_state=4, conv_size=2, saved_state_interval=2, dtype="float32")
 VOCAB = 19

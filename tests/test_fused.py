@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from e88_jax.mixer import E88Mixer
 from flax import nnx
 
 import pallas_kernels.activation
 import pallas_kernels.decode_layer
 from e88_jax import kernels, recurrence
 from e88_jax.config import E88Config
-from e88_jax.mixer import E88Mixer
 from tests.reference import layer_by_xla
 from tests.reference.recurrence import rms_ratio
 from tests.test_mixer import OPTIONS, name_of

@@ -5,11 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-from e88_jax import generate as generate_module
-from e88_jax.config import E88Config, LMConfig
 from e88_jax.generate import (
     BLOCK,
     ENDED,
@@ -21,6 +16,11 @@ from e88_jax.generate import (
     generate_stream,
     prefill,
 )
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from e88_jax import generate as generate_module
+from e88_jax.config import E88Config, LMConfig
 from e88_jax.model import E88LM
 from e88_jax.prompts import padded_length
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from e88_jax.mixer import E88Mixer
 from flax import nnx
 
 import pallas_kernels
 from e88_jax import kernels, recurrence
 from e88_jax.config import E88Config
-from e88_jax.mixer import E88Mixer
 from e88_jax.recurrence import e88_recurrence
 from pallas_kernels import activation, backward, decode_layer, forward
 from tests.recurrence_contract import make_inputs, tensors

@@ -255,7 +255,9 @@ class TestRemat:
             """Of what the forward pass leaves to the backward pass."""
             options: dict[str, Any] = {"dtype": "float32", "remat": remat}
             config = lm_config(dim=64, n_heads=4, n_state=16, depth=6, **options)
-            graphdef, params = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+            graphdef, params = nnx.split(
+                nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+            )
 
             def backward_pass(params: Any, tokens: Any) -> Any:
                 return jax.vjp(lambda x: loss_of(nnx.merge(graphdef, x), tokens), params)[1]

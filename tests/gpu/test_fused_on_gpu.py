@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from e88_jax.generate import for_inference
+from e88_jax.mixer import E88Mixer
 from flax import nnx
 
 from e88_jax import recurrence
 from e88_jax.config import E88Config, LMConfig
-from e88_jax.generate import for_inference
-from e88_jax.mixer import E88Mixer
 from e88_jax.model import E88LM
 from tests.reference.layer_by_xla import OPTIONS, a_layer, decoded, inputs
 from tests.reference.layer_by_xla import activated as activated_by_xla

@@ -16,7 +16,6 @@ from tests.reference import layer as numpy_layer
 from tests.reference.configs import E88_OPTIONS, e88_layer, name_of
 from tests.reference.recurrence import rms_ratio
 
-DECODED: list[dict[str, Any]] = [{}, {"conv_size": 4, "expansion": 2.0}, E88_OPTIONS[-1]]
 BATCH, TIME = 2, 8
 SEGMENT_IDS = np.array([[0, 0, 0, 0, 1, 1, 1, 1], [5, 2, 2, 5, 5, 5, 5, 5]], np.int32)
 
@@ -185,58 +184,14 @@ class TestAgainstNumpy:
         assert rms_ratio(state.recurrent, expected_state.recurrent) < 0.03
 
 
-class TestState:
-    @pytest.mark.parametrize("options", DECODED, ids=name_of)
-    def test_decoding_and_splits_equal_the_whole(
-        self, options: dict[str, Any], float64: None
-    ) -> None:
-        mixer = from_torch(options)
-        x = jnp.asarray(make_input())
-        start = mixer.init_state(BATCH)
-        # The id changes inside the parts only: across calls the caller resets the state.
-        ids = jnp.asarray([[0, 0, 1, 1, 1, 2, 2, 2], [0] * 8], jnp.int32)
-        whole = run(mixer, x, start, ids)
-        y_0, state = run(mixer, x[:, :4], start, ids[:, :4])
-        y_1, state = run(mixer, x[:, 4:], state, ids[:, 4:])
-        assert_close((jnp.concatenate([y_0, y_1], axis=1), state), whole, 1e-12)
-
-        whole = run(mixer, x, start, jnp.zeros_like(ids))
-        state, rows = start, []
-        for t in range(TIME):
-            y, state = run(mixer, x[:, t : t + 1], state)
-            rows.append(y)
-        assert_close((jnp.concatenate(rows, axis=1), state), whole, 1e-12)
-
-    @pytest.mark.parametrize("options", DECODED, ids=name_of)
-    def test_packed_documents_equal_separate_runs(
-        self, options: dict[str, Any], float64: None
-    ) -> None:
-        mixer = from_torch(options)
-        x = jnp.asarray(make_input())
-        # Four documents as short as the reach of the convolution; an id may come back.
-        ids = jnp.asarray([[4, 4, 9, 9, 4, 4, 1, 1]] * BATCH, jnp.int32)
-        packed = run(mixer, x, None, ids)
-        parts = [run(mixer, x[:, i : i + 2]) for i in range(0, TIME, 2)]
-        separate = jnp.concatenate([y for y, _ in parts], axis=1), parts[-1][1]
-        assert_close(packed, separate, 1e-12)
-
-    @pytest.mark.parametrize("options", DECODED, ids=name_of)
-    def test_the_initial_state_is_that_of_no_state(self, options: dict[str, Any]) -> None:
-        mixer = from_torch(options, "float32")
-        x = jnp.asarray(make_input(), "float32")
-        chex.assert_trees_all_equal(run(mixer, x, mixer.init_state(BATCH)), run(mixer, x))
-        given = jax.tree.map(lambda x: (x.shape, x.dtype), mixer.init_state(BATCH))
-        returned = jax.tree.map(lambda x: (x.shape, x.dtype), run(mixer, x)[1])
-        assert given == returned
-
-    def test_bad_input(self) -> None:
-        mixer = from_torch({}, "float32")
-        for shape in [(2, 8, 9), (8, 10)]:
-            with pytest.raises(ValueError, match=r"\[B, T, 10\]") as error:
-                mixer(jnp.zeros(shape))
-            assert str(shape) in str(error.value)
-        with pytest.raises(ValueError, match=r"\(3, 3, 4, 4\)"):
-            mixer(jnp.zeros((2, 8, 10)), mixer.init_state(3))
+def test_bad_input() -> None:
+    mixer = from_torch({}, "float32")
+    for shape in [(2, 8, 9), (8, 10)]:
+        with pytest.raises(ValueError, match=r"\[B, T, 10\]") as error:
+            mixer(jnp.zeros(shape))
+        assert str(shape) in str(error.value)
+    with pytest.raises(ValueError, match=r"\(3, 3, 4, 4\)"):
+        mixer(jnp.zeros((2, 8, 10)), mixer.init_state(3))
 
 
 def test_a_layer_fed_zeros_has_finite_gradients() -> None:

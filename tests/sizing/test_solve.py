@@ -1,12 +1,12 @@
 import itertools
 
 import pytest
+from e88_jax.sizing.solve import usual_depth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e88_jax.hardware import GPU, GPUS, find
 from e88_jax.sizing import count_params, d_inner_of, parse_params, solve
-from e88_jax.sizing.solve import usual_depth
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
