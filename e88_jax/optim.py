@@ -27,11 +27,7 @@ def weight_decay_mask(params: Any) -> Any:
     Raises:
         TypeError: no tree.
     """
-    if params is None or jax.tree_util.all_leaves([params]):
-        raise TypeError(
-            f"params must be a tree of parameters, such as nnx.state(model, nnx.Param), "
-            f"got {shown(params)}."
-        )
+    _require_tree(params)
     return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in DECAYED, params)
 
 
@@ -46,12 +42,13 @@ def muon_dimensions(params: Any) -> Any:
         params: `nnx.state(model, nnx.Param)`.
 
     Returns:
-        A tree that ends at each `nnx.Param` with its `MuonDimensionNumbers`, or None. Where Optax is
-        given plain arrays, as by `nnx.Optimizer`, pass it this tree instead of the function.
+        A tree that ends at each `nnx.Param` with its `MuonDimensionNumbers`, or None. Where Optax
+        is given plain arrays, as by `nnx.Optimizer`, pass it this tree instead of the function.
 
     Raises:
-        TypeError: a tree of plain arrays, which do not say which axes are summed over.
+        TypeError: no tree, or one of plain arrays, which do not say which axes are summed over.
     """
+    _require_tree(params)
 
     def of(path: Any, param: Any) -> MuonDimensionNumbers | None:
         if not isinstance(param, nnx.Variable):
@@ -73,6 +70,14 @@ def muon_dimensions(params: Any) -> Any:
         return isinstance(x, nnx.Variable)
 
     return jax.tree_util.tree_map_with_path(of, params, is_leaf=is_leaf)
+
+
+def _require_tree(params: Any) -> None:
+    if params is None or jax.tree_util.all_leaves([params]):
+        raise TypeError(
+            f"params must be a tree of parameters, such as nnx.state(model, nnx.Param), "
+            f"got {shown(params)}."
+        )
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -27,7 +27,8 @@ def weights() -> dict[str, np.ndarray]:
     return random_weights()
 
 
-# That the numbers mean the same is tested with the layer (mixers/test_e88.py), from the same weights.
+# That the numbers mean the same is tested with the layer, from the same weights
+# (mixers/test_e88.py).
 
 
 @pytest.mark.parametrize("options", E88_OPTIONS, ids=name_of)

@@ -265,7 +265,7 @@ class MixerContract:
         @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
         def evaluate(params: Any, x: Any) -> Any:
             def loss(params: Any) -> Any:
-                y, state = nnx.merge(graphdef, params)(x)
+                y, _ = nnx.merge(graphdef, params)(x)
                 return jnp.sum(y.astype(jnp.float32)), y
 
             return jax.grad(loss, has_aux=True)(params)
