@@ -60,10 +60,10 @@ class Projection(nnx.Module):
         matrix = kernel_init(rngs.params(), sizes, jnp.float32)
         self.kernel = nnx.Param(matrix.reshape(*in_shape, *out_shape), n_in_axes=len(in_shape))
 
-    def matrix(self) -> Array:
-        """The kernel `[n_in, n_out]` in the dtype of the matmul."""
-        kernel = self.kernel[...].astype(self.dtype)
-        return kernel.reshape(math.prod(self.in_shape), -1)
+    def matrix(self, kernel: Array | None = None) -> Array:
+        """The kernel, or one given in its place, `[n_in, n_out]` in the dtype of the matmul."""
+        kernel = self.kernel[...] if kernel is None else kernel
+        return kernel.astype(self.dtype).reshape(math.prod(self.in_shape), -1)
 
     def __call__(self, x: Array) -> Array:
         """`[..., *out_shape]` of x `[..., *in_shape]`."""
@@ -74,9 +74,9 @@ class Projection(nnx.Module):
 
     def for_inference(self) -> "InferenceProjection":
         """The same map with the kernel as a matmul reads it."""
-        matrix = with_automatic_axes(
-            lambda _: self.matrix(), (self.kernel[...],), ("",), results=""
-        )
+        # Divided over devices as the kernel's first and last axes are.
+        axes = " ".join(["b", *["-"] * (self.kernel.ndim - 2), "h"])
+        matrix = with_automatic_axes(self.matrix, (self.kernel[...],), (axes,), results="b h")
         return _inference_projection(matrix, self.in_shape, self.out_shape)
 
 
@@ -224,10 +224,11 @@ class JoinedInputProjections(nnx.Module):
         parts = [p for group in trained._groups() for p in group]
         kernels = tuple(p.kernel[...] for p in parts)
 
-        def join(*_: Array) -> Array:
-            return _joined([p.matrix() for p in parts])
+        def join(*kernels: Array) -> Array:
+            return _joined([p.matrix(kernel) for p, kernel in zip(parts, kernels, strict=True)])
 
-        matrix = with_automatic_axes(join, kernels, ("",) * len(kernels), results="")
+        # Rows are divided over devices as the kernels' are.
+        matrix = with_automatic_axes(join, kernels, ("b",) * len(kernels), results="b")
         self.joined = _inference_projection(matrix, trained.qkv.in_shape, (matrix.shape[1],))
         self.shapes = tuple(_shape(p) for p in (trained.decay, *trained._read_apart()))
 

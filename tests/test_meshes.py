@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from e88_jax import E88Mixer, LanguageModel, e88_recurrence
+from e88_jax.projection import JoinedInputProjections
 from tests.recurrence_contract import EVERY_OPTION, make_inputs, tensors
 from tests.reference.configs import e88_layer, lm_config
 
@@ -227,3 +228,25 @@ def test_layer_over_explicit_axes(explicit: Mesh) -> None:
     actual = on_mesh(jax.device_put(x, rows), before, jax.device_put(ids, rows))
     assert_close(actual, (y, state))
     assert jax.typeof(actual[1].recurrent).sharding.spec == P("x", "y", None, None)
+
+
+@pytest.mark.parametrize("part", ["rows", "heads", "nothing"])
+def test_layer_for_inference_over_explicit_axes(explicit: Mesh, part: str) -> None:
+    """Weights stay divided as they are, and the numbers as they were."""
+    mixer = E88Mixer(*e88_layer(**OPTIONS, dtype="float32"), rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 1, 16)), jnp.float32)
+    expected = mixer(x)
+    graphdef, params = nnx.split(mixer)
+
+    def put(x: Any) -> Any:
+        of_rows = P("y") if part == "rows" and x.shape[0] == 16 else P()
+        of_heads = P(*("y" if n == 2 else None for n in x.shape)) if part == "heads" else of_rows
+        return jax.device_put(x, NamedSharding(explicit, of_heads))
+
+    decoder = nnx.merge(graphdef, jax.tree.map(put, params)).for_inference()
+    assert isinstance(decoder.inputs, JoinedInputProjections)
+    kernels = decoder.inputs.joined.kernel, decoder.heads.projection.kernel
+    specs = tuple(jax.typeof(x[...]).sharding.spec[0] for x in kernels)
+    assert specs == {"rows": ("y", None), "heads": (None, "y"), "nothing": (None, None)}[part]
+    rows = NamedSharding(explicit, P("x"))
+    assert_close(decoder(jax.device_put(x, rows)), expected)
