@@ -23,25 +23,28 @@ from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
 from experiments.harness.errors import UsageError
 from experiments.harness.gpu_profile import part_of
 from experiments.harness.model_size import parse_with_preset
+from pallas_kernels import target
 
 FLAGS = "--xla_gpu_autotune_level=0"
 
-# XLA's GpuTargetConfigProto; the numbers are of the CUDA Programming Guide's table of compute
-# capabilities and of NVIDIA's H100 architecture white paper (SXM).
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+# XLA's GpuTargetConfigProto. Sources: those of `target.H100`.
+H100 = f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  core_count: {target.H100.n_sms}
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {target.H100.shared_memory_per_block}
+  shared_memory_per_core: {target.H100.shared_memory_per_sm}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   fpus_per_core: 128 clock_rate_ghz: 1.98 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  device_memory_size: 84942979072 device_address_bits: 64 cuda_compute_capability { major: 9 }
-  device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3"
-}
+  device_memory_size: 84942979072 device_address_bits: 64 cuda_compute_capability {{ major: 9 }}
+  device_vendor: "NVIDIA Corporation" name: "{target.H100.name}"
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{target.H100.name}"
 """
 
 
@@ -158,7 +161,9 @@ def compile_for_h100(model: LMConfig, batch: int, length: int) -> Any:
     device = h100_device()  # before JAX is imported
     from experiments.harness.step import GPU_OPTIONS
 
-    return lower_step(model, batch, length, device).compile(compiler_options=GPU_OPTIONS)
+    with target.use(target.H100):
+        lowered = lower_step(model, batch, length, device)
+    return lowered.compile(compiler_options=GPU_OPTIONS)
 
 
 def planned_bytes(compiled: Any) -> int:

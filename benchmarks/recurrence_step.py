@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-import pallas_kernels
 from experiments.harness import cli
 from experiments.harness.bounds import require
 from experiments.harness.recurrence_timing import Shape, make_inputs
 from experiments.harness.timing import ClockSampler, time_calls
+from pallas_kernels.recurrence import recurrence, single_step
 
 WAYS: dict[str, Callable[..., tuple[Array, Array]]] = {
-    "plain JAX": pallas_kernels.single_step,
-    "kernel": functools.partial(pallas_kernels.recurrence, saved_state_interval=32),
+    "plain JAX": single_step,
+    "kernel": functools.partial(recurrence, saved_state_interval=32),
 }
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from e88_jax.config import E88Config
 from e88_jax.mixers.base import Implementation
 from pallas_kernels import target
+from pallas_kernels.limits import UnsupportedError
 
 Result = TypeVar("Result")
 
@@ -108,8 +109,7 @@ def _require_import() -> None:
 @functools.cache
 def _import_refusal() -> NotImplementedError | None:
     try:
-        pass
-
+        from pallas_kernels import decode, qkv_activation  # noqa: F401
     except Exception as error:
         return _refusal("imported", error)
     return None
@@ -141,7 +141,7 @@ def _lowering_refusal(
         try:
             traced = jax.jit(both_passes if gradient else run).trace(floats, others)
             traced.lower(lowering_platforms=("cuda",))
-        except NotImplementedError as refusal:
+        except UnsupportedError as refusal:
             refusals.append(refusal)
         except Exception as error:
             refusals.append(_refusal("lowered", error))

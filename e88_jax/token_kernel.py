@@ -42,9 +42,10 @@ def decode(
     Raises:
         NotImplementedError: the kernel does not take these sizes, or JAX not the kernel.
     """
-    from pallas_kernels.decode import Layer, decode_layer
+    from pallas_kernels.decode import DecodeConfig, decode_layer
 
-    layer = Layer(kernels.head_columns(config), config.output_gate, gate_start, config.linear_state)
+    columns = kernels.head_columns(config)
+    layer = DecodeConfig(columns, config.output_gate, gate_start, config.linear_state)
     write_gate = None if write_gate is None else write_gate[:, 0]
     token = layer, y[:, 0], decay[:, 0], write_gate, state
     out, state = kernels.call(decode_layer, *token, gradient=False)

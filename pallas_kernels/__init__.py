@@ -1,16 +1,5 @@
-"""The recurrence, and what surrounds it, as Pallas kernels for Hopper and datacenter Blackwell."""
+"""Pallas kernels for Hopper and datacenter Blackwell GPUs: the E88 recurrence and its surroundings.
 
-from pallas_kernels.decode import single_step
-from pallas_kernels.geometry import Geometry
-from pallas_kernels.support import unsupported
-from pallas_kernels.tuning import backward_geometry, forward_geometry
-from pallas_kernels.vjp import recurrence
-
-__all__ = [
-    "Geometry",
-    "backward_geometry",
-    "forward_geometry",
-    "recurrence",
-    "single_step",
-    "unsupported",
-]
+`recurrence`, `qkv_activation` and `decode` are the ops. This file imports nothing, so that `limits`
+and `target` can be imported without JAX.
+"""

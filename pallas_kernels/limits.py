@@ -14,12 +14,12 @@ COMPUTE_CAPABILITY_BELOW = (12, 0)
 228 KB of 9.0 and 10.x. Source: as above."""
 
 SAVED_STATE_GROUP = 8
-"""Steps between saved states where they are saved in groups: the backward kernel replays one group
-at a time. A chunk is whole groups, and a bulk copy is a multiple of 128 bytes, so 8 steps or more."""
+"""Steps of a group, which the backward kernel replays at once from the saved state before it. A
+chunk is whole groups, and a bulk copy a multiple of 128 bytes, so 8 steps or more."""
 MAX_GROUPED_INTERVAL = 32
-"""Largest `saved_state_interval` for which a state is saved every `SAVED_STATE_GROUP` steps instead.
-That is faster than recomputing them: `pallas_kernels/README.md`, log. Larger intervals are rounded
-up to a multiple of it, which every chunk divides."""
+"""Largest `saved_state_interval` for which the state before every group is saved instead. That is
+faster than recomputing it: `pallas_kernels/README.md`, log. Larger intervals are rounded up to a
+multiple of it, which every chunk divides."""
 
 
 class UnsupportedError(NotImplementedError):

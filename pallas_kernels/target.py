@@ -7,12 +7,9 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pallas_kernels.limits import COMPUTE_CAPABILITY_BELOW, MIN_COMPUTE_CAPABILITY
-
-if TYPE_CHECKING:
-    import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +45,16 @@ H100 = Target(
 """The SXM card. Sources: NVIDIA H100 Tensor Core GPU architecture white paper (SMs); CUDA C++
 Programming Guide, technical specifications of compute capability 9.0 (shared memory)."""
 
+
+class Device(Protocol):
+    """What every `jax.Device` has; NVIDIA GPUs have more."""
+
+    @property
+    def platform(self) -> str: ...
+    @property
+    def device_kind(self) -> str: ...
+
+
 _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
 
 
@@ -74,7 +81,7 @@ def current() -> Target:
     return of_device(jax.local_devices()[0])
 
 
-def of_device(device: "jax.Device") -> Target:
+def of_device(device: Device) -> Target:
     """What JAX tells of a device."""
     version: str = getattr(device, "compute_capability", "")
     major, _, minor = version.partition(".")

@@ -1,18 +1,20 @@
 """Layers that are computed by fused kernels, with XLA in the place of what a kernel computes."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from e88_jax.mixer import E88Mixer
 from flax import nnx
 
-import pallas_kernels.activation
-import pallas_kernels.decode_layer
 from e88_jax import kernels, recurrence
 from e88_jax.config import E88Config
+from e88_jax.mixer import E88Mixer
+from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.decode import op as decode_op
+from pallas_kernels.qkv_activation import op as activation_op
 from tests.reference import layer_by_xla
 from tests.reference.recurrence import rms_ratio
 from tests.test_mixer import OPTIONS, name_of
@@ -25,17 +27,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that were called."""
     called: list[str] = []
 
-    def replace(module: Any, name: str, function: Any) -> None:
-        def recorded(*arguments: Any) -> Any:
+    def recorded(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
             called.append(name)
             return function(*arguments)
 
-        monkeypatch.setattr(module, name, recorded)
+        return call
+
+    def decode_call(config: DecodeConfig) -> Any:
+        return functools.partial(recorded("decode_layer", layer_by_xla.decoded), config)
 
     monkeypatch.setattr(recurrence, "unsupported_device", lambda: None)
     monkeypatch.setattr(kernels, "lowering_refusal", lambda *_, **__: None)
-    replace(pallas_kernels.activation, "activate", layer_by_xla.activated)
-    replace(pallas_kernels.decode_layer, "decode_layer", layer_by_xla.decoded)
+    monkeypatch.setattr(activation_op, "_activate", recorded("activate", layer_by_xla.activated))
+    monkeypatch.setattr(decode_op, "_call", decode_call)
     return called
 
 

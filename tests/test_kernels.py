@@ -17,7 +17,11 @@ import pallas_kernels
 from e88_jax import kernels, recurrence
 from e88_jax.config import E88Config
 from e88_jax.recurrence import e88_recurrence
-from pallas_kernels import activation, backward, decode_layer, forward
+from pallas_kernels import decode, qkv_activation
+from pallas_kernels.decode import op as decode_op
+from pallas_kernels.qkv_activation import lanes as activation_lanes
+from pallas_kernels.recurrence import backward_kernel, forward_kernel, forward_step
+from pallas_kernels.recurrence import recurrence as by_kernels
 from tests.recurrence_contract import make_inputs, tensors
 
 VALUE_ERROR = ValueError("Out of bound slice: start=0.\nThe kernel's frames.")
@@ -69,7 +73,7 @@ def check_falls_back(caplog: pytest.LogCaptureFixture, error: Exception) -> None
 # A kernel's start, what is inside of it, and the backward kernel, traced after the forward pass.
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(forward, "run_blocks"), (forward.cell, "update"), (backward, "run_blocks")],
+    [(forward_kernel, "run_blocks"), (forward_step, "update"), (backward_kernel, "run_blocks")],
     ids=["forward", "a step", "backward"],
 )
 @pytest.mark.parametrize("error", [VALUE_ERROR, ATTRIBUTE_ERROR], ids=["check", "name"])
@@ -87,8 +91,8 @@ def test_kernels_that_cannot_be_lowered(
 def test_kernels_that_cannot_be_imported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pallas_kernels.activation", None)
-    monkeypatch.delattr(pallas_kernels, "activation")
+    monkeypatch.setitem(sys.modules, "pallas_kernels.qkv_activation", None)
+    monkeypatch.delattr(pallas_kernels, "qkv_activation")
     refusal = kernels.import_refusal()
     assert refusal is not None
     assert isinstance(refusal.__cause__, ImportError)
@@ -100,13 +104,13 @@ def test_a_refusal_is_seen_wherever_the_call_is(
     under: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under a mesh, kernels are not lowered before XLA compiles."""
-    monkeypatch.setattr(activation, "activate_rows", raising(VALUE_ERROR))
-    split = activation.Split(1, 4, 4, True, True)
+    monkeypatch.setattr(activation_lanes, "activate_rows", raising(VALUE_ERROR))
+    columns = qkv_activation.HeadColumns(1, 4, 4, True, True)
     refusals = []
 
     def call(x: jax.Array) -> jax.Array:
-        y = jnp.ones((1, 2, split.columns))
-        refusals.append(kernels.lowering_refusal(activation.activate, split, y))
+        y = jnp.ones((1, 2, columns.n_columns))
+        refusals.append(kernels.lowering_refusal(qkv_activation.activate, columns, y))
         return x
 
     rows = jax.sharding.PartitionSpec("rows")
@@ -128,15 +132,15 @@ def test_kernels_that_lower_are_not_refused() -> None:
     arrays = tensors(make_inputs(100, 12, 20, ("write_gate",), batch=1, heads=3), "float32")
     options = {"starts": jnp.zeros((1, 100), bool), "initial_state": None}
     options |= {"linear_state": False, "saved_state_interval": 32}
-    assert kernels.lowering_refusal(pallas_kernels.recurrence, **arrays, **options) is None
-    split = activation.Split(3, 16, 16, True, True)
-    y = jnp.ones((2, 5, split.columns + 48))
-    assert kernels.lowering_refusal(activation.activate, split, y) is None
-    layer = decode_layer.Layer(split, "silu", split.columns, False)
+    assert kernels.lowering_refusal(by_kernels, **arrays, **options) is None
+    columns = qkv_activation.HeadColumns(3, 16, 16, True, True)
+    y = jnp.ones((2, 5, columns.n_columns + 48))
+    assert kernels.lowering_refusal(qkv_activation.activate, columns, y) is None
+    layer = decode.DecodeConfig(columns, "silu", columns.n_columns, False)
     token = layer, y[:, 0], jnp.ones((2, 3)), None, jnp.ones((2, 3, 16, 16))
-    assert kernels.lowering_refusal(decode_layer.decode_layer, *token, gradient=False) is None
+    assert kernels.lowering_refusal(decode.decode_layer, *token, gradient=False) is None
     # A token's kernel has no gradient, which would be seen only later.
-    assert kernels.lowering_refusal(decode_layer.decode_layer, *token) is not None
+    assert kernels.lowering_refusal(decode.decode_layer, *token) is not None
 
 
 @pytest.mark.parametrize("time", [7, 1])
@@ -144,7 +148,7 @@ def test_a_layer_whose_kernels_cannot_be_lowered(
     time: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(recurrence, "_fastest_first", lambda: ("scan",))
-    for module, name in ((activation, "activate_rows"), (decode_layer, "step_of_row")):
+    for module, name in ((activation_lanes, "activate_rows"), (decode_op, "token_of_row")):
         monkeypatch.setattr(module, name, raising(VALUE_ERROR))
     config = E88Config(dim=8, n_heads=2, n_state=4, dtype="float32")
     x = jnp.ones((1, time, 8))

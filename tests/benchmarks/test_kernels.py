@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import geometry, recurrence_step
+from benchmarks import recurrence_step, tuning
 from e88_jax.recurrence import e88_recurrence
-from pallas_kernels import Geometry, calls, recurrence
+from pallas_kernels import target
+from pallas_kernels.recurrence import TuningConfig, calls, recurrence
 
 
 def test_decoding_step_by_step_is_the_recurrence() -> None:
@@ -29,16 +30,16 @@ def test_decoding_step_by_step_is_the_recurrence() -> None:
 def test_the_search_starts_from_what_a_call_uses(
     pass_name: str, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used: list[Geometry] = []
+    used: list[TuningConfig] = []
     kernel = pass_name.partition("-")[0]
 
     def seen(*arguments: Any, **_: Any) -> Any:
-        used.extend(x for x in arguments if isinstance(x, Geometry))
+        used.extend(x for x in arguments if isinstance(x, TuningConfig))
         raise NotImplementedError("seen")
 
     monkeypatch.setattr(calls, kernel, seen)
-    shape = geometry.NAMED[name]
-    inputs = jax.eval_shape(lambda: geometry.make_inputs(shape, dtype, jax.random.key(0)))
+    shape = tuning.NAMED[name]
+    inputs = jax.eval_shape(lambda: tuning.make_inputs(shape, dtype, jax.random.key(0)))
     d_out = inputs.pop("d_out")
 
     def out(arrays: Any) -> Any:
@@ -48,10 +49,9 @@ def test_the_search_starts_from_what_a_call_uses(
     def gradient(arrays: Any, d_out: Any) -> Any:
         return jax.vjp(out, arrays)[1](d_out)
 
-    searched = geometry.PASSES[pass_name]
+    searched = tuning.PASSES[pass_name]
     run = gradient if searched.with_gradient else lambda arrays, _: out(arrays)
     with pytest.raises(NotImplementedError, match="seen"):
         jax.eval_shape(run, inputs, d_out)
-    n_sms = getattr(jax.devices()[0], "core_count", 132)
-    sizes = shape.B, shape.H, shape.N, shape.N, n_sms, jnp.dtype(dtype)
+    sizes = shape.B, shape.H, shape.N, shape.N, target.current(), jnp.dtype(dtype)
     assert used == [searched.choose(*sizes)]

@@ -21,8 +21,8 @@ from tests.reference.recurrence import rms_ratio
 if refusal := recurrence.unsupported_device():
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
 
-from pallas_kernels import activation
-from pallas_kernels.decode_layer import Layer, decode_layer
+from pallas_kernels.decode import DecodeConfig, decode_layer
+from pallas_kernels.qkv_activation import HeadColumns, activate
 
 BOUNDS = {"float32": 2e-6, "bfloat16": 3e-3}
 
@@ -47,21 +47,23 @@ def test_activation_against_xla(
 ) -> None:
     if dtype == "float32" and shape[1] > 10_000:
         pytest.skip("as many bytes already in bfloat16")
-    split = activation.Split(*sizes, silu=True, unit_length=True)
+    columns = HeadColumns(*sizes, silu=True, unit_length=True)
     keys = jax.random.split(jax.random.key(0), 5)
-    x = 2 * jax.random.normal(keys[0], (*shape, split.columns + n_rest), dtype)
+    x = 2 * jax.random.normal(keys[0], (*shape, columns.n_columns + n_rest), dtype)
 
     d = tuple(
         jax.random.normal(key, y.shape, y.dtype)
-        for key, y in zip(keys[1:], jax.eval_shape(lambda: activated_by_xla(split, x)), strict=True)
+        for key, y in zip(
+            keys[1:], jax.eval_shape(lambda: activated_by_xla(columns, x)), strict=True
+        )
     )
 
     def both(function: Any, x: jax.Array, d: tuple[jax.Array, ...]) -> Any:
-        results, pullback = jax.vjp(lambda x: function(split, x), x)
+        results, pullback = jax.vjp(lambda x: function(columns, x), x)
         return *results[:3], *pullback(d)
 
     expected, actual = (
-        jax.jit(both, static_argnums=0)(f, x, d) for f in (activated_by_xla, activation.activate)
+        jax.jit(both, static_argnums=0)(f, x, d) for f in (activated_by_xla, activate)
     )
     for name, y, wanted in zip(("q", "k", "v", "d_x"), actual, expected, strict=True):
         ratio = rms_ratio(np.asarray(y, np.float32), np.asarray(wanted, np.float32))
@@ -69,21 +71,23 @@ def test_activation_against_xla(
 
 
 def test_activation_mapped_and_sharded() -> None:
-    split = activation.Split(2, 16, 16, silu=True, unit_length=True)
-    x = jax.random.normal(jax.random.key(0), (3, 2, 5, split.columns), "bfloat16")
-    mapped = jax.vmap(lambda x: activation.activate(split, x))(x)
+    columns = HeadColumns(2, 16, 16, silu=True, unit_length=True)
+    x = jax.random.normal(jax.random.key(0), (3, 2, 5, columns.n_columns), "bfloat16")
+    mapped = jax.vmap(lambda x: activate(columns, x))(x)
     for i in range(3):
-        alone = activation.activate(split, x[i])
+        alone = activate(columns, x[i])
         for a, b in zip(mapped, alone, strict=True):
             np.testing.assert_array_equal(a[i], b)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("rows",))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-    sharded = jax.jit(lambda x: activation.activate(split, x), in_shardings=rows)(x[0])
-    for a, b in zip(sharded, activation.activate(split, x[0]), strict=True):
+    sharded = jax.jit(lambda x: activate(columns, x), in_shardings=rows)(x[0])
+    for a, b in zip(sharded, activate(columns, x[0]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def check_token(layer: Layer, rows: int, dtype: str, *, has_write_gate: bool = False) -> None:
+def check_token(
+    layer: DecodeConfig, rows: int, dtype: str, *, has_write_gate: bool = False
+) -> None:
     arrays: dict[str, Any] = {
         "write_gate": None,
         **inputs(layer, rows, jnp.dtype(dtype), has_write_gate),

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-import pallas_kernels
 from e88_jax import recurrence
 from e88_jax.recurrence import e88_recurrence
-from pallas_kernels import Geometry
+from pallas_kernels.recurrence import TuningConfig
+from pallas_kernels.recurrence import recurrence as by_kernels
 from tests.recurrence_contract import (
     EVERY_OPTION,
     SIZES,
@@ -42,9 +42,7 @@ MOSAIC_GPU = functools.partial(e88_recurrence, implementation="mosaic_gpu")
 
 def kernels_alone(**options: Any) -> Op:
     def op(*, segment_ids: Any, linear_state: bool, **arrays: Any) -> Any:
-        return rows_by(
-            pallas_kernels.recurrence, arrays, segment_ids, linear_state=linear_state, **options
-        )
+        return rows_by(by_kernels, arrays, segment_ids, linear_state=linear_state, **options)
 
     return op
 
@@ -68,7 +66,7 @@ class TestTheKernelsAlone(RecurrenceContract):
     n_value = 8
 
     def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
-        return rows_by(pallas_kernels.recurrence, arrays, *rows, **options)
+        return rows_by(by_kernels, arrays, *rows, **options)
 
 
 @jax.jit
@@ -144,27 +142,27 @@ def test_odd_heads_and_times(time: int, heads: int, dtype: str) -> None:
         check_against_scan(time, size, size, dtype, options, batch=2, heads=heads)
 
 
-# (B, T, H, N, V), and the geometry of the backward kernel.
-GEOMETRIES = {
-    "5 warpgroups, some idle": ((2, 131, 3, 32, 32), Geometry(1, 32, 16, 1, 5)),
-    "parts, 5 warpgroups": ((2, 131, 4, 64, 64), Geometry(1, 32, 8, 1, 5)),
-    "parts, 2 warpgroups": ((2, 131, 2, 128, 128), Geometry(1, 32, 8, 2, 2)),
-    "2 heads": ((2, 131, 4, 48, 48), Geometry(2, 16, 16, 4, 4)),
-    "2 heads, 2 units of columns": ((2, 131, 4, 32, 32), Geometry(2, 32, 8, 8, 4)),
-    "4 heads": ((2, 70, 6, 16, 8), Geometry(4, 8, 16, 2)),
-    "2 units of columns": ((2, 131, 2, 64, 64), Geometry(1, 64, 16, 2)),
-    "chunks of 32": ((2, 99, 2, 32, 32), Geometry(2, 32, 32, 2)),
+# (B, T, H, N, V), and the tuning config of the backward kernel.
+CONFIGS = {
+    "5 warpgroups, some idle": ((2, 131, 3, 32, 32), TuningConfig(1, 32, 16, 1, 5)),
+    "parts, 5 warpgroups": ((2, 131, 4, 64, 64), TuningConfig(1, 32, 8, 1, 5)),
+    "parts, 2 warpgroups": ((2, 131, 2, 128, 128), TuningConfig(1, 32, 8, 2, 2)),
+    "2 heads": ((2, 131, 4, 48, 48), TuningConfig(2, 16, 16, 4, 4)),
+    "2 heads, 2 n-tiles": ((2, 131, 4, 32, 32), TuningConfig(2, 32, 8, 8, 4)),
+    "4 heads": ((2, 70, 6, 16, 8), TuningConfig(4, 8, 16, 2)),
+    "2 n-tiles": ((2, 131, 2, 64, 64), TuningConfig(1, 64, 16, 2)),
+    "chunks of 32": ((2, 99, 2, 32, 32), TuningConfig(2, 32, 32, 2)),
 }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_geometries(name: str, dtype: str) -> None:
-    (batch, time, heads, n_state, n_value), geometry = GEOMETRIES[name]
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tuning_configs(name: str, dtype: str) -> None:
+    (batch, time, heads, n_state, n_value), config = CONFIGS[name]
     if dtype == "float32":  # twice the shared memory
-        geometry = dataclasses.replace(geometry, warpgroups=1, chunk=8)
+        config = dataclasses.replace(config, warpgroups=1, chunk=8)
     # Without a write gate, which takes shared memory.
-    kernels = kernels_alone(backward_geometry=geometry)
+    kernels = kernels_alone(backward_config=config)
     check_against_scan(
         time, n_state, n_value, dtype, ("initial_state",), kernels, batch=batch, heads=heads
     )
@@ -173,7 +171,7 @@ def test_geometries(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("chunk", [16, 24, 32])
 def test_several_groups_in_a_chunk_of_the_forward_kernel(chunk: int, dtype: str) -> None:
-    kernels = kernels_alone(forward_geometry=Geometry(1, 32, chunk))
+    kernels = kernels_alone(forward_config=TuningConfig(1, 32, chunk))
     check_against_scan(75, 32, 32, dtype, op=kernels, batch=2, heads=3)
 
 

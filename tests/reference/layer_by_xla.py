@@ -1,4 +1,4 @@
-"""What a layer does between its matrix products, by XLA: for the tests of kernels that do it."""
+"""What the kernels of qkv_activation and decode compute, by XLA."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from e88_jax.activation import activate
-from pallas_kernels import single_step
-from pallas_kernels.activation import Split
-from pallas_kernels.decode_layer import Layer
+from pallas_kernels.decode import DecodeConfig
+from pallas_kernels.qkv_activation import HeadColumns
+from pallas_kernels.recurrence import single_step
 
 OPTIONS: list[dict[str, Any]] = [
     {"gate": "sigmoid"},
@@ -19,7 +19,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"linear_state": True},
     {"n_between": 3},
 ]
-"""Of `a_layer`."""
+"""Options of `a_layer`."""
 
 
 def a_layer(
@@ -30,33 +30,37 @@ def a_layer(
     n_between: int = 0,
     gate: Any = "silu",
     **options: Any,
-) -> Layer:
-    """Its gate comes `n_between` columns after v."""
+) -> DecodeConfig:
+    """A layer whose gate starts `n_between` columns after v."""
     options = {"silu": True, "unit_length": True, "linear_state": False, **options}
     linear_state = options.pop("linear_state")
-    split = Split(heads, n_state, n_value, **options)
-    return Layer(split, gate, split.columns + n_between, linear_state)
+    columns = HeadColumns(heads, n_state, n_value, **options)
+    return DecodeConfig(columns, gate, columns.n_columns + n_between, linear_state)
 
 
-def activated(split: Split, x: jax.Array) -> tuple[jax.Array, ...]:
-    """q, k, v and the rest of a product `[..., columns]`."""
-    keys = split.heads * split.n_state
-    q, k, v, rest = jnp.split(x, [keys, 2 * keys, split.columns], axis=-1)
-    q, k, v = (y.reshape(*x.shape[:-1], split.heads, -1) for y in (q, k, v))
-    unit = split.unit_length
+def activated(columns: HeadColumns, x: jax.Array) -> tuple[jax.Array, ...]:
+    """q, k, v and the rest of a matmul's output `[..., columns]`: what `activate` computes."""
+    keys = columns.n_heads * columns.n_state
+    q, k, v, rest = jnp.split(x, [keys, 2 * keys, columns.n_columns], axis=-1)
+    q, k, v = (y.reshape(*x.shape[:-1], columns.n_heads, -1) for y in (q, k, v))
+    unit = columns.unit_length
     return (
-        activate(q, split.silu, unit),
-        activate(k, split.silu, unit),
-        activate(v, split.silu, False),
+        activate(q, columns.silu, unit),
+        activate(k, columns.silu, unit),
+        activate(v, columns.silu, False),
         rest,
     )
 
 
 def decoded(
-    layer: Layer, x: jax.Array, decay: jax.Array, write_gate: jax.Array | None, state: jax.Array
+    layer: DecodeConfig,
+    x: jax.Array,
+    decay: jax.Array,
+    write_gate: jax.Array | None,
+    state: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """What `decode_layer` computes."""
-    q, k, v, _ = activated(layer.split, x[:, None])
+    q, k, v, _ = activated(layer.columns, x[:, None])
     out, state = single_step(
         q,
         k,
@@ -73,15 +77,17 @@ def decoded(
     return out, state
 
 
-def inputs(layer: Layer, rows: int, dtype: Any, has_write_gate: bool) -> dict[str, np.ndarray]:
-    split = layer.split
-    rng = np.random.default_rng([split.heads, split.n_state, split.n_value])
-    columns = layer.gate_start + split.heads * split.n_value
-    x = (2 * rng.normal(size=(rows, columns))).astype(dtype)
-    x[:, : split.n_state] = 0  # a head of zeros
-    shape = (rows, split.heads)
+def inputs(
+    layer: DecodeConfig, rows: int, dtype: Any, has_write_gate: bool
+) -> dict[str, np.ndarray]:
+    columns = layer.columns
+    rng = np.random.default_rng([columns.n_heads, columns.n_state, columns.n_value])
+    n_columns = layer.gate_start + columns.n_heads * columns.n_value
+    x = (2 * rng.normal(size=(rows, n_columns))).astype(dtype)
+    x[:, : columns.n_state] = 0  # a head of zeros
+    shape = (rows, columns.n_heads)
     arrays = {"x": x, "decay": rng.uniform(0.5, 1, shape).astype(np.float32)}
     if has_write_gate:
         arrays["write_gate"] = rng.uniform(size=shape).astype(np.float32)
-    state = rng.uniform(-1, 1, (*shape, split.n_state, split.n_value))
+    state = rng.uniform(-1, 1, (*shape, columns.n_state, columns.n_value))
     return {**arrays, "state": state.astype(np.float32)}

@@ -18,8 +18,7 @@ from e88_jax.sizing import (
     state_per_layer,
     training_memory,
 )
-from e88_jax.sizing.memory import _GROUP, KERNEL_MULTIPLE, MAX_KERNEL_SIZE, implementation_on
-from pallas_kernels import geometry, support, vjp
+from e88_jax.sizing.memory import implementation_on
 
 PLANS = json.loads((Path(__file__).parent / "training_memory_h100.json").read_text())
 """Bytes of arguments and working memory that XLA of JAX 0.11.2 plans for the training step of
@@ -122,12 +121,6 @@ def test_logits_and_their_gradient() -> None:
 def test_the_larger_of_both_ends_of_the_backward_pass() -> None:
     assert TrainingMemory(1, 20, 300, 4000, 50_000, 600_000).total == 654_021
     assert TrainingMemory(1, 20, 300_000, 4000, 50_000, 600_000).total == 900_021
-
-
-def test_the_kernels_are_as_assumed() -> None:
-    assert geometry.GROUP == _GROUP
-    assert vjp.KEEPS_GROUPS == 32
-    assert (support.SIZE_MULTIPLE, support.MAX_SIZE) == (KERNEL_MULTIPLE, MAX_KERNEL_SIZE)
 
 
 def test_who_runs_the_recurrence() -> None:

@@ -1,0 +1,132 @@
+"""Columns of a matmul's output that hold q, k and v, and how lanes share them. Imports no JAX."""
+
+import dataclasses
+from typing import NamedTuple
+
+from pallas_kernels.common.sizes import LANES, THREADS
+from pallas_kernels.limits import DTYPES, UnsupportedError
+
+LOAD_BYTES = 16
+"""Bytes per load; 16 is the hardware's most."""
+MAX_LANE_ELEMENTS = 32
+"""Most elements of a row that a lane holds."""
+LOADS_IN_FLIGHT = 2
+"""Loads that a lane waits for together, where a row has fewer."""
+LOADS_PER_THREAD = 16
+"""Loads of a thread, about: fewer thread blocks have less overhead, and the last one of each part
+repeats tokens of the one before; more of them fill the GPU."""
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+class Activation(NamedTuple):
+    """What is done to a row: SiLU of its elements, then division by its length."""
+
+    silu: bool
+    unit_length: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LaneRows:
+    """Rows of `size` elements over the lanes of warps; a row is one head of one token."""
+
+    size: int
+    itemsize: int
+
+    @property
+    def vector(self) -> int:
+        """Elements per load."""
+        return LOAD_BYTES // self.itemsize
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that share a row: a power of two, for shuffles."""
+        loads = self.size // self.vector
+        return min(LANES, loads & -loads)
+
+    @property
+    def loads(self) -> int:
+        """Loads of a lane per row; those of neighbouring lanes are side by side."""
+        return self.size // (self.vector * self.lanes)
+
+    @property
+    def in_flight(self) -> int:
+        """Rows whose loads a lane waits for together."""
+        return max(1, LOADS_IN_FLIGHT // self.loads)
+
+
+class Part(NamedTuple):
+    """Columns of one kind, neighbours in the matmul's output: `heads` rows of each token."""
+
+    name: str
+    start: int
+    heads: int
+    rows: LaneRows
+    activation: Activation
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.heads * self.rows.size
+
+    def tokens(self, of_all: int) -> int:
+        """Tokens of a thread block."""
+        loads = self.heads * self.rows.lanes * self.rows.loads
+        return max(1, min(of_all, THREADS * LOADS_PER_THREAD // loads))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadColumns:
+    """Columns of a matmul's output: q of all heads, k of all, v of all, then any others.
+
+    Attributes:
+        silu: SiLU of q, k and v.
+        unit_length: division of q and k by their length plus 1e-6, for each head.
+    """
+
+    n_heads: int
+    n_state: int
+    n_value: int
+    silu: bool
+    unit_length: bool
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of q, k and v together."""
+        return self.n_heads * (2 * self.n_state + self.n_value)
+
+    def parts(self, n_columns: int, itemsize: int) -> list[Part]:
+        """The parts of an output with so many columns."""
+        unit = Activation(self.silu, self.unit_length)
+        vector = LOAD_BYTES // itemsize
+        sizes = {
+            "q": (self.n_heads, self.n_state, unit),
+            "k": (self.n_heads, self.n_state, unit),
+            "v": (self.n_heads, self.n_value, Activation(self.silu, False)),
+            "rest": ((n_columns - self.n_columns) // vector, vector, Activation(False, False)),
+        }
+        parts: list[Part] = []
+        start = 0
+        for name, (heads, size, activation) in sizes.items():
+            if heads:
+                parts.append(Part(name, start, heads, LaneRows(size, itemsize), activation))
+                start = parts[-1].stop
+        return parts
+
+    def require_supported(self, n_columns: int, dtype: str) -> None:
+        """Checks an output with so many columns.
+
+        Raises:
+            UnsupportedError: the kernels do not take it.
+        """
+        if dtype not in DTYPES:
+            raise UnsupportedError(f"takes {' and '.join(DTYPES)}, got {dtype}")
+        itemsize = ITEMSIZE[dtype]
+        vector = LOAD_BYTES // itemsize
+        for name, size in (("N", self.n_state), ("V", self.n_value), ("columns", n_columns)):
+            if size % vector:
+                raise UnsupportedError(f"takes {name} a multiple of {vector}, got {size}")
+        for part in self.parts(n_columns, itemsize):
+            if part.rows.loads * vector > MAX_LANE_ELEMENTS:
+                size, name = part.rows.size, "V" if part.name == "v" else "N"
+                raise UnsupportedError(
+                    f"takes {name} of at most {MAX_LANE_ELEMENTS} elements a lane, got {size}"
+                )

@@ -1,0 +1,64 @@
+"""Shared memory of a block of the recurrence's kernels, by name."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common.aliases import Scratch
+from pallas_kernels.common.copies import SLOTS, scalars_per_copy
+from pallas_kernels.common.sizes import LANES, WARPS
+from pallas_kernels.limits import SAVED_STATE_GROUP
+from pallas_kernels.recurrence.mma_fragments import MMA_STEPS
+from pallas_kernels.recurrence.tuning_config import TuningConfig
+
+
+def forward_scratch(
+    config: TuningConfig, keys: int, n_scalars: int, dtype: Any, save_delta: bool
+) -> Scratch:
+    """Shared memory of a block of the forward kernel."""
+    heads, values, chunk = config.heads, config.values, config.chunk
+    memory: Scratch = {
+        "q_slots": plgpu.SMEM((SLOTS, chunk, heads, keys), dtype),
+        "k_slots": plgpu.SMEM((SLOTS, chunk, heads, keys), dtype),
+        "v_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
+        "scalars_slots": plgpu.SMEM(
+            (SLOTS, heads, n_scalars, scalars_per_copy(chunk)), jnp.float32
+        ),
+        "out_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
+        "loaded": plgpu.Barrier(num_arrivals=4),
+    }
+    if save_delta:
+        memory["delta_slots"] = plgpu.SMEM((SLOTS, chunk, heads, values), jnp.float32)
+    return memory
+
+
+def backward_scratch(
+    config: TuningConfig, keys: int, n_scalars: int, has_write_gate: bool, dtype: Any
+) -> Scratch:
+    """Shared memory of a block of the backward kernel."""
+    heads, values, chunk = config.heads, config.values, config.chunk
+    keys_slots = plgpu.SMEM((SLOTS, chunk, heads, keys), dtype)
+    pipelined: Scratch = {}
+    if config.pipelined:
+        # Accumulators of each half of a group, by warp: tiles of 16 keys, lanes, 4 of a lane.
+        of_half = WARPS, keys // 16, LANES, 4
+        pipelined["sums"] = plgpu.SMEM((SAVED_STATE_GROUP // MMA_STEPS, *of_half), jnp.float32)
+    return {
+        "k_slots": keys_slots,
+        "q_slots": keys_slots,
+        "delta_slots": plgpu.SMEM((SLOTS, chunk, heads, values), jnp.float32),
+        "d_out_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
+        "scalars_slots": plgpu.SMEM(
+            (SLOTS, heads, n_scalars, scalars_per_copy(chunk)), jnp.float32
+        ),
+        "loaded": plgpu.Barrier(num_arrivals=5),
+        "states": plgpu.SMEM(
+            ((1 + config.pipelined) * SAVED_STATE_GROUP, heads, values, keys), dtype
+        ),
+        # Of q and of k; the rows past the chunk are never read.
+        "d_keys_rows": plgpu.SMEM((2, chunk + MMA_STEPS * config.pipelined, heads, keys), dtype),
+        "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
+        "partial_scalars": plgpu.SMEM((1 + has_write_gate, chunk, WARPS, 4), jnp.float32),
+        **pipelined,
+    }

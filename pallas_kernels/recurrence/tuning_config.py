@@ -1,0 +1,88 @@
+"""The tuning config of a kernel: blocks of heads and columns, chunks of time."""
+
+import dataclasses
+from typing import NamedTuple
+
+from pallas_kernels.common.sizes import WARPS, round_up
+from pallas_kernels.limits import SAVED_STATE_GROUP
+
+KEYS_MULTIPLE = 16
+"""N is padded to a multiple of it: one mma of 16 rows."""
+COLUMN_LANES = 8
+"""Lanes of a warp side by side on neighbouring columns; the others split the keys of each."""
+KEY_LANES = 4
+MAX_WARPGROUPS = 8
+"""Most warpgroups of a thread block: 1024 threads."""
+
+
+class PaddedSizes(NamedTuple):
+    """Sizes of a state in the kernels, padding included."""
+
+    heads: int
+    values: int
+    keys: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How a kernel divides heads, columns of the state and time.
+
+    Attributes:
+        heads: heads of a block, which is one warpgroup: 1, 2 or 4.
+        values: columns of each of these heads, a multiple of `32 / heads`.
+        chunk: steps of a bulk copy to shared memory, a multiple of 8.
+        unroll: steps unrolled, forward and replayed, where it divides their number.
+        warpgroups: warpgroups of a thread block. They are independent, but a thread block of w of
+            them may use 65,536 / (128 w) registers per thread: w caps the registers, and so sets
+            how many warpgroups an SM holds.
+        pipelined: whether the backward kernel replays each group of steps while it backpropagates
+            through the group after it (software pipelining), so that each hides the latency of the
+            other; shared memory then holds the states of two groups.
+    """
+
+    heads: int
+    values: int
+    chunk: int
+    unroll: int = 4
+    warpgroups: int = 1
+    pipelined: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads not in (1, 2, 4):
+            raise ValueError(f"a warpgroup has 1, 2 or 4 heads, got {self.heads}.")
+        multiple = column_multiple(self.heads)
+        if self.values < 1 or self.values % multiple:
+            raise ValueError(
+                f"a warpgroup of {self.heads} heads has a multiple of {multiple} columns of each, "
+                f"got {self.values}."
+            )
+        if self.chunk < 1 or self.chunk % SAVED_STATE_GROUP:
+            raise ValueError(
+                f"a chunk has a multiple of {SAVED_STATE_GROUP} steps, got {self.chunk}."
+            )
+        if self.unroll < 1:
+            raise ValueError(f"unroll must be at least 1 step, got {self.unroll}.")
+        if not 1 <= self.warpgroups <= MAX_WARPGROUPS:
+            raise ValueError(
+                f"a thread block has 1 to {MAX_WARPGROUPS} warpgroups, got {self.warpgroups}."
+            )
+
+    def padded(self, heads: int, n_value: int, n_state: int) -> PaddedSizes:
+        """The sizes of a state in whole blocks."""
+        return PaddedSizes(
+            round_up(heads, self.heads),
+            round_up(n_value, self.values),
+            round_up(n_state, KEYS_MULTIPLE),
+        )
+
+    def blocks(self, sizes: PaddedSizes) -> int:
+        """Blocks per row of the batch."""
+        return (sizes.heads // self.heads) * (sizes.values // self.values)
+
+    def unroll_of(self, steps: int) -> int:
+        return self.unroll if steps % self.unroll == 0 else 1
+
+
+def column_multiple(heads: int) -> int:
+    """What the columns of each head are a multiple of in a warpgroup of so many heads."""
+    return COLUMN_LANES * WARPS // heads

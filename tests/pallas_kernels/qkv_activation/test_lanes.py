@@ -1,0 +1,124 @@
+"""SiLU and unit length of q, k and v: lane programs in NumPy, kernels lowered for a GPU."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.limits import UnsupportedError
+from pallas_kernels.qkv_activation import HeadColumns, activate
+from pallas_kernels.qkv_activation.lanes import activate_rows, gradient_of_rows
+from tests.reference.lane_ops_in_numpy import Memory, NumpyLaneOps
+from tests.reference.layer_by_xla import activated
+from tests.reference.recurrence import rms_ratio
+
+BOUNDS = {jnp.float32: 1e-6, jnp.bfloat16: 2.5e-3}
+"""Bounds of ||x - reference|| / ||reference||; in bfloat16 one rounding."""
+
+over_dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16"])
+
+
+def numpy_lanes() -> Any:
+    return NumpyLaneOps()
+
+
+def check(columns: HeadColumns, n_tokens: int, dtype: Any, n_rest: int = 8) -> None:
+    """Results and gradients of the lane programs against the reference in float64."""
+    rng = np.random.default_rng([columns.n_heads, columns.n_state, n_tokens])
+    x = (2 * rng.normal(size=(n_tokens, columns.n_columns + n_rest))).astype(dtype)
+    x[:, : columns.n_state] = 0  # a head of zeros
+    with jax.enable_x64(True):
+        wide = jnp.asarray(x.astype(np.float64))
+        expected, pullback = jax.vjp(lambda x: activated(columns, x), wide)
+        d = [rng.normal(size=y.shape).astype(dtype) for y in expected]
+        (d_x_expected,) = pullback(tuple(jnp.asarray(y.astype(np.float64)) for y in d))
+    output, d_x = Memory(x), Memory(np.full(x.shape, np.nan, dtype))
+    for part, wanted, d_y in zip(columns.parts(x.shape[1], x.itemsize), expected, d, strict=True):
+        own = slice(None), slice(part.start, part.stop)
+        y = Memory(np.full((n_tokens, part.stop - part.start), np.nan, dtype))
+        activate_rows(numpy_lanes(), part, output[own], y)
+        ratio = rms_ratio(y.array.reshape(wanted.shape), np.asarray(wanted))
+        assert ratio < BOUNDS[dtype], f"{part.name} differs by {ratio}"
+        d_rows = Memory(np.ascontiguousarray(d_y.reshape(n_tokens, -1)))
+        gradient_of_rows(numpy_lanes(), part, output[own], d_rows, d_x[own])
+    # A row of zeros has so large a gradient that the others would not count.
+    rows = np.s_[:, columns.n_state :]
+    ratio = rms_ratio(d_x.array[rows], np.asarray(d_x_expected)[rows])
+    assert ratio < BOUNDS[dtype], f"the gradient differs by {ratio}"
+    zeros = np.s_[:, : columns.n_state]
+    ratio = rms_ratio(d_x.array[zeros], np.asarray(d_x_expected)[zeros])
+    assert ratio < BOUNDS[dtype], f"the gradient of zeros differs by {ratio}"
+
+
+@over_dtypes
+@pytest.mark.parametrize("n_state", [8, 16, 24, 32, 48, 64, 96, 128])
+def test_sizes(n_state: int, dtype: Any) -> None:
+    check(HeadColumns(3, n_state, 32, True, True), 5, dtype)
+
+
+@over_dtypes
+@pytest.mark.parametrize("n_tokens", [1, 7, 40])
+def test_tokens(n_tokens: int, dtype: Any) -> None:
+    check(HeadColumns(5, 32, 16, True, True), n_tokens, dtype, n_rest=24)
+
+
+@over_dtypes
+@pytest.mark.parametrize(("silu", "unit_length"), [(True, False), (False, True), (False, False)])
+def test_options(silu: bool, unit_length: bool, dtype: Any) -> None:
+    check(HeadColumns(2, 16, 16, silu, unit_length), 3, dtype)
+
+
+def test_large_numbers() -> None:
+    """SiLU of what overflows its exponential is 0 or the number."""
+    x = np.repeat(np.float32([-500, -90, 90, 500]), 8)[None]
+    part = HeadColumns(1, 32, 32, True, False).parts(96, 4)[0]
+    y, d_x = Memory(np.zeros_like(x)), Memory(np.zeros_like(x))
+    activate_rows(numpy_lanes(), part, Memory(x), y)
+    np.testing.assert_allclose(y.array, np.where(x > 0, x, 0), atol=1e-30)
+    gradient_of_rows(numpy_lanes(), part, Memory(x), Memory(np.ones_like(x)), d_x)
+    np.testing.assert_allclose(d_x.array, np.where(x > 0, 1, 0), atol=1e-30)
+
+
+@over_dtypes
+@pytest.mark.parametrize("n_rest", [0, 72])
+def test_lowering(n_rest: int, dtype: Any) -> None:
+    columns = HeadColumns(72, 32, 32, True, True)
+    x = jax.ShapeDtypeStruct((3, 75, columns.n_columns + n_rest), dtype)
+
+    def loss(x: jax.Array) -> jax.Array:
+        return sum((jnp.sum(y.astype(jnp.float32)) for y in activate(columns, x)), jnp.float32(0))
+
+    lowered = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("e88_activation_backward") > 0
+    lowered = jax.jit(loss).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "e88_activation_backward" not in lowered
+    assert "e88_activation" in lowered
+
+
+@pytest.mark.parametrize(
+    ("columns", "n_columns", "dtype", "fragments"),
+    [
+        (HeadColumns(2, 32, 32, True, True), 192, jnp.float16, ["float32 and bfloat16", "float16"]),
+        (HeadColumns(2, 20, 32, True, True), 144, jnp.bfloat16, ["N", "8", "20"]),
+        (HeadColumns(2, 32, 4, True, True), 136, jnp.bfloat16, ["V", "8", "4"]),
+        (HeadColumns(2, 32, 32, True, True), 194, jnp.bfloat16, ["columns", "8", "194"]),
+        (HeadColumns(2, 72, 32, True, True), 352, jnp.bfloat16, ["N", "32", "72"]),
+        (HeadColumns(2, 32, 72, True, True), 272, jnp.bfloat16, ["V", "32", "72"]),
+    ],
+)
+def test_refusals(columns: HeadColumns, n_columns: int, dtype: Any, fragments: list[str]) -> None:
+    """Raised before a kernel is traced."""
+
+    def call(columns: HeadColumns, n_columns: int, dtype: Any) -> None:
+        activate(columns, jax.ShapeDtypeStruct((1, 2, n_columns), dtype))  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises(UnsupportedError) as error:
+        call(columns, n_columns, jnp.dtype(dtype))
+    for fragment in fragments:
+        assert fragment in str(error.value)
+    fits = HeadColumns(2, 32, 32, True, True)
+    with pytest.raises(UnsupportedError, match="columns a multiple of 4, got 194"):
+        call(fits, 194, jnp.dtype(jnp.float32))
+    fits.require_supported(196, "float32")

@@ -1,0 +1,117 @@
+"""The kernels themselves, run by Pallas's interpreter with race detection, on few rows."""
+
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.interpreter.jax_interpreter import InterpretGPUParams, reset_interpreter
+from pallas_kernels.recurrence import TuningConfig, op, recurrence
+from tests.recurrence_contract import (
+    EVERY_OPTION,
+    RecurrenceContract,
+    Tensors,
+    make_inputs,
+    rows_by,
+)
+from tests.reference.recurrence import Inputs
+
+RACES = InterpretGPUParams(detect_races=True)
+
+
+@pytest.fixture(autouse=True)
+def no_races(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # The interpreter takes every size.
+    monkeypatch.setattr(op, "_require_supported", lambda q, v: None)
+    reset_interpreter()
+    yield
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+class TestInterpreted(RecurrenceContract):
+    implementation = "mosaic_gpu, interpreted"
+    dtypes = ("float32", "bfloat16")
+    n_value = 8
+    rows = MappingProxyType({"batch": 1, "heads": 1})
+    quick_to_compile = dtypes
+    checkpoint_intervals = (32, 33)
+    supports_sharding = False  # `test_op.py` does that
+    uses_xla_memory = False
+
+    def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
+        return rows_by(recurrence, arrays, *rows, interpret=RACES, **options)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("heads", [1, 2, 4])
+    def test_tuning_configs(self, heads: int, dtype: str) -> None:
+        """Blocks of one to four heads, two blocks of columns, odd chunks, a head of padding."""
+        values = 32 // heads
+        inputs = make_inputs(27, 12, values + 4, EVERY_OPTION, batch=1, heads=max(heads - 1, 1))
+        self.check_against_numpy(
+            _rounded(inputs, dtype),
+            dtype,
+            forward_config=TuningConfig(heads, values, chunk=24),
+            backward_config=TuningConfig(heads, values, chunk=16),
+        )
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_forward_and_backward_that_pad_otherwise(self, dtype: str) -> None:
+        inputs = make_inputs(27, 12, 12, EVERY_OPTION, batch=1, heads=3)
+        self.check_against_numpy(
+            _rounded(inputs, dtype),
+            dtype,
+            forward_config=TuningConfig(4, 8, chunk=24),
+            backward_config=TuningConfig(1, 64, chunk=16),
+        )
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(("time", "chunk"), [(27, 8), (43, 16), (75, 32)])
+    def test_chunks(self, time: int, chunk: int, dtype: str) -> None:
+        """Groups of steps in two chunks or more; the last of each is short."""
+        inputs = make_inputs(time, 8, 32, EVERY_OPTION, batch=1, heads=1)
+        config = TuningConfig(heads=1, values=32, chunk=chunk)
+        self.check_against_numpy(
+            _rounded(inputs, dtype),
+            dtype,
+            saved_state_interval=32,
+            forward_config=config,
+            backward_config=config,
+        )
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(("time", "chunk"), [(13, 16), (32, 16), (75, 32)])
+    def test_pipelined_groups(self, time: int, chunk: int, dtype: str) -> None:
+        """No whole chunk, whole chunks only, and a short one after two."""
+        inputs = make_inputs(time, 8, 32, EVERY_OPTION, batch=1, heads=1)
+        self.check_against_numpy(
+            _rounded(inputs, dtype),
+            dtype,
+            backward_config=TuningConfig(heads=1, values=32, chunk=chunk, pipelined=True),
+        )
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_saved_states_far_apart(self, dtype: str) -> None:
+        """A whole segment of 64 steps, and one of 11."""
+        inputs = make_inputs(75, 4, 8, EVERY_OPTION, batch=1, heads=1)
+        self.check_against_numpy(_rounded(inputs, dtype), dtype, saved_state_interval=33)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_warpgroups_side_by_side(self, dtype: str) -> None:
+        """Two blocks in thread blocks of three: one has nothing to do."""
+        inputs = make_inputs(11, 8, 32, ("write_gate",), batch=1, heads=2)
+        three = TuningConfig(heads=1, values=32, chunk=8, warpgroups=3)
+        self.check_against_numpy(
+            _rounded(inputs, dtype), dtype, forward_config=three, backward_config=three
+        )
+
+
+def _rounded(inputs: Inputs, dtype: str) -> Inputs:
+    """The inputs as the kernels get them: the reference does not round."""
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(x, dtype).astype("float32"), np.float64)
+
+    return inputs._replace(q=rounded(inputs.q), k=rounded(inputs.k), v=rounded(inputs.v))

@@ -1,0 +1,154 @@
+import dataclasses
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.common.launch import shared_memory_limit
+from pallas_kernels.common.sizes import round_up
+from pallas_kernels.limits import UnsupportedError
+from pallas_kernels.recurrence.tuning import (
+    backward_config,
+    backward_shared_bytes,
+    forward_config,
+    forward_shared_bytes,
+    neighbours,
+)
+from pallas_kernels.recurrence.tuning_config import TuningConfig, column_multiple
+from pallas_kernels.target import CPU, H100
+
+SIZES = [4, 12, 32, 48, 72, 100, 128]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 5), (8, 83), (64, 384)])
+def test_every_size_fits_in_shared_memory(batch: int, heads: int, dtype: Any) -> None:
+    limit = shared_memory_limit(H100)
+    for n_state, n_value in itertools.product(SIZES, SIZES):
+        sizes = batch, heads, n_state, n_value, H100, dtype
+        forward, backward = forward_config(*sizes), backward_config(*sizes)
+        assert 0 < forward_shared_bytes(forward, n_state, dtype) <= limit
+        assert 0 < backward_shared_bytes(backward, n_state, dtype) <= limit
+
+
+@pytest.mark.parametrize("n_value", [8, 32, 48, 72, 128])
+@pytest.mark.parametrize("heads", [1, 5, 83, 384])
+def test_no_block_pads_more_than_the_smallest_would(heads: int, n_value: int) -> None:
+    def columns(block_heads: int, values: int) -> int:
+        return round_up(heads, block_heads) * round_up(n_value, values)
+
+    least = min(columns(h, column_multiple(h)) for h in (1, 2, 4))
+    for choose in (forward_config, backward_config):
+        config = choose(8, heads, 32, n_value, H100, jnp.bfloat16)
+        assert columns(config.heads, config.values) == least
+
+
+def test_as_many_warpgroups_as_an_sm_has_work_for() -> None:
+    def side_by_side(batch: int) -> int:
+        return forward_config(batch, 132, 32, 32, H100, jnp.bfloat16).warpgroups
+
+    assert [side_by_side(batch) for batch in (1, 2, 5)] == [1, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "size", "forward", "backward"),
+    [
+        # 576 warpgroups of one head fit at once, 5 an SM.
+        (8, 72, 32, (1, 32, 5), (1, 32, 5)),
+        # 768 do not: with two heads they do.
+        (8, 96, 32, (2, 32, 3), (2, 32, 3)),
+        # 576 of two heads need too many registers in the backward kernel to be held at once.
+        (16, 72, 32, (2, 32, 5), (1, 32, 5)),
+        (16, 71, 32, (1, 32, 5), (1, 32, 5)),
+        (8, 384, 32, (4, 32, 2), (2, 32, 4)),
+        (64, 384, 128, (1, 32, 2), (1, 32, 2)),
+    ],
+)
+def test_no_sm_has_a_last_warpgroup_alone(
+    batch: int,
+    heads: int,
+    size: int,
+    forward: tuple[int, int, int],
+    backward: tuple[int, int, int],
+) -> None:
+    sizes = batch, heads, size, size, H100, jnp.bfloat16
+    for config, expected in (
+        (forward_config(*sizes), forward),
+        (backward_config(*sizes, n_scalars=1, has_write_gate=False), backward),
+    ):
+        assert (config.heads, config.values, config.warpgroups) == expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "size", "dtype", "config"),
+    [
+        (8, 72, 32, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 5)),
+        (8, 384, 32, jnp.bfloat16, TuningConfig(2, 32, 8, 8, 4)),
+        (8, 383, 32, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 5)),
+        (8, 384, 32, jnp.float32, TuningConfig(1, 32, 8, 8, 5)),
+        (1, 72, 32, jnp.bfloat16, TuningConfig(1, 32, 32, 8, 1, pipelined=True)),
+        (8, 96, 32, jnp.bfloat16, TuningConfig(2, 32, 16, 8, 3)),
+        (8, 40, 64, jnp.bfloat16, TuningConfig(1, 32, 8, 8, 5)),
+        (4, 16, 128, jnp.bfloat16, TuningConfig(1, 32, 8, 4, 2)),
+        (8, 48, 48, jnp.bfloat16, TuningConfig(2, 16, 8, 8, 5)),
+        (8, 288, 16, jnp.bfloat16, TuningConfig(2, 16, 16, 8, 5)),
+    ],
+)
+def test_backward_configs_that_were_measured(
+    batch: int, heads: int, size: int, dtype: Any, config: TuningConfig
+) -> None:
+    sizes = batch, heads, size, size, H100, dtype
+    assert backward_config(*sizes, n_scalars=1, has_write_gate=False) == config
+
+
+def test_an_unknown_target_is_tuned_for_as_an_h100() -> None:
+    sizes = 8, 96, 32, 32
+    for choose in (forward_config, backward_config):
+        assert choose(*sizes, CPU, jnp.bfloat16) == choose(*sizes, H100, jnp.bfloat16)
+
+
+def test_the_shared_memory_of_the_target_counts() -> None:
+    sizes = 8, 72, 32, 32
+    small = dataclasses.replace(H100, shared_memory_per_block=101_376)
+    config = backward_config(*sizes, small, jnp.bfloat16)
+    assert backward_shared_bytes(config, 32, jnp.bfloat16) <= 100_352
+    assert config.warpgroups < backward_config(*sizes, H100, jnp.bfloat16).warpgroups
+    tiny = dataclasses.replace(H100, shared_memory_per_block=5_000)
+    with pytest.raises(
+        UnsupportedError, match=r"needs \d+ bytes of shared memory, of 3976, even in"
+    ):
+        forward_config(*sizes, tiny, jnp.bfloat16)
+
+
+def test_larger_warpgroups_hold_no_more_than_their_registers_do() -> None:
+    for n_state in (16, 32, 64, 80, 112, 128):
+        config = forward_config(64, 384, n_state, 128, H100, jnp.bfloat16)
+        assert 2048 <= config.heads * config.values * n_state <= 4096
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"heads": 3}, ["1, 2 or 4", "3"]),
+        ({"values": 24}, ["32", "24"]),
+        ({"values": 0}, ["32", "0"]),
+        ({"chunk": 12}, ["8", "12"]),
+        ({"unroll": 0}, ["1", "0"]),
+        ({"warpgroups": 9}, ["8", "9"]),
+    ],
+)
+def test_bad_config(changes: dict[str, Any], fragments: list[str]) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (fragments below)
+        dataclasses.replace(TuningConfig(heads=1, values=32, chunk=16), **changes)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+def test_neighbours_differ_in_one_number() -> None:
+    config = TuningConfig(heads=2, values=32, chunk=16, warpgroups=3)
+    found = neighbours(config)
+    assert len(set(found)) == len(found) > 5
+    for other in found:
+        pairs = zip(dataclasses.astuple(config), dataclasses.astuple(other), strict=True)
+        assert sum(a != b for a, b in pairs) == 1
