@@ -121,7 +121,7 @@ WRONG: list[tuple[Callable[..., Any], str]] = [
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **implementations: Callable[..., Any]) -> None:
-    monkeypatch.setattr(recurrence, "_IMPLEMENTATIONS", implementations)
+    monkeypatch.setattr(recurrence, "IMPLEMENTATIONS", implementations)
     monkeypatch.setattr(selfcheck, "QUICK", (SMALL,))
 
 
