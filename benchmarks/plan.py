@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from e88_jax import hardware
 from e88_jax.config import LMConfig
-from e88_jax.sizing import PRESETS, training_memory
+from e88_jax.mixers.base import Execution
+from e88_jax.sizing import PRESETS, e88_layer, training_memory
 from experiments.harness import cli
 from experiments.harness.bounds import require
 from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
@@ -81,20 +82,21 @@ class Kernel(NamedTuple):
 
 def on_a_gpu(model: LMConfig) -> LMConfig:
     """The model with what a GPU that has the kernels would choose."""
-    layer = dataclasses.replace(
-        model.layer,
-        dtype=model.layer.dtype or "bfloat16",
-        implementation=model.layer.implementation or "mosaic_gpu",
+    execution = dataclasses.replace(
+        model.execution,
+        dtype=model.execution.dtype or "bfloat16",
+        implementation=model.execution.implementation or "mosaic_gpu",
     )
-    return dataclasses.replace(model, layer=layer)
+    return dataclasses.replace(model, execution=execution)
 
 
 def model_of(plan: dict[str, Any]) -> LMConfig:
     """The model of an entry of the file of `--memory`."""
     preset = PRESETS[plan["preset"]].config
-    layer = dataclasses.replace(preset.layer, **plan["layer"])
+    layer = dataclasses.replace(e88_layer(preset), **plan["layer"])
+    execution = Execution(**plan["execution"])
     return dataclasses.replace(
-        preset, layer=layer, depth=plan["depth"], remat=plan["remat"], **plan["model"]
+        preset, layers=(layer,), execution=execution, depth=plan["depth"], **plan["model"]
     )
 
 
@@ -104,7 +106,7 @@ def lower_step(model: LMConfig, batch: int, length: int, sharding: Any = None) -
     import jax.numpy as jnp
     from flax import nnx
 
-    from e88_jax.model import E88LM
+    from e88_jax.model import LanguageModel
     from experiments.harness.optimizer import make_optimizer
     from experiments.harness.step import init_state, make_train_step
 
@@ -113,7 +115,7 @@ def lower_step(model: LMConfig, batch: int, length: int, sharding: Any = None) -
     built: dict[str, Any] = {}
 
     def build() -> Any:
-        model_ = E88LM(model, rngs=nnx.Rngs(0))
+        model_ = LanguageModel(model, rngs=nnx.Rngs(0))
         built["graphdef"] = nnx.graphdef(model_)
         return init_state(model_, optimizer, None)
 
@@ -278,12 +280,12 @@ def main(args: Sequence[str]) -> None:
         fill_in(config.memory)
         return
     model = on_a_gpu(config.model)
-    layer: Any = model.layer
-    if layer.implementation == "scan":
+    execution: Any = model.execution
+    if execution.implementation == "scan":
         raise UsageError("--implementation scan is a loop, whose kernels this does not list.")
     compiled = compile_for_h100(model, config.batch_size, config.seq_len)
     kernels = kernels_of(compiled.as_text())
-    bandwidth = hardware.find("h100").memory_bandwidth_GBps
+    bandwidth = hardware.find_gpu("h100").memory_bandwidth_GBps
     for kernel in sorted(kernels, key=lambda kernel: -kernel.n_bytes)[: config.kernels]:
         print(
             f"{kernel.n_bytes / 1e6:9,.0f} MB  {kernel.part:20} {kernel.name:40.40} {kernel.result}"
@@ -300,8 +302,8 @@ def main(args: Sequence[str]) -> None:
         model,
         config.batch_size,
         config.seq_len,
-        dtype=layer.dtype,
-        implementation=layer.implementation,
+        dtype=execution.dtype,
+        implementation=execution.implementation,
     )
     print(
         f"memory: {planned_bytes(compiled) / 1e9:.2f} GB; e88_jax.sizing says "
