@@ -66,7 +66,9 @@ def check_falls_back(caplog: pytest.LogCaptureFixture, error: Exception) -> None
     with pytest.raises(NotImplementedError, match="implementation='mosaic_gpu' cannot") as refused:
         e88_recurrence(**ARRAYS, implementation="mosaic_gpu")
     assert reason in str(refused.value)
-    assert refused.value.__cause__.__cause__ is error
+    cause = refused.value.__cause__
+    assert cause is not None
+    assert cause.__cause__ is error
 
 
 # A kernel's start, what is inside of it, and the backward kernel, traced after the forward pass.

@@ -31,7 +31,7 @@ def token_of_row(w: LaneOps, config: DecodeConfig, group: Reg, ref: Mapping[str,
 
 def _token_of_warp(w: LaneOps, config: DecodeConfig, warp: Reg, ref: Mapping[str, Memory]) -> None:
     columns, x, state = config.columns, ref["x"], ref["state"]
-    heads, n_state, n_value = columns.n_heads, columns.n_state, columns.n_value
+    n_state, n_value = columns.n_state, columns.n_value
     head, block = w.divide(warp, config.warps_per_head)
     column = w.add(w.multiply(block, LANES), w.lane)
     own = w.minimum(column, n_value - 1)
@@ -43,12 +43,10 @@ def _token_of_warp(w: LaneOps, config: DecodeConfig, warp: Reg, ref: Mapping[str
     old = [w.as_float(_load_where(w, exists, state, address)) for address in addresses]
 
     keys = Activation(columns.silu, columns.unit_length)
-    of_head = w.multiply(head, n_state)
-    q, k = (
-        _over_lanes(w, x, w.add(of_head, start), n_state, keys) for start in (0, heads * n_state)
-    )
-    value = w.add(w.multiply(head, n_value), own)
-    v = _element(w, x, w.add(value, 2 * heads * n_state))
+    of_head = w.multiply(head, columns.of_head)
+    q, k = (_over_lanes(w, x, w.add(of_head, start), n_state, keys) for start in (0, n_state))
+    v = _element(w, x, w.add(w.add(of_head, own), 2 * n_state))
+    value = w.add(w.multiply(head, n_value), own)  # of out and the gate
     ((v,), _) = silu_and_derivative(w, columns.silu, [v])
 
     decay = _element(w, ref["decay"], head)

@@ -55,17 +55,27 @@ class LaneRows:
 
 
 class Part(NamedTuple):
-    """Columns of one kind, neighbours in the matmul's output: `heads` rows of each token."""
+    """Columns of one kind in the matmul's output: `heads` rows of each token.
+
+    Row h is the columns from `start + h * stride` on.
+    """
 
     name: str
     start: int
+    stride: int
     heads: int
     rows: LaneRows
     activation: Activation
 
     @property
-    def stop(self) -> int:
-        return self.start + self.heads * self.rows.size
+    def columns(self) -> slice:
+        """From the first column of the first row to the last of the last row."""
+        return slice(self.start, self.start + (self.heads - 1) * self.stride + self.rows.size)
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of the part alone."""
+        return self.heads * self.rows.size
 
     def tokens(self, of_all: int) -> int:
         """Tokens of a thread block."""
@@ -75,7 +85,9 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HeadColumns:
-    """Columns of a matmul's output: q of all heads, k of all, v of all, then any others.
+    """Columns of a matmul's output: q `[N]`, k `[N]` and v `[V]` of head 0, of head 1 and so on.
+
+    After those of the last head come any others, the rest.
 
     Attributes:
         silu: SiLU of q, k and v.
@@ -89,26 +101,30 @@ class HeadColumns:
     unit_length: bool
 
     @property
+    def of_head(self) -> int:
+        """Columns of a head."""
+        return 2 * self.n_state + self.n_value
+
+    @property
     def n_columns(self) -> int:
-        """Columns of q, k and v together."""
-        return self.n_heads * (2 * self.n_state + self.n_value)
+        """Columns of all heads."""
+        return self.n_heads * self.of_head
 
     def parts(self, n_columns: int, itemsize: int) -> list[Part]:
         """The parts of an output with so many columns."""
+        n, heads, stride = self.n_state, self.n_heads, self.of_head
+        keys, values = LaneRows(n, itemsize), LaneRows(self.n_value, itemsize)
         unit = Activation(self.silu, self.unit_length)
+        parts = [
+            Part("q", 0, stride, heads, keys, unit),
+            Part("k", n, stride, heads, keys, unit),
+            Part("v", 2 * n, stride, heads, values, Activation(self.silu, False)),
+        ]
         vector = LOAD_BYTES // itemsize
-        sizes = {
-            "q": (self.n_heads, self.n_state, unit),
-            "k": (self.n_heads, self.n_state, unit),
-            "v": (self.n_heads, self.n_value, Activation(self.silu, False)),
-            "rest": ((n_columns - self.n_columns) // vector, vector, Activation(False, False)),
-        }
-        parts: list[Part] = []
-        start = 0
-        for name, (heads, size, activation) in sizes.items():
-            if heads:
-                parts.append(Part(name, start, heads, LaneRows(size, itemsize), activation))
-                start = parts[-1].stop
+        if n_rest := (n_columns - self.n_columns) // vector:
+            rest = LaneRows(vector, itemsize)
+            as_it_is = Activation(False, False)
+            parts.append(Part("rest", self.n_columns, vector, n_rest, rest, as_it_is))
         return parts
 
     def require_supported(self, n_columns: int, dtype: str) -> None:

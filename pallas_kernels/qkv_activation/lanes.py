@@ -10,28 +10,42 @@ from pallas_kernels.qkv_activation.columns import LOAD_BYTES, LaneRows, Part
 
 
 def activate_rows(w: LaneOps, part: Part, x: Memory, y: Memory) -> None:
-    """From rows of the matmul's output, `[tokens, heads * size]`, to rows of q, k or v."""
+    """From rows of the matmul's output to rows of q, k or v.
+
+    Args:
+        x: `[tokens, columns]`, from the first column of the part on.
+        y: `[tokens, heads * size]`.
+    """
     rows, (silu, unit_length) = part.rows, part.activation
 
     def some(own: list[Reg]) -> None:
-        loaded = [_load(w, x, _addresses(w, rows, part.heads, x, row)) for row in own]
+        loaded = [_load(w, x, _addresses(w, part, part.stride, x, row)) for row in own]
         for row, words in zip(own, loaded, strict=True):
             a, _ = silu_and_derivative(w, silu, _wide(w, rows, words))
             if unit_length:
                 scale, _ = inverse_length(w, rows.lanes, a)
                 a = [w.fmultiply(value, scale) for value in a]
-            _store(w, rows, y, _addresses(w, rows, part.heads, y, row), a)
+            _store(w, rows, y, _contiguous(w, rows, y, row), a)
 
     _over_all(w, part, x.shape[0], some)
 
 
 def gradient_of_rows(w: LaneOps, part: Part, x: Memory, d_y: Memory, d_x: Memory) -> None:
-    """From rows of the matmul's output and the gradient of q, k or v to the rows' gradient."""
+    """From rows of the matmul's output and the gradient of q, k or v to the rows' gradient.
+
+    Args:
+        x, d_x: `[tokens, columns]`, from the first column of the part on.
+        d_y: `[tokens, heads * size]`.
+    """
     rows, (silu, unit_length) = part.rows, part.activation
 
     def some(own: list[Reg]) -> None:
         loaded = [
-            [_load(w, z, _addresses(w, rows, part.heads, z, row)) for z in (x, d_y)] for row in own
+            [
+                _load(w, z, _addresses(w, part, stride, z, row))
+                for z, stride in ((x, part.stride), (d_y, rows.size))
+            ]
+            for row in own
         ]
         for row, words in zip(own, loaded, strict=True):
             x_wide, d = (_wide(w, rows, z) for z in words)
@@ -46,7 +60,7 @@ def gradient_of_rows(w: LaneOps, part: Part, x: Memory, d_y: Memory, d_x: Memory
                     for value, of_value in zip(a, d, strict=True)
                 ]
             d = [w.fmultiply(of_value, s) for of_value, s in zip(d, derivatives, strict=True)]
-            _store(w, rows, d_x, _addresses(w, rows, part.heads, d_x, row), d)
+            _store(w, rows, d_x, _addresses(w, part, part.stride, d_x, row), d)
 
     _over_all(w, part, x.shape[0], some)
 
@@ -70,12 +84,20 @@ def _row(w: LaneOps, rows: LaneRows, i: Reg, n_rows: int) -> Reg:
     return w.minimum(w.add(w.multiply(i, THREADS // rows.lanes), of_thread), n_rows - 1)
 
 
-def _addresses(w: LaneOps, rows: LaneRows, heads: int, memory: Memory, row: Reg) -> list[Address]:
-    """Addresses of this lane's loads of a row, in `[tokens, heads * size]`."""
-    token, head = w.divide(row, heads)
+def _addresses(w: LaneOps, part: Part, stride: int, memory: Memory, row: Reg) -> list[Address]:
+    """Addresses of this lane's loads of a row in `[tokens, columns]`, heads `stride` apart."""
+    token, head = w.divide(row, part.heads)
+    return _of_lane(w, part.rows, memory, token, w.multiply(head, stride))
+
+
+def _contiguous(w: LaneOps, rows: LaneRows, memory: Memory, row: Reg) -> list[Address]:
+    """`_addresses` in contiguous rows; takes fewer registers forward, but more backward."""
+    return _of_lane(w, rows, memory, 0, w.multiply(row, rows.size))
+
+
+def _of_lane(w: LaneOps, rows: LaneRows, memory: Memory, token: Reg, column: Reg) -> list[Address]:
     _, lane = w.divide(w.thread, rows.lanes)
-    first = w.add(w.multiply(head, rows.size), w.multiply(lane, rows.vector))
-    start = w.address(memory, token, first)
+    start = w.address(memory, token, w.add(column, w.multiply(lane, rows.vector)))
     step = rows.lanes * LOAD_BYTES
     return [w.add(start, j * step) for j in range(rows.loads)]
 

@@ -71,8 +71,7 @@ def _forward_call(columns: HeadColumns) -> Callable[[Array], tuple[Array, ...]]:
         parts = [s for s in columns.parts(n_columns, x.dtype.itemsize) if s.name != "rest"]
 
         def of_block(part: Part, ref: dict[str, Ref], tokens: Index) -> list[Ref]:
-            own = pl.ds(part.start, part.stop - part.start)
-            return [ref["x"].at[tokens, own], ref[part.name].at[tokens]]
+            return [ref["x"].at[tokens, part.columns], ref[part.name].at[tokens]]
 
         results = _kernel(
             "e88_activation",
@@ -81,10 +80,7 @@ def _forward_call(columns: HeadColumns) -> Callable[[Array], tuple[Array, ...]]:
             batch * time,
             of_block,
             {"x": _flat(x)},
-            {
-                s.name: jax.ShapeDtypeStruct((batch * time, s.heads * s.rows.size), x.dtype)
-                for s in parts
-            },
+            {s.name: jax.ShapeDtypeStruct((batch * time, s.n_columns), x.dtype) for s in parts},
         )
         return tuple(results[s.name].reshape(batch, time, s.heads, -1) for s in parts)
 
@@ -98,11 +94,10 @@ def _backward_call(columns: HeadColumns, has_rest: bool) -> Callable[..., Array]
         given = {s.name: _flat(d_y) for s, d_y in zip(parts, d, strict=True)}
 
         def of_block(part: Part, ref: dict[str, Ref], tokens: Index) -> list[Ref]:
-            own = pl.ds(part.start, part.stop - part.start)
             return [
-                ref["x"].at[tokens, own],
+                ref["x"].at[tokens, part.columns],
                 ref[part.name].at[tokens],
-                ref["d_x"].at[tokens, own],
+                ref["d_x"].at[tokens, part.columns],
             ]
 
         flat = _flat(x)

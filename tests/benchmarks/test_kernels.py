@@ -43,7 +43,7 @@ def test_the_search_starts_from_what_a_call_uses(
     d_out = inputs.pop("d_out")
 
     def out(arrays: Any) -> Any:
-        options = {"write_gate": None, "initial_state": None}
+        options: Any = {"write_gate": None, "initial_state": None}
         return recurrence(**arrays, **options, linear_state=False, saved_state_interval=32)[0]
 
     def gradient(arrays: Any, d_out: Any) -> Any:

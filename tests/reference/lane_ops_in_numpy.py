@@ -261,3 +261,16 @@ class NumpyLaneOps:
         self._active = outside & self._of(bool, condition)
         body()
         self._active = outside
+
+
+# What lane programs take, whose types are those of `pallas_kernels.common.lane_ops`.
+
+
+def memory(array: np.ndarray) -> Any:
+    """The array in place of a `Memory`."""
+    return Memory(array)
+
+
+def lane_ops() -> Any:
+    """`NumpyLaneOps` in place of `LaneOps`."""
+    return NumpyLaneOps()

@@ -40,9 +40,9 @@ def a_layer(
 
 def activated(columns: HeadColumns, x: jax.Array) -> tuple[jax.Array, ...]:
     """q, k, v and the rest of a matmul's output `[..., columns]`: what `activate` computes."""
-    keys = columns.n_heads * columns.n_state
-    q, k, v, rest = jnp.split(x, [keys, 2 * keys, columns.n_columns], axis=-1)
-    q, k, v = (y.reshape(*x.shape[:-1], columns.n_heads, -1) for y in (q, k, v))
+    heads, rest = jnp.split(x, [columns.n_columns], axis=-1)
+    heads = heads.reshape(*x.shape[:-1], columns.n_heads, columns.of_head)
+    q, k, v = jnp.split(heads, [columns.n_state, 2 * columns.n_state], axis=-1)
     unit = columns.unit_length
     return (
         activate(q, columns.silu, unit),
@@ -77,9 +77,7 @@ def decoded(
     return out, state
 
 
-def inputs(
-    layer: DecodeConfig, rows: int, dtype: Any, has_write_gate: bool
-) -> dict[str, np.ndarray]:
+def inputs(layer: DecodeConfig, rows: int, dtype: Any, has_write_gate: bool) -> dict[str, Any]:
     columns = layer.columns
     rng = np.random.default_rng([columns.n_heads, columns.n_state, columns.n_value])
     n_columns = layer.gate_start + columns.n_heads * columns.n_value

@@ -11,7 +11,7 @@ from pallas_kernels.common.sizes import WARPS
 from pallas_kernels.decode import DecodeConfig, decode_layer
 from pallas_kernels.decode.lanes import token_of_row
 from pallas_kernels.limits import UnsupportedError
-from tests.reference.lane_ops_in_numpy import Memory, NumpyLaneOps
+from tests.reference.lane_ops_in_numpy import lane_ops, memory
 from tests.reference.layer_by_xla import OPTIONS, a_layer, decoded, inputs
 from tests.reference.recurrence import rms_ratio
 
@@ -28,12 +28,12 @@ def check(layer: DecodeConfig, dtype: Any, *, has_write_gate: bool = False) -> N
     wide = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
     out, state = decoded(layer, **{"write_gate": None, **wide})
     # Padded to words of 4 bytes, of which an odd row of bfloat16 fills half of the last.
-    ref: dict[str, Any] = {name: Memory(x[0].copy()) for name, x in arrays.items() if name != "x"}
+    ref = {name: memory(x[0].copy()) for name, x in arrays.items() if name != "x"}
     row = arrays["x"][0]
-    ref["x"] = Memory(np.pad(row, (0, row.size % 2)))[: row.size]
-    ref["out"] = Memory(np.full(columns.n_heads * columns.n_value, np.nan, dtype))
+    ref["x"] = memory(np.pad(row, (0, row.size % 2)))[: row.size]
+    ref["out"] = memory(np.full(columns.n_heads * columns.n_value, np.nan, dtype))
     for group in range(-(-layer.warps // WARPS)):
-        w: Any = NumpyLaneOps()
+        w = lane_ops()
         token_of_row(w, layer, group, ref)
         assert w.tanhs == (set() if layer.linear_state else {dtype == jnp.bfloat16})
     for name, wanted, bound in (("out", out, BOUNDS[dtype]), ("state", state, 2e-6)):

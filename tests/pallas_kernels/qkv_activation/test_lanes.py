@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.limits import UnsupportedError
 from pallas_kernels.qkv_activation import HeadColumns, activate
 from pallas_kernels.qkv_activation.lanes import activate_rows, gradient_of_rows
-from tests.reference.lane_ops_in_numpy import Memory, NumpyLaneOps
+from tests.reference.lane_ops_in_numpy import lane_ops, memory
 from tests.reference.layer_by_xla import activated
 from tests.reference.recurrence import rms_ratio
 
@@ -18,10 +18,6 @@ BOUNDS = {jnp.float32: 1e-6, jnp.bfloat16: 2.5e-3}
 """Bounds of ||x - reference|| / ||reference||; in bfloat16 one rounding."""
 
 over_dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16"])
-
-
-def numpy_lanes() -> Any:
-    return NumpyLaneOps()
 
 
 def check(columns: HeadColumns, n_tokens: int, dtype: Any, n_rest: int = 8) -> None:
@@ -34,15 +30,15 @@ def check(columns: HeadColumns, n_tokens: int, dtype: Any, n_rest: int = 8) -> N
         expected, pullback = jax.vjp(lambda x: activated(columns, x), wide)
         d = [rng.normal(size=y.shape).astype(dtype) for y in expected]
         (d_x_expected,) = pullback(tuple(jnp.asarray(y.astype(np.float64)) for y in d))
-    output, d_x = Memory(x), Memory(np.full(x.shape, np.nan, dtype))
+    output, d_x = memory(x), memory(np.full(x.shape, np.nan, dtype))
     for part, wanted, d_y in zip(columns.parts(x.shape[1], x.itemsize), expected, d, strict=True):
-        own = slice(None), slice(part.start, part.stop)
-        y = Memory(np.full((n_tokens, part.stop - part.start), np.nan, dtype))
-        activate_rows(numpy_lanes(), part, output[own], y)
+        own = slice(None), part.columns
+        y = memory(np.full((n_tokens, part.n_columns), np.nan, dtype))
+        activate_rows(lane_ops(), part, output[own], y)
         ratio = rms_ratio(y.array.reshape(wanted.shape), np.asarray(wanted))
         assert ratio < BOUNDS[dtype], f"{part.name} differs by {ratio}"
-        d_rows = Memory(np.ascontiguousarray(d_y.reshape(n_tokens, -1)))
-        gradient_of_rows(numpy_lanes(), part, output[own], d_rows, d_x[own])
+        d_rows = memory(np.ascontiguousarray(d_y.reshape(n_tokens, -1)))
+        gradient_of_rows(lane_ops(), part, output[own], d_rows, d_x[own])
     # A row of zeros has so large a gradient that the others would not count.
     rows = np.s_[:, columns.n_state :]
     ratio = rms_ratio(d_x.array[rows], np.asarray(d_x_expected)[rows])
@@ -50,6 +46,19 @@ def check(columns: HeadColumns, n_tokens: int, dtype: Any, n_rest: int = 8) -> N
     zeros = np.s_[:, : columns.n_state]
     ratio = rms_ratio(d_x.array[zeros], np.asarray(d_x_expected)[zeros])
     assert ratio < BOUNDS[dtype], f"the gradient of zeros differs by {ratio}"
+
+
+def test_columns_are_head_major() -> None:
+    columns = HeadColumns(2, 8, 16, True, True)
+    taken = np.full(70, "", object)
+    for part in columns.parts(70, 4):
+        for head in range(part.heads):
+            own = taken[part.columns][head * part.stride :][: part.rows.size]
+            assert len(own) == part.rows.size
+            own += f"{part.name}{head} "
+    rows = ["q0", "k0", "v0", "v0", "q1", "k1", "v1", "v1"]
+    assert [*taken[:64:8]] == [*taken[7:64:8]] == [f"{row} " for row in rows]
+    assert [*taken[64:]] == ["rest0 "] * 4 + ["", ""]  # refused: not whole loads
 
 
 @over_dtypes
@@ -72,12 +81,12 @@ def test_options(silu: bool, unit_length: bool, dtype: Any) -> None:
 
 def test_large_numbers() -> None:
     """SiLU of what overflows its exponential is 0 or the number."""
-    x = np.repeat(np.float32([-500, -90, 90, 500]), 8)[None]
+    x = np.repeat(np.array([-500, -90, 90, 500], np.float32), 8)[None]
     part = HeadColumns(1, 32, 32, True, False).parts(96, 4)[0]
-    y, d_x = Memory(np.zeros_like(x)), Memory(np.zeros_like(x))
-    activate_rows(numpy_lanes(), part, Memory(x), y)
+    y, d_x = memory(np.zeros_like(x)), memory(np.zeros_like(x))
+    activate_rows(lane_ops(), part, memory(x), y)
     np.testing.assert_allclose(y.array, np.where(x > 0, x, 0), atol=1e-30)
-    gradient_of_rows(numpy_lanes(), part, Memory(x), Memory(np.ones_like(x)), d_x)
+    gradient_of_rows(lane_ops(), part, memory(x), memory(np.ones_like(x)), d_x)
     np.testing.assert_allclose(d_x.array, np.where(x > 0, 1, 0), atol=1e-30)
 
 

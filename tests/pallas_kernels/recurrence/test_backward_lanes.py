@@ -26,7 +26,7 @@ from pallas_kernels.recurrence.backward_lanes import (
 from pallas_kernels.recurrence.mma_fragments import MMA_STEPS, Fragments, fragment_layout
 from pallas_kernels.recurrence.scratch import backward_scratch
 from pallas_kernels.recurrence.tuning_config import TuningConfig
-from tests.reference.lane_ops_in_numpy import THREADS, Memory, NumpyLaneOps
+from tests.reference.lane_ops_in_numpy import THREADS, NumpyLaneOps, lane_ops, memory
 from tests.reference.recurrence import rms_ratio
 
 Arrays = dict[str, np.ndarray]
@@ -151,7 +151,7 @@ def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int, pipelined: bool
     n, heads, keys = inputs["k"].shape
     shape = heads, inputs["delta"].shape[2], keys
     n_scalars = 1 + kind.has_write_gate
-    w: Any = NumpyLaneOps()
+    w = lane_ops()
     f = Fragments(w, *shape, exact=dtype == jnp.float32)
     places = places_of(f, shape)
 
@@ -163,10 +163,10 @@ def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int, pipelined: bool
         state.reshape(-1)[places] = fragments
         return state
 
-    def empty(*shape: int, dtype: Any = np.float32) -> Memory:
-        return Memory(np.full(shape, np.nan, dtype))
+    def empty(*shape: int, dtype: Any = np.float32) -> Any:
+        return memory(np.full(shape, np.nan, dtype))
 
-    given = {name: Memory(x) for name, x in inputs.items()}
+    given = {name: memory(x) for name, x in inputs.items()}
     of_kernel = backward_scratch(
         TuningConfig(*shape[:2], chunk=8),
         keys,
@@ -195,7 +195,7 @@ def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int, pipelined: bool
     while stop:
         first = (stop - 1) // MMA_STEPS * MMA_STEPS
         rows = slice(first, stop)
-        memory = {
+        at = {
             **{name: given[name][rows] for name in ("k", "q", "delta", "d_out")},
             "scalars": given["scalars"][:, :, rows],
             "states": states[first : first + MMA_STEPS],
@@ -211,17 +211,17 @@ def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int, pipelined: bool
                 "states": states_again[others],
             }
             half = first % (2 * MMA_STEPS) == 0
-            memory |= {
+            at |= {
                 "sums": sums[half],
                 "earlier_sums": sums[not half],
                 "earlier_d_keys": earlier_d_keys,
             }
             d, after, replayed = backpropagate_and_replay(
-                f, kind, memory, of_others, d, after, replayed
+                f, kind, at, of_others, d, after, replayed
             )
-            n_replayed, earlier_d_keys = others.stop, memory["d_keys"]
+            n_replayed, earlier_d_keys = others.stop, at["d_keys"]
         else:
-            d, after = backpropagate(f, kind, memory, d, after, stop - first)
+            d, after = backpropagate(f, kind, at, d, after, stop - first)
         actual[f"before step {first}"] = from_lanes(after)
         stop = first
     actual["d_state"] = from_lanes(d)

@@ -178,6 +178,7 @@ def test_delta_is_stored_only_where_it_is_read(
 
     def forward(*arguments: Any, **options: Any) -> Any:
         *_, saved = results = recurrence_kernels_in_jax.forward(*arguments, **options)
+        assert saved is not None
         stored.append(saved.delta is not None)
         return results
 

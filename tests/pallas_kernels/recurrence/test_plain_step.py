@@ -12,8 +12,8 @@ class SingleStep(RecurrenceContract):
 
     def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
         def step(*x: Any, saved_state_interval: int, linear_state: bool) -> Any:
-            *x, _, live = x
-            return single_step(*x, live, linear_state=linear_state)
+            q, k, v, decay, write_gate, state, _, live = x
+            return single_step(q, k, v, decay, write_gate, state, live, linear_state=linear_state)
 
         return rows_by(step, arrays, *rows, **options)
 
