@@ -229,8 +229,9 @@ def test_fields_with_a_default_may_be_missing() -> None:
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
 def test_a_dtype_is_stored_as_its_name(name: str) -> None:
-    for dtype in (name, jnp.dtype(name), getattr(jnp, name)):
-        assert Execution(dtype=dtype) == Execution(dtype=name)  # pyright: ignore[reportArgumentType]
+    dtypes: tuple[Any, ...] = (name, jnp.dtype(name), getattr(jnp, name))
+    for dtype in dtypes:
+        assert Execution(dtype=dtype) == Execution(dtype=dtypes[0])
         config = model(execution=Execution(dtype=dtype))
         assert type(config.execution.dtype) is str
         assert read_back(config) == config

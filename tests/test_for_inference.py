@@ -13,7 +13,7 @@ from e88_jax.config import LMConfig
 from e88_jax.interop import mixer_to_torch
 from e88_jax.model import LanguageModel
 from pallas_kernels import target
-from tests.reference.configs import lm_config
+from tests.reference.configs import e88_mixers, lm_config
 from tests.sampling.common import PROMPT, run
 
 
@@ -76,7 +76,7 @@ def test_the_trained_model_stays_as_it_is() -> None:
     """Bit for bit, whatever is done to the other; and it can be trained on, and exported."""
     model = build(lm_config(dtype="bfloat16", depth=2, channel_mixer_dim=8, conv_size=2))
     graphdef, before = nnx.graphdef(model), jax.tree.map(np.array, nnx.state(model))
-    weights = [mixer_to_torch(block.mixer) for block in model.blocks]
+    weights = [mixer_to_torch(mixer) for mixer in e88_mixers(model)]
     decoder = model.for_inference()
     nnx.update(decoder, jax.tree.map(lambda x: 0 * x, nnx.state(decoder)))
     assert nnx.graphdef(model) == graphdef
@@ -84,8 +84,8 @@ def test_the_trained_model_stays_as_it_is() -> None:
     assert [x.dtype for x in jax.tree.leaves(nnx.state(model))] == [
         x.dtype for x in jax.tree.leaves(before)
     ]
-    for block, expected in zip(model.blocks, weights, strict=True):
-        chex.assert_trees_all_equal(mixer_to_torch(block.mixer), expected)
+    for mixer, expected in zip(e88_mixers(model), weights, strict=True):
+        chex.assert_trees_all_equal(mixer_to_torch(mixer), expected)
 
 
 def test_what_is_trained_on_does_not_change_it() -> None:

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from e88_jax.config import E88Config
 from e88_jax.interop import mixer_from_torch, mixer_to_torch
 from e88_jax.mixers.e88 import E88Mixer
 from e88_jax.projection import InputProjections
 from tests.reference import layer as numpy_layer
-from tests.reference.configs import E88_OPTIONS, Layer, e88_layer, name_of
+from tests.reference.configs import E88_OPTIONS, E88Layer, e88_layer, name_of
 
 LAYER = e88_layer(conv_size=3, head_mix="per_head", dtype="float32")
 SHAPES = numpy_layer.torch_shapes(LAYER.config, LAYER.dim)
 
 
-def random_weights(layer: Layer[E88Config] = LAYER) -> dict[str, np.ndarray]:
+def random_weights(layer: E88Layer = LAYER) -> dict[str, np.ndarray]:
     return numpy_layer.random_weights(layer.config, layer.dim)
 
 
@@ -92,7 +91,7 @@ def test_any_float_becomes_float32(weights: dict[str, np.ndarray], dtype: str) -
 
 
 class TestErrors:
-    def error(self, weights: dict[str, Any], layer: Layer[E88Config] = LAYER) -> str:
+    def error(self, weights: dict[str, Any], layer: E88Layer = LAYER) -> str:
         with pytest.raises(ValueError) as error:  # noqa: PT011  (the callers look at the message)
             mixer_from_torch(weights, *layer)
         return str(error.value)

@@ -9,12 +9,13 @@ import optax
 import pytest
 from flax import nnx
 
-from e88_jax.config import E88Config, LMConfig
+from e88_jax import sizing
+from e88_jax.config import LMConfig
 from e88_jax.interop import mixer_to_torch
 from e88_jax.model import LanguageModel
 from e88_jax.optim import weight_decay_mask
 from tests.reference import layer as numpy_layer
-from tests.reference.configs import lm_config, n_params
+from tests.reference.configs import e88_mixers, lm_config, n_params
 from tests.reference.recurrence import rms_ratio
 
 VOCAB, DIM, DEPTH = 19, 10, 2
@@ -30,9 +31,8 @@ CONFIG = lm_config(
     vocab_size=VOCAB,
     channel_mixer_dim=14,
 )
-(LAYER,) = CONFIG.layers
-assert isinstance(LAYER, E88Config)
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 8)).astype(np.int32)
+LAYER = sizing.e88_layer(CONFIG)
+TOKENS: Any = np.random.default_rng(0).integers(0, VOCAB, (2, 8)).astype(np.int32)
 
 
 def disturbed(model: LanguageModel) -> LanguageModel:
@@ -70,11 +70,11 @@ def numpy_model(model: LanguageModel, tokens: np.ndarray, segment_ids: np.ndarra
     embedding = array(model.embed.embedding)
     x = embedding[tokens]
     states = []
-    for block in model.blocks:
+    for block, layer in zip(model.blocks, e88_mixers(model), strict=True):
         start = jax.tree.map(np.zeros_like, numpy_layer.random_state(LAYER, len(tokens)))
         y, state = numpy_layer.layer(
             LAYER,
-            mixer_to_torch(block.mixer),
+            mixer_to_torch(layer),
             numpy_layer.rms_norm(x, array(block.norm.scale)),
             start,
             segment_ids,
@@ -82,6 +82,7 @@ def numpy_model(model: LanguageModel, tokens: np.ndarray, segment_ids: np.ndarra
         x = x + y
         states.append(state)
         mixer = block.channel_mixer
+        assert mixer is not None
         inner = numpy_layer.rms_norm(x, array(mixer.norm.scale))
         gate = numpy_layer.silu(inner @ array(mixer.gate_proj.kernel))
         x = x + (gate * (inner @ array(mixer.up_proj.kernel))) @ array(mixer.down_proj.kernel)
@@ -98,7 +99,9 @@ class TestForward:
         assert len(states) == DEPTH
         for actual, wanted in zip(states, expected_states, strict=True):
             assert rms_ratio(actual.recurrent, wanted.recurrent) < 1e-5
-            assert rms_ratio(actual.conv, numpy_layer.join_heads(LAYER, wanted.conv)) < 1e-5
+            conv = numpy_layer.join_heads(LAYER, wanted.conv)
+            assert conv is not None
+            assert rms_ratio(actual.conv, conv) < 1e-5
 
     def test_decoding_equals_the_whole(self, model: LanguageModel) -> None:
         tokens = jnp.asarray(TOKENS)
@@ -243,9 +246,9 @@ class TestRemat:
 
             return jax.lax.scan(one, model.init_state(2), length=2)[1]
 
-        (_, logits), state = twice(model), model.init_state(2)
-        for _ in range(2):
-            expected, state = run(model, TOKENS, state, segment_ids)
+        _, logits = twice(model)
+        _, state = run(model, TOKENS, model.init_state(2), segment_ids)
+        expected, _ = run(model, TOKENS, state, segment_ids)
         np.testing.assert_allclose(logits, expected, atol=1e-6)
 
     def test_less_is_kept(self) -> None:
@@ -297,5 +300,6 @@ class TestParameters:
 
     def test_layers_differ(self) -> None:
         model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
-        first, second = (block.mixer.inputs.qkv.kernel[...] for block in model.blocks)
+        inputs: list[Any] = [mixer.inputs for mixer in e88_mixers(model)]
+        first, second = (x.qkv.kernel[...] for x in inputs)
         assert not np.array_equal(first, second)

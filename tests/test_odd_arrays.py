@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from e88_jax import E88Mixer, E88State, LanguageModel, e88_recurrence, interop
+import e88_jax
+from e88_jax import E88Mixer, LanguageModel, interop
 from tests.reference.odd import LAYER, MODEL, NOT_ARRAYS, NOT_SIZES, OP, fault_of, without
+
+State: Any = e88_jax.E88State
+op: Any = e88_jax.e88_recurrence
 
 
 @pytest.fixture(scope="module")
-def model() -> LanguageModel:
+def model() -> Any:
     return LanguageModel(MODEL, rngs=nnx.Rngs(0))
 
 
@@ -32,7 +36,7 @@ NOT_TOKENS = NOT_ARRAYS | {
 }
 
 
-def test_lengths(model: LanguageModel) -> None:
+def test_lengths(model: Any) -> None:
     odd = without(NOT_ARRAYS, "None") | {
         "floats": [1.0],
         "2-D": [[3]],
@@ -45,14 +49,14 @@ def test_lengths(model: LanguageModel) -> None:
     for what, lengths in odd.items():
         for function, first in ((model, TOKENS), (model.blocks[0].mixer, x)):
             assert fault_of("lengths", function, first, lengths=lengths) is None, what
-        assert fault_of("lengths", e88_recurrence, **{**OP, "lengths": lengths}) is None, what
+        assert fault_of("lengths", op, **{**OP, "lengths": lengths}) is None, what
     # What is past a row's end is not read, and may be anything.
     for tokens in ([[5, 0, -1]], np.array([[5, 0, 19]])):
         jax.eval_shape(functools.partial(model, tokens, lengths=[2]))
         assert fault_of("tokens", model, tokens, lengths=[3]) is None
 
 
-def test_tokens(model: LanguageModel) -> None:
+def test_tokens(model: Any) -> None:
     for what, tokens in NOT_TOKENS.items():
         assert fault_of("tokens", model, tokens) is None, what
     for tokens in (TOKENS, TOKENS.tolist(), TOKENS.astype(np.uint8), jnp.asarray(TOKENS)):
@@ -62,7 +66,7 @@ def test_tokens(model: LanguageModel) -> None:
     jax.eval_shape(model, jax.ShapeDtypeStruct((1, 3), jnp.int32))
 
 
-def states(model: LanguageModel) -> dict[str, Any]:
+def states(model: Any) -> dict[str, Any]:
     good = jax.tree.map(np.asarray, model.init_state(1))
     recurrent, conv = good[0]
     layer = {
@@ -71,17 +75,17 @@ def states(model: LanguageModel) -> dict[str, Any]:
         "array": recurrent,
         "None": None,
         "another batch": model.init_state(2)[0],
-        "no convolution": E88State(recurrent, None),
-        "a convolution's by name": E88State(recurrent, {"q": conv}),
-        "one convolution more": E88State(recurrent, (conv, conv)),
-        "None for all": E88State(None, conv),
-        "text": E88State("abc", conv),
-        "number": E88State(0.5, conv),
-        "list": E88State(recurrent, [conv] * 3),
-        "another dtype": E88State(recurrent.astype(jnp.bfloat16), conv),
-        "another dtype of a convolution": E88State(recurrent, conv.astype(jnp.bfloat16)),
-        "a convolution without heads": E88State(recurrent, conv.reshape(*conv.shape[:2], -1)),
-        "transposed": E88State(recurrent.transpose(1, 0, 2, 3), conv),
+        "no convolution": State(recurrent, None),
+        "a convolution's by name": State(recurrent, {"q": conv}),
+        "one convolution more": State(recurrent, (conv, conv)),
+        "None for all": State(None, conv),
+        "text": State("abc", conv),
+        "number": State(0.5, conv),
+        "list": State(recurrent, [conv] * 3),
+        "another dtype": State(recurrent.astype(jnp.bfloat16), conv),
+        "another dtype of a convolution": State(recurrent, conv.astype(jnp.bfloat16)),
+        "a convolution without heads": State(recurrent, conv.reshape(*conv.shape[:2], -1)),
+        "transposed": State(recurrent.transpose(1, 0, 2, 3), conv),
     }
     whole = {
         "one layer": good[:1],
@@ -94,7 +98,7 @@ def states(model: LanguageModel) -> dict[str, Any]:
     return {**{f"{what} in a layer": (state, good[1]) for what, state in layer.items()}, **whole}
 
 
-def test_states(model: LanguageModel) -> None:
+def test_states(model: Any) -> None:
     for what, state in states(model).items():
         fault = fault_of("state", jax.eval_shape, functools.partial(model, TOKENS, state))
         assert fault is None, (what, fault)
@@ -111,7 +115,7 @@ def test_states(model: LanguageModel) -> None:
         assert fault_of("batch", mixer.init_state, batch) is None
 
 
-def test_inputs_of_a_layer(model: LanguageModel) -> None:
+def test_inputs_of_a_layer(model: Any) -> None:
     mixer = model.blocks[0].mixer
     good = np.ones((1, 3, 8), np.float32)
     odd = NOT_ARRAYS | {
@@ -136,11 +140,11 @@ def test_inputs_of_a_layer(model: LanguageModel) -> None:
 def test_lists_and_numpy_arrays_are_arrays_to_the_op() -> None:
     for convert in (jnp.asarray, np.asarray, np.ndarray.tolist):
         out, state = jax.eval_shape(
-            lambda convert=convert: e88_recurrence(**{name: convert(x) for name, x in OP.items()})
+            lambda convert=convert: op(**{name: convert(x) for name, x in OP.items()})
         )
         assert (out.shape, state.shape) == ((1, 3, 2, 4), (1, 2, 4, 4))
     out, _ = jax.eval_shape(
-        lambda: e88_recurrence(**OP, saved_state_interval=np.int64(2), linear_state=np.True_)
+        lambda: op(**OP, saved_state_interval=np.int64(2), linear_state=np.True_)
     )
     assert out.dtype == jnp.float32
 
@@ -149,9 +153,9 @@ def test_a_transformation_hides_no_error() -> None:
     names = ("q", "k", "v", "decay")
     odd = [jnp.asarray(OP[name]) for name in names[:3]] + [jnp.ones((1, 2, 2))]
     fault = functools.partial(fault_of, "decay must have shape (1, 3, 2)")
-    assert fault(jax.jit(e88_recurrence), *odd) is None
-    assert fault(jax.vmap(e88_recurrence), *(x[None] for x in odd)) is None
-    loss = lambda *arrays: jnp.sum(e88_recurrence(*arrays)[0])  # noqa: E731
+    assert fault(jax.jit(op), *odd) is None
+    assert fault(jax.vmap(op), *(x[None] for x in odd)) is None
+    loss = lambda *arrays: jnp.sum(op(*arrays)[0])  # noqa: E731
     assert fault(jax.grad(loss), *odd) is None
 
 
@@ -178,7 +182,9 @@ def test_arrays_of_a_state_dictionary() -> None:
         assert fault is None, (what, fault)
     extra = {**weights, 3: np.ones(2), "x": np.ones(2)}
     assert fault_of("3, x", interop.mixer_from_torch, extra, *LAYER) is None
-    given = {key: jnp.asarray(x) for key, x in weights.items()} | {"A_log": [1.0, 2.0]}
+    given: dict[str, Any] = {key: jnp.asarray(x) for key, x in weights.items()} | {
+        "A_log": [1.0, 2.0]
+    }
     mixer = interop.mixer_from_torch(given, *LAYER)
     assert mixer.decay.A_log[...].tolist() == [1, 2]
     assert fault_of("mixer", interop.mixer_to_torch, mixer.for_inference()) is None

@@ -259,6 +259,7 @@ def test_what_is_odd_is_odd_only_there() -> None:
 
 
 def test_rngs_may_not_be_missing() -> None:
-    for kind, arguments in ((E88Mixer, LAYER), (LanguageModel, (MODEL,))):
+    calls: list[tuple[Any, Any]] = [(E88Mixer, LAYER), (LanguageModel, (MODEL,))]
+    for kind, arguments in calls:
         with pytest.raises(TypeError, match="rngs"):
             kind(*arguments)

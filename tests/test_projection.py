@@ -99,7 +99,12 @@ def test_joined_reads_are_each_projection_alone(options: dict[str, Any], rows: i
 
 
 def test_the_gate_of_joined_reads_starts_where_it_says() -> None:
-    for options in ({}, {"decay_mode": "none"}, {"decay_mode": "simple", "write_gate": True}):
+    choices: tuple[dict[str, Any], ...] = (
+        {},
+        {"decay_mode": "none"},
+        {"decay_mode": "simple", "write_gate": True},
+    )
+    for options in choices:
         layer = e88_layer(**options)
         dtype = jnp.dtype(jnp.float32)
         trained = InputProjections(layer.config, layer.dim, dtype, rngs=nnx.Rngs(0))

@@ -89,8 +89,8 @@ def no_gradient_from_the_final_state(*args: Any, **options: Any) -> Any:
 
 
 def documents_leak(*args: Any, **options: Any) -> Any:
-    *others, _, live = args
-    return scan_recurrence(*others, None, live, **options)
+    arguments: list[Any] = [*args[:-2], None, args[-1]]
+    return scan_recurrence(*arguments, **options)
 
 
 def one_nan(*args: Any, **options: Any) -> Any:

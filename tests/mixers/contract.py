@@ -20,11 +20,19 @@ from flax import nnx
 
 from e88_jax.mixers.base import Mixer, MixerConfig
 from tests.recurrence_contract import QUICK_TO_COMPILE
-from tests.reference.configs import Layer, n_params
+from tests.reference.configs import E88Layer, Layer, n_params
 from tests.reference.recurrence import rms_ratio
 
 BATCH, TIME = 2, 8
 SEGMENT_IDS = np.array([[0, 0, 0, 0, 1, 1, 1, 1], [5, 2, 2, 5, 5, 5, 5, 5]], np.int32)
+
+
+AnyLayer = Layer | E88Layer
+
+
+def build(layer: AnyLayer) -> Any:
+    config, dim, execution = layer
+    return config.build(dim, execution, rngs=nnx.Rngs(0))
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
@@ -53,7 +61,7 @@ def rows_of(state: Any, rows: Any) -> Any:
 class MixerContract:
     """Tests of `y, state = mixer(x, state, segment_ids, lengths=lengths)` and of its config."""
 
-    layers: ClassVar[Mapping[str, Layer[Any]]]
+    layers: ClassVar[Mapping[str, AnyLayer]]
     """The layers that are tested, by name; their dtype is float64."""
     bound = 1e-12
     """RMS ratio of what is computed in two ways in float64."""
@@ -67,9 +75,9 @@ class MixerContract:
             metafunc.parametrize("layer", self.layers.values(), ids=self.layers.keys())
 
     @pytest.fixture
-    def mixer(self, layer: Layer[Any], float64: None) -> Mixer:
+    def mixer(self, layer: AnyLayer, float64: None) -> Mixer:
         """A mixer whose parameters are not at the values they start with, such as norms of 1."""
-        mixer = layer.build(nnx.Rngs(0))
+        mixer = build(layer)
         rng = np.random.default_rng(0)
         params = jax.tree.map(
             lambda p: jnp.asarray(p + 0.1 * rng.normal(size=p.shape), jnp.float64),
@@ -79,7 +87,7 @@ class MixerContract:
         return mixer
 
     @pytest.fixture
-    def x(self, layer: Layer[Any], float64: None) -> jax.Array:
+    def x(self, layer: AnyLayer, float64: None) -> jax.Array:
         return jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, TIME, layer.dim)))
 
     @pytest.fixture
@@ -239,9 +247,9 @@ class MixerContract:
 
         close(by_parts((3, 4, TIME)), by_parts((TIME,)), 1e3 * self.bound)
 
-    def test_counts_are_exact(self, layer: Layer[Any], float64: None) -> None:
+    def test_counts_are_exact(self, layer: AnyLayer, float64: None) -> None:
         config: MixerConfig = layer.config
-        mixer = nnx.eval_shape(lambda: layer.build(nnx.Rngs(0)))
+        mixer = nnx.eval_shape(lambda: build(layer))
         assert config.count_params(layer.dim) == n_params(mixer)
         state = self.counted(jax.eval_shape(lambda: mixer.init_state(1)))
         assert config.state_size(layer.dim) == sum(x.size for x in jax.tree.leaves(state))
@@ -255,10 +263,10 @@ class MixerContract:
         assert flops.recurrence > config.state_size(layer.dim)
         assert flops.total == flops.matmul + flops.recurrence
 
-    def test_bfloat16(self, layer: Layer[Any]) -> None:
+    def test_bfloat16(self, layer: AnyLayer) -> None:
         """Matmuls in bfloat16; parameters and their gradients in float32."""
         execution = dataclasses.replace(layer.execution, dtype="bfloat16")
-        mixer = layer._replace(execution=execution).build(nnx.Rngs(0))
+        mixer = build(Layer(layer.config, layer.dim, execution))
         graphdef, params = nnx.split(mixer)
         x = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, TIME, layer.dim)), "float32")
 
@@ -275,7 +283,7 @@ class MixerContract:
         assert {g.dtype for g in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
         chex.assert_tree_all_finite(gradient)
 
-    def test_it_is_written_and_read_by_its_kind(self, layer: Layer[Any]) -> None:
+    def test_it_is_written_and_read_by_its_kind(self, layer: AnyLayer) -> None:
         config = layer.config
         assert hash(config) == hash(dataclasses.replace(config))
         assert type(config)(**dataclasses.asdict(config)) == config

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, cast
 
 from flax import nnx
 
 from e88_jax.config import E88Config, LMConfig
-from e88_jax.mixers.base import Execution, Mixer, MixerConfig
+from e88_jax.mixers.base import Execution, MixerConfig
+from e88_jax.mixers.e88 import E88Mixer
+from e88_jax.model import LanguageModel
 
 # Every option alone, then those that act on each other.
 E88_OPTIONS: list[dict[str, Any]] = [
@@ -54,23 +56,23 @@ def name_of(options: Mapping[str, Any]) -> str:
     return "+".join(f"{k}={v}" for k, v in options.items()) or "default"
 
 
-Config = TypeVar("Config", bound=MixerConfig)
+class Layer(NamedTuple):
+    """The arguments of a mixer of any kind."""
 
-
-class Layer(NamedTuple, Generic[Config]):
-    """The arguments of a mixer, `E88Mixer(*layer, rngs=rngs)`."""
-
-    config: Config
+    config: MixerConfig
     dim: int
     execution: Execution = Execution()
 
-    def build(self, rngs: nnx.Rngs) -> Mixer:
-        return self.config.build(self.dim, self.execution, rngs=rngs)
+
+class E88Layer(NamedTuple):
+    """The arguments of an E88 layer: `E88Mixer(*layer, rngs=rngs)`."""
+
+    config: E88Config
+    dim: int
+    execution: Execution = Execution()
 
 
-def e88_layer(
-    *, dim: int = 10, n_heads: int = 3, n_state: int = 4, **options: Any
-) -> Layer[E88Config]:
+def e88_layer(*, dim: int = 10, n_heads: int = 3, n_state: int = 4, **options: Any) -> E88Layer:
     """An E88 layer in which no two sizes are equal, so that a transposed weight cannot fit.
 
     Args:
@@ -80,7 +82,7 @@ def e88_layer(
     options = {"dtype": "float64", "saved_state_interval": 2, **options}
     execution = _take(Execution, options)
     config = E88Config(n_heads=n_heads, n_state=n_state, **options)
-    return Layer(config, dim, Execution(**execution))
+    return E88Layer(config, dim, Execution(**execution))
 
 
 def lm_config(
@@ -104,6 +106,13 @@ def lm_config(
         channel_mixer_dim=channel_mixer_dim,
         execution=execution,
     )
+
+
+def e88_mixers(model: LanguageModel) -> list[E88Mixer]:
+    """The mixers of a model of E88 layers."""
+    mixers = [block.mixer for block in model.blocks]
+    assert all(isinstance(mixer, E88Mixer) for mixer in mixers)
+    return cast(list[E88Mixer], mixers)
 
 
 def n_params(module: nnx.Module) -> int:

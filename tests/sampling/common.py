@@ -27,6 +27,11 @@ def draw(model: LanguageModel, length: int = 12, prompt: Any = PROMPT, **options
     return generate(model, prompt, length, **options)
 
 
+def cache_size(program: Any) -> int:
+    """How many programs a jitted function has compiled."""
+    return program._cache_size()
+
+
 def count_programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each program is run from now on."""
     counts = {}

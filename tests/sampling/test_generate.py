@@ -21,6 +21,7 @@ from tests.sampling.common import (
     KEY,
     PROMPT,
     VOCAB,
+    cache_size,
     count_programs,
     draw,
     numpy_filter,
@@ -130,10 +131,10 @@ class TestGenerate:
 
     def test_lengths_of_prompts_share_programs(self, model: LanguageModel) -> None:
         draw(model, prompt=np.zeros((2, 9), np.int32), length=1)
-        n_programs = prefill._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+        n_programs = cache_size(prefill)
         for length in range(10, 16):
             draw(model, prompt=np.zeros((2, length), np.int32), length=1)
-        assert prefill._cache_size() == n_programs  # pyright: ignore[reportFunctionMemberAccess]
+        assert cache_size(prefill) == n_programs
 
     def test_the_same_key_typed_or_not(self, model: LanguageModel) -> None:
         expected = draw(model)

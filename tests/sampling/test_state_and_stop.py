@@ -24,6 +24,7 @@ from tests.sampling.common import (
     PROMPT,
     VOCAB,
     assert_close,
+    cache_size,
     count_programs,
     draw,
     state_after,
@@ -83,10 +84,10 @@ class TestStop:
 
     def test_numbers_of_stop_tokens_share_programs(self, model: LanguageModel) -> None:
         draw(model, length=2, stop=range(8))
-        n_programs = decode._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+        n_programs = cache_size(decode)
         for n in (5, 6, 7):
             draw(model, length=2, stop=range(n))
-        assert decode._cache_size() == n_programs  # pyright: ignore[reportFunctionMemberAccess]
+        assert cache_size(decode) == n_programs
 
     def test_none_of_them_drawn(self, model: LanguageModel) -> None:
         expected = draw(model)

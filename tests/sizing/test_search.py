@@ -1,9 +1,11 @@
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from e88_jax.config import OutputGate
 from e88_jax.hardware import GPU, GPUS, find_gpu
 from e88_jax.sizing import d_inner_of, e88_layer, parse_params, solve
 from e88_jax.sizing.search import usual_depth
@@ -15,7 +17,7 @@ from e88_jax.sizing.search import usual_depth
     st.sampled_from([None, *GPUS]),
     st.sampled_from(["silu", "none"]),
 )
-def test_any_budget_is_met(budget: int, gpu: GPU | None, gate: str) -> None:
+def test_any_budget_is_met(budget: int, gpu: GPU | None, gate: OutputGate) -> None:
     solutions = solve(budget, gpu=gpu, gate=gate)
     for solution in solutions:
         config, layer = solution.config, e88_layer(solution.config)
@@ -88,7 +90,7 @@ def test_n_state_suits_the_gpu() -> None:
     ],
 )
 def test_what_cannot_be_had_says_why(
-    params: int, options: dict[str, int], fragments: list[str]
+    params: int, options: dict[str, Any], fragments: list[str]
 ) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011  (fragments below)
         solve(params, **options)
