@@ -195,7 +195,7 @@ class LMConfig:
             object.__setattr__(self, "layers", tuple(self.layers))
         require_instance("layers", self.layers, tuple, needs)
         for i, layer in enumerate(self.layers):
-            if not isinstance(getattr(layer, "kind", None), str):
+            if isinstance(layer, type) or not isinstance(getattr(layer, "kind", None), str):
                 raise TypeError(
                     f"layers[{i}] must be a mixer's configuration, of a kind such as {kinds}, "
                     f"got {shown(layer)}."

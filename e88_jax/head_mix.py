@@ -11,7 +11,7 @@ from jax.nn import initializers
 from e88_jax.config import E88Config
 from e88_jax.precision import NORM_EPSILON, wide
 from e88_jax.projection import InferenceProjection, Projection, Read
-from e88_jax.typed import copy, einsum
+from e88_jax.typed import einsum
 
 
 class HeadMix(nnx.Module):
@@ -76,6 +76,6 @@ class HeadMix(nnx.Module):
 
     def for_inference(self) -> "HeadMix":
         """The same with the output projection laid out for decoding."""
-        mix = copy(self)
+        mix = nnx.clone(self)  # other variables, of the same arrays
         mix.projection = self.projection.for_inference()
         return mix

@@ -23,7 +23,7 @@ from e88_jax.mixers.base import MixerConfig, MixerState, Remat
 from e88_jax.mixers.call import check_state
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide_dtype
 from e88_jax.projection import InferenceProjection, Projection
-from e88_jax.typed import Variables, checkpoint, copy, einsum, split
+from e88_jax.typed import Variables, checkpoint, einsum, split
 
 LMState = tuple[MixerState, ...]
 """The state of each layer, first layer first."""
@@ -237,7 +237,7 @@ class LanguageModel(nnx.Module):
         transposed, which a token reads faster. There a token may be computed by a kernel that
         cannot be differentiated.
         """
-        model = copy(self)
+        model = nnx.clone(self)  # other variables, of the same arrays
         for block in model.blocks:
             block.mixer = block.mixer.for_inference()
             if block.channel_mixer is not None:

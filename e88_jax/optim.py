@@ -27,11 +27,7 @@ def weight_decay_mask(params: Any) -> Any:
     Raises:
         TypeError: no tree.
     """
-    if params is None or jax.tree_util.all_leaves([params]):
-        raise TypeError(
-            f"params must be a tree of parameters, such as nnx.state(model, nnx.Param), "
-            f"got {shown(params)}."
-        )
+    _require_tree(params)
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         return _name(path) in DECAYED
@@ -47,18 +43,28 @@ def muon_dimensions(params: Any) -> Any:
     `nnx.Linear` has them. Embedding, convolutions and vectors are left to another optimizer.
 
     Args:
-        params: `nnx.state(model, nnx.Param)`, or a tree of the same paths.
+        params: `nnx.state(model, nnx.Param)`.
 
     Returns:
-        A tree that ends at each `nnx.Param` with its `MuonDimensionNumbers`, or None.
+        A tree that ends at each `nnx.Param` with its `MuonDimensionNumbers`, or None. Where Optax
+        is given plain arrays, as by `nnx.Optimizer`, pass it this tree instead of the function.
+
+    Raises:
+        TypeError: no tree, or one of plain arrays, which do not say which axes are summed over.
     """
+    _require_tree(params)
 
     def of(path: Any, param: Any) -> MuonDimensionNumbers | None:
-        is_param = isinstance(param, nnx.Variable)
+        if not isinstance(param, nnx.Variable):
+            raise TypeError(
+                "params must be nnx.state(model, nnx.Param), whose parameters say which axes are "
+                f"summed over, got {shown(param)}. nnx.Optimizer passes plain arrays: give "
+                "optax.contrib.muon the tree that muon_dimensions returns."
+            )
         shape = getattr(param, "shape", ())
         if _name(path) != "kernel" or math.prod(shape) == 0:
             return None
-        n_in = param.get_metadata().get("n_in_axes") if is_param else None
+        n_in = param.get_metadata().get("n_in_axes")
         if n_in is None:
             return MuonDimensionNumbers() if len(shape) == 2 else None
         axes = tuple(range(len(shape)))
@@ -68,6 +74,14 @@ def muon_dimensions(params: Any) -> Any:
         return isinstance(x, nnx.Variable)
 
     return jax.tree_util.tree_map_with_path(of, params, is_leaf=is_leaf)
+
+
+def _require_tree(params: Any) -> None:
+    if params is None or jax.tree_util.all_leaves([params]):
+        raise TypeError(
+            f"params must be a tree of parameters, such as nnx.state(model, nnx.Param), "
+            f"got {shown(params)}."
+        )
 
 
 def _name(path: tuple[Any, ...]) -> str:

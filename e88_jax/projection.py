@@ -60,24 +60,23 @@ class Projection(nnx.Module):
         matrix = kernel_init(rngs.params(), sizes, jnp.float32)
         self.kernel = nnx.Param(matrix.reshape(*in_shape, *out_shape), n_in_axes=len(in_shape))
 
-    def matrix(self) -> Array:
-        """The kernel `[n_in, n_out]` in the dtype of the matmul."""
-        kernel = self.kernel[...].astype(self.dtype)
-        return kernel.reshape(math.prod(self.in_shape), -1)
+    def matrix(self, kernel: Array | None = None) -> Array:
+        """The kernel, or one given in its place, `[n_in, n_out]` in the dtype of the matmul."""
+        kernel = self.kernel[...] if kernel is None else kernel
+        return kernel.astype(self.dtype).reshape(math.prod(self.in_shape), -1)
 
     def __call__(self, x: Array) -> Array:
         """`[..., *out_shape]` of x `[..., *in_shape]`."""
         leading = x.shape[: x.ndim - len(self.in_shape)]
-        y = multiply(x.astype(self.dtype).reshape(*leading, -1), self.matrix())
+        x = x.astype(self.dtype).reshape(*leading, math.prod(self.in_shape))
+        y = multiply(x, self.matrix())
         return y.reshape(*leading, *self.out_shape)
 
     def for_inference(self) -> "InferenceProjection":
         """The same map with the kernel as a matmul reads it."""
-
-        def matrix_of(_: Array) -> Array:
-            return self.matrix()
-
-        matrix = with_automatic_axes(matrix_of, (self.kernel[...],), ("",), results="")
+        # Divided over devices as the kernel's first and last axes are.
+        axes = " ".join(["b", *["-"] * (self.kernel.ndim - 2), "h"])
+        matrix = with_automatic_axes(self.matrix, (self.kernel[...],), (axes,), results="b h")
         return _inference_projection(matrix, self.in_shape, self.out_shape)
 
 
@@ -92,7 +91,7 @@ class InferenceProjection(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """`[..., *out_shape]` of x `[..., *in_shape]`."""
         leading = x.shape[: x.ndim - len(self.in_shape)]
-        x = x.astype(self.kernel[...].dtype).reshape(*leading, -1)
+        x = x.astype(self.kernel[...].dtype).reshape(*leading, math.prod(self.in_shape))
         return self._multiply(x).reshape(*leading, *self.out_shape)
 
     def _multiply(self, x: Array) -> Array:
@@ -228,10 +227,11 @@ class JoinedInputProjections(nnx.Module):
         parts = [p for group in trained.groups() for p in group]
         kernels = tuple(p.kernel[...] for p in parts)
 
-        def join(*_: Array) -> Array:
-            return _joined([p.matrix() for p in parts])
+        def join(*kernels: Array) -> Array:
+            return _joined([p.matrix(kernel) for p, kernel in zip(parts, kernels, strict=True)])
 
-        matrix = with_automatic_axes(join, kernels, ("",) * len(kernels), results="")
+        # Rows are divided over devices as the kernels' are.
+        matrix = with_automatic_axes(join, kernels, ("b",) * len(kernels), results="b")
         self.joined = _inference_projection(matrix, trained.qkv.in_shape, (matrix.shape[1],))
         self.shapes = tuple(_shape(p) for p in (trained.decay, *trained.apart))
 

@@ -21,7 +21,10 @@ class ShortConv(nnx.Module):
     def __init__(self, channels: tuple[int, ...], size: int, *, rngs: nnx.Rngs):
         self.channels = channels
         self.size = size
-        init = initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
+        others = tuple(range(1, 1 + len(channels)))
+        init = initializers.variance_scaling(
+            1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(), batch_axis=others
+        )
         # The last tap multiplies the newest token.
         self.taps = nnx.Param(init(rngs.params(), (size, *channels), jnp.float32))
 

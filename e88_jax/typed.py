@@ -48,11 +48,6 @@ def split(module: M) -> tuple[nnx.GraphDef[M], Variables]:
     return nnx.split(module)  # pyright: ignore
 
 
-def copy(module: M) -> M:
-    """The module with variables of its own, of the same arrays."""
-    return nnx.merge(*split(module))
-
-
 def params_of(module: nnx.Module) -> Variables:
     """The module's parameters."""
     return nnx.state(module, nnx.Param)  # pyright: ignore

@@ -1,7 +1,8 @@
 """What the kernels take, and which states they save. Imports no JAX."""
 
 SIZE_MULTIPLE = 4
-"""N and V are multiples of it: the kernels' fewest elements of a row, 16 bytes in float32."""
+"""N and V are multiples of it: a row of float32 is then whole pieces of 16 bytes, as bulk copies
+need; bfloat16 is padded to them."""
 MAX_SIZE = 128
 """Largest N and V: a warpgroup holds 32 columns of 128 keys, 32 registers a lane."""
 DTYPES = ("float32", "bfloat16")

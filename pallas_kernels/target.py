@@ -62,7 +62,8 @@ _target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 def use(target: Target) -> Iterator[Target]:
     """Builds programs for `target` inside the context.
 
-    A new thread starts outside of it: run its function by `contextvars.copy_context().run`.
+    A new thread starts outside of it: run its function by `contextvars.copy_context().run`. A
+    jitted function that was traced before, outside or for another target, is not traced again.
     """
     token = _target.set(target)
     try:

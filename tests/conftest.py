@@ -29,7 +29,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A program compiled by another machine or version must not be what is tested.
 jax.config.update("jax_enable_compilation_cache", False)
 
-pytest.register_assert_rewrite("tests.recurrence_contract", "tests.reference")
+pytest.register_assert_rewrite(
+    "tests.recurrence_contract", "tests.mixers.contract", "tests.reference"
+)
 
 
 @pytest.fixture

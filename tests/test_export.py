@@ -10,16 +10,23 @@ import pytest
 from flax import nnx
 from jax import export
 
-from e88_jax import E88LM, E88Config, LMConfig, e88_recurrence
-from e88_jax.generate import for_inference
+from e88_jax import LanguageModel, e88_recurrence
+from tests.reference.configs import lm_config
 
-LAYER = E88Config(dim=8, n_heads=2, n_state=4, conv_size=2, saved_state_interval=2, dtype="float32")
 VOCAB = 19
+OPTIONS: dict[str, Any] = {
+    "dim": 8,
+    "n_heads": 2,
+    "conv_size": 2,
+    "saved_state_interval": 2,
+    "dtype": "float32",
+    "vocab_size": VOCAB,
+}
 
 
 @pytest.fixture(scope="module")
-def model() -> E88LM:
-    return E88LM(LMConfig(layer=LAYER, depth=1, vocab_size=VOCAB), rngs=nnx.Rngs(0))
+def model() -> LanguageModel:
+    return LanguageModel(lm_config(**OPTIONS), rngs=nnx.Rngs(0))
 
 
 def tokens(batch: int, time: int) -> np.ndarray:
@@ -36,8 +43,8 @@ def assert_same(actual: Any, expected: Any) -> None:
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_a_decoding_step_of_any_batch(model: E88LM) -> None:
-    graphdef, params = for_inference(model)
+def test_a_decoding_step_of_any_batch(model: LanguageModel) -> None:
+    graphdef, params = nnx.split(model.for_inference())
 
     @jax.jit
     def step(tokens: Any, state: Any) -> Any:
@@ -50,7 +57,7 @@ def test_a_decoding_step_of_any_batch(model: E88LM) -> None:
     assert_same(exported.call(*arguments), step(*arguments))
 
 
-def test_a_forward_pass_of_any_batch_and_length(model: E88LM) -> None:
+def test_a_forward_pass_of_any_batch_and_length(model: LanguageModel) -> None:
     """Documents and the state of the call before included."""
     batch, time = export.symbolic_shape("b, t")
     ids = jax.ShapeDtypeStruct((batch, time), jnp.int32)
@@ -63,19 +70,19 @@ def test_a_forward_pass_of_any_batch_and_length(model: E88LM) -> None:
         assert_same(exported.call(*arguments), run(*arguments))
 
 
-OPTIONS: list[dict[str, Any]] = [
+CHOICES: list[dict[str, Any]] = [
     {"tie_kv": True, "head_mix": "per_head", "write_gate": True, "output_norm": True},
     {"head_mix": "input_weighted", "value_residual": True, "decay_mode": "constant"},
     {"head_mix": "sum", "output_gate": "none", "decay_mode": "none", "conv_size": None},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", CHOICES)
 @pytest.mark.parametrize("shape", ["b, 5", "b, t"])
 def test_no_option_compares_sizes(options: dict[str, Any], shape: str) -> None:
-    config = E88Config(**{**vars(LAYER), **options})
-    lm = LMConfig(layer=config, depth=1, vocab_size=VOCAB, channel_mixer_dim=6)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: E88LM(lm, rngs=nnx.Rngs(0))))
+    config = lm_config(**{**OPTIONS, **options}, channel_mixer_dim=6)
+    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model)
 
     def loss(params: Any, tokens: Any) -> Any:
         return jnp.sum(nnx.merge(graphdef, params)(tokens)[0])
@@ -107,7 +114,7 @@ def test_the_op_of_any_batch_and_length() -> None:
     assert_same(exported.call(*arguments), gradients(*arguments))
 
 
-def test_a_written_program_is_read_back(model: E88LM) -> None:
+def test_a_written_program_is_read_back(model: LanguageModel) -> None:
     (batch,) = export.symbolic_shape("b")
     shapes = jax.ShapeDtypeStruct((batch, 1), jnp.int32), in_place_of(model.init_state(1), batch)
     exported = export.export(jax.jit(model))(*shapes)

@@ -1,29 +1,31 @@
 """Layers that are computed by fused kernels, with XLA in the place of what a kernel computes."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from e88_jax.mixer import E88Mixer
 from flax import nnx
 
 from e88_jax import kernels, recurrence
-from e88_jax.config import E88Config
+from e88_jax.mixers.e88 import E88Mixer
+from e88_jax.reference import scan_recurrence
+from pallas_kernels import target
 from pallas_kernels.decode import DecodeConfig
 from pallas_kernels.decode import op as decode_op
 from pallas_kernels.qkv_activation import op as activation_op
 from tests.reference import layer_by_xla
+from tests.reference.configs import E88_OPTIONS, e88_layer, name_of
 from tests.reference.recurrence import rms_ratio
-from tests.test_mixer import OPTIONS, name_of
 
-over_options = pytest.mark.parametrize("options", OPTIONS, ids=name_of)
+over_options = pytest.mark.parametrize("options", E88_OPTIONS, ids=name_of)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The kernels that were called."""
     called: list[str] = []
 
@@ -37,17 +39,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def decode_call(config: DecodeConfig) -> Any:
         return functools.partial(recorded("decode_layer", layer_by_xla.decoded), config)
 
-    monkeypatch.setattr(recurrence, "unsupported_device", lambda: None)
-    monkeypatch.setattr(kernels, "lowering_refusal", lambda *_, **__: None)
+    monkeypatch.setitem(recurrence.IMPLEMENTATIONS, "mosaic_gpu", scan_recurrence)
+    monkeypatch.setattr(kernels, "_lowering_refusal", lambda *_: None)
     monkeypatch.setattr(activation_op, "_activate", recorded("activate", layer_by_xla.activated))
     monkeypatch.setattr(decode_op, "_call", decode_call)
-    return called
+    with target.use(target.H100):
+        yield called
 
 
 def build(options: dict[str, Any], implementation: Any = None, **more: Any) -> E88Mixer:
     options = {"n_state": 8, "dtype": "float32", "implementation": implementation, **options}
-    config = E88Config(dim=10, n_heads=3, **options, **more)
-    return E88Mixer(config, rngs=nnx.Rngs(0))
+    return E88Mixer(*e88_layer(**options, **more), rngs=nnx.Rngs(0))
 
 
 def numbers(*shape: int) -> jax.Array:
@@ -74,15 +76,13 @@ def test_many_tokens(options: dict[str, Any], calls: list[str]) -> None:
 
         results.append(jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x))
     check(*results)
-    has_kernel = not (options.get("tie_kv") or options.get("conv_size"))
-    assert calls == ["activate"] * has_kernel
+    assert calls == ["activate"] * (not options.get("tie_kv"))
 
 
 @over_options
 def test_a_token(options: dict[str, Any], calls: list[str]) -> None:
-    """From a state, after `join_projections`; the reference is the layer as it is trained."""
-    mixer, reference = build(options), build(options, "scan")
-    mixer.join_projections()
+    """From a state, by the layer for inference; the reference is the layer as it is trained."""
+    mixer, reference = build(options).for_inference(), build(options, "scan")
     x = numbers(2, 8, 10)
     _, state = reference(x[:, :7])
     check(mixer(x[:, 7:], state), reference(x[:, 7:], state))
@@ -95,8 +95,8 @@ def test_tokens_that_the_kernel_does_not_take(calls: list[str]) -> None:
     mixer = build({})
     x = numbers(2, 1, 10)
     mixer(x)
-    assert calls == []  # projections are not joined
-    mixer.join_projections()
+    assert calls == []  # it can be differentiated
+    mixer = mixer.for_inference()
     ids = jnp.zeros((2, 1), jnp.int32)
     np.testing.assert_allclose(mixer(x, segment_ids=ids)[0], mixer(x)[0], rtol=1e-5, atol=1e-6)
     assert calls == ["decode_layer"]
@@ -107,7 +107,7 @@ def test_tokens_that_the_kernel_does_not_take(calls: list[str]) -> None:
 
 
 def test_a_fallback_says_so_once(calls: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    recurrence.log_once.cache_clear()
+    kernels.log_once.cache_clear()
     mixer = build({"n_state": 6})
     for _ in range(2):
         mixer(numbers(2, 7, 10))
@@ -117,11 +117,8 @@ def test_a_fallback_says_so_once(calls: list[str], caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("n_heads", [3, 8])
-def test_columns_are_whole_pieces(n_heads: int, calls: list[str]) -> None:
-    """With any number of heads the product of several projections has rows that are aligned."""
-    config = E88Config(dim=10, n_heads=n_heads, n_state=8, dtype="bfloat16")
-    mixer = E88Mixer(config, rngs=nnx.Rngs(0))
-    products = mixer._products(jnp.ones((2, 7, 10), jnp.bfloat16))
-    assert all(product.y.shape[2] % 8 == 0 for product in products)
+def test_any_number_of_heads_has_kernels(n_heads: int, calls: list[str]) -> None:
+    """Columns of a matmul of several projections are padded to whole loads."""
+    mixer = build({"dtype": "bfloat16", "n_heads": n_heads})
     mixer(numbers(2, 7, 10))
     assert calls == ["activate"]

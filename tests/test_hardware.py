@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from e88_jax import hardware
-from e88_jax.hardware import GPUS, find, optimal_n_state
+from e88_jax.hardware import GPUS, find_gpu, optimal_n_state
 
 STUDY = Path(__file__).parents[1] / "experiments/results/n_state_scaling_h100/results.json"
 
@@ -33,7 +33,7 @@ def test_the_published_table() -> None:
 
 
 def test_the_published_formula() -> None:
-    by_formula = {key: find(key).formula_n_state for key in PRINTED}
+    by_formula = {key: find_gpu(key).formula_n_state for key in PRINTED}
     assert by_formula == {
         "rtx3090": 48,  # above the 32 that is printed
         "rtx4090": 48,
@@ -73,17 +73,17 @@ def test_measured_n_state_has_nearly_the_least_time_for_an_element() -> None:
     assert len(sweep) == 7
     least = min(sweep.values())
     best = [n_state for n_state, ps in sweep.items() if ps < 1.06 * least]
-    assert find(results["device"]).measured_n_state == (min(best), max(best)) == (32, 64)
-    assert find("h100").n_state_range == (32, 64)
-    assert find("a100-80gb").n_state_range == (64, 64)  # published
-    assert find("l40s").n_state_range == (64, 64)  # by formula
+    assert find_gpu(results["device"]).measured_n_state == (min(best), max(best)) == (32, 64)
+    assert find_gpu("h100").n_state_range == (32, 64)
+    assert find_gpu("a100-80gb").n_state_range == (64, 64)  # published
+    assert find_gpu("l40s").n_state_range == (64, 64)  # by formula
 
 
 def test_which_gpus_have_kernels() -> None:
     assert [gpu.key for gpu in GPUS if gpu.has_kernels] == ["h100", "h200", "b200"]
     capabilities = {(8, 9): False, (9, 0): True, (11, 0): True, (12, 0): False, (12, 1): False}
     for capability, runs in capabilities.items():
-        gpu = dataclasses.replace(find("h100"), compute_capability=capability)
+        gpu = dataclasses.replace(find_gpu("h100"), compute_capability=capability)
         assert gpu.has_kernels is runs
 
 
@@ -104,13 +104,13 @@ def test_states_of_the_scaling_document_in_kilobytes() -> None:
     ],
 )
 def test_names(name: str, key: str) -> None:
-    assert find(name).key == key
+    assert find_gpu(name).key == key
 
 
 @pytest.mark.parametrize("name", ["a100", "NVIDIA H100 PCIe", "RTX 4090 Laptop GPU", ""])
 def test_other_gpus_are_unknown(name: str) -> None:
     with pytest.raises(ValueError, match=r"choose from rtx3090, .*, rtx6000ada"):
-        find(name)
+        find_gpu(name)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_detection(answer: str, key: str | None, monkeypatch: pytest.MonkeyPatch
         return subprocess.CompletedProcess([], 0, stdout=answer)
 
     monkeypatch.setattr(subprocess, "run", run)
-    found = hardware.detect()
+    found = hardware.detect_gpu()
     assert (found and found.key) == key
 
 
@@ -134,4 +134,4 @@ def test_detection_without_a_driver(error: Exception, monkeypatch: pytest.Monkey
         raise error
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert hardware.detect() is None
+    assert hardware.detect_gpu() is None

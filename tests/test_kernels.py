@@ -1,6 +1,5 @@
 """What JAX raises where it does not take the kernels: a refusal, which is reason to do without."""
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Iterator
@@ -10,36 +9,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from e88_jax.mixer import E88Mixer
 from flax import nnx
 
 import pallas_kernels
 from e88_jax import kernels, recurrence
-from e88_jax.config import E88Config
+from e88_jax.mixers.e88 import E88Mixer
 from e88_jax.recurrence import e88_recurrence
-from pallas_kernels import decode, qkv_activation
+from e88_jax.reference import scan_recurrence
+from pallas_kernels import decode, qkv_activation, target
 from pallas_kernels.decode import op as decode_op
 from pallas_kernels.qkv_activation import lanes as activation_lanes
 from pallas_kernels.recurrence import backward_kernel, forward_kernel, forward_step
 from pallas_kernels.recurrence import recurrence as by_kernels
 from tests.recurrence_contract import make_inputs, tensors
+from tests.reference.configs import e88_layer
 
 VALUE_ERROR = ValueError("Out of bound slice: start=0.\nThe kernel's frames.")
 ATTRIBUTE_ERROR = AttributeError("module 'mosaic_gpu' has no attribute 'CompilerParams'")
 
 
 @pytest.fixture(autouse=True)
-def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine that has one, and has asked nothing yet."""
-    monkeypatch.setattr(recurrence, "unsupported_device", lambda: None)
-    monkeypatch.setattr(recurrence, "_fastest_first", lambda: ("mosaic_gpu", "scan"))
+def an_h100() -> Iterator[None]:
+    """Programs are built for one, and nothing has been asked of JAX yet."""
     _forget()
-    yield
+    with target.use(target.H100):
+        yield
     _forget()
 
 
 def _forget() -> None:
-    for asked in (kernels.import_refusal, kernels._lowering_refusal, recurrence.log_once):
+    for asked in (kernels._import_refusal, kernels._lowering_refusal, kernels.log_once):
         asked.cache_clear()
 
 
@@ -95,10 +94,29 @@ def test_kernels_that_cannot_be_imported(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pallas_kernels.qkv_activation", None)
     monkeypatch.delattr(pallas_kernels, "qkv_activation")
-    refusal = kernels.import_refusal()
-    assert refusal is not None
-    assert isinstance(refusal.__cause__, ImportError)
-    check_falls_back(caplog, refusal.__cause__)
+    with pytest.raises(NotImplementedError, match="cannot be imported with JAX") as refused:
+        kernels.require(None)
+    assert isinstance(refused.value.__cause__, ImportError)
+    check_falls_back(caplog, refused.value.__cause__)
+
+
+def test_where_kernels_are_not_asked_for_or_do_not_run() -> None:
+    """No reason to warn."""
+    kernels.require(None)
+    kernels.require("mosaic_gpu")
+    with pytest.raises(kernels.NotWorthIt, match="not asked for"):
+        kernels.require("scan")
+    with target.use(target.CPU), pytest.raises(kernels.NotWorthIt, match="got platform 'cpu'"):
+        kernels.require("mosaic_gpu")
+
+
+def refusal_of(function: Any, *arguments: Any, **options: Any) -> NotImplementedError | None:
+    """What `kernels.call` raises before it calls the function, which is only traced here."""
+    try:
+        jax.eval_shape(lambda: kernels.call(function, *arguments, **options))
+    except NotImplementedError as refusal:
+        return refusal
+    return None
 
 
 @pytest.mark.parametrize("under", ["jit", "mesh", "vmap", "shard_map"])
@@ -112,7 +130,9 @@ def test_a_refusal_is_seen_wherever_the_call_is(
 
     def call(x: jax.Array) -> jax.Array:
         y = jnp.ones((1, 2, columns.n_columns))
-        refusals.append(kernels.lowering_refusal(qkv_activation.activate, columns, y))
+        with pytest.raises(NotImplementedError) as refused:
+            kernels.call(qkv_activation.activate, columns, y)
+        refusals.append(refused.value)
         return x
 
     rows = jax.sharding.PartitionSpec("rows")
@@ -126,7 +146,6 @@ def test_a_refusal_is_seen_wherever_the_call_is(
     else:
         {"jit": jax.jit, "vmap": jax.vmap}[under](call)(x)
     (refusal,) = refusals
-    assert refusal is not None
     assert refusal.__cause__ is VALUE_ERROR
 
 
@@ -134,33 +153,37 @@ def test_kernels_that_lower_are_not_refused() -> None:
     arrays = tensors(make_inputs(100, 12, 20, ("write_gate",), batch=1, heads=3), "float32")
     options = {"starts": jnp.zeros((1, 100), bool), "initial_state": None}
     options |= {"linear_state": False, "saved_state_interval": 32}
-    assert kernels.lowering_refusal(by_kernels, **arrays, **options) is None
+    assert refusal_of(by_kernels, **arrays, **options) is None
     columns = qkv_activation.HeadColumns(3, 16, 16, True, True)
     y = jnp.ones((2, 5, columns.n_columns + 48))
-    assert kernels.lowering_refusal(qkv_activation.activate, columns, y) is None
+    assert refusal_of(qkv_activation.activate, columns, y) is None
     layer = decode.DecodeConfig(columns, "silu", columns.n_columns, False)
     token = layer, y[:, 0], jnp.ones((2, 3)), None, jnp.ones((2, 3, 16, 16))
-    assert kernels.lowering_refusal(decode.decode_layer, *token, gradient=False) is None
+    assert refusal_of(decode.decode_layer, *token, gradient=False) is None
     # A token's kernel has no gradient, which would be seen only later.
-    assert kernels.lowering_refusal(decode.decode_layer, *token) is not None
+    assert refusal_of(decode.decode_layer, *token) is not None
+
+
+def test_sizes_that_a_kernel_does_not_take_are_refused_by_its_own_words() -> None:
+    columns = qkv_activation.HeadColumns(3, 6, 6, True, True)
+    refusal = refusal_of(qkv_activation.activate, columns, jnp.ones((2, 5, columns.n_columns)))
+    assert str(refusal) == "takes N a multiple of 4, got 6"
 
 
 @pytest.mark.parametrize("time", [7, 1])
 def test_a_layer_whose_kernels_cannot_be_lowered(
     time: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(recurrence, "_fastest_first", lambda: ("scan",))
+    monkeypatch.setitem(recurrence.IMPLEMENTATIONS, "mosaic_gpu", scan_recurrence)
     for module, name in ((activation_lanes, "activate_rows"), (decode_op, "token_of_row")):
         monkeypatch.setattr(module, name, raising(VALUE_ERROR))
-    config = E88Config(dim=8, n_heads=2, n_state=4, dtype="float32")
     x = jnp.ones((1, time, 8))
     results = []
     for implementation in (None, "scan"):
-        mixer = E88Mixer(
-            dataclasses.replace(config, implementation=implementation), rngs=nnx.Rngs(0)
-        )
+        layer = e88_layer(dim=8, n_heads=2, dtype="float32", implementation=implementation)
+        mixer = E88Mixer(*layer, rngs=nnx.Rngs(0))
         if time == 1:
-            mixer.join_projections()
+            mixer = mixer.for_inference()
         results.append([mixer(x) for _ in range(2)][1][0])
     np.testing.assert_array_equal(*results)
     (record,) = caplog.records

@@ -12,12 +12,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from e88_jax import E88LM, E88Config, E88Mixer, LMConfig, e88_recurrence
+from e88_jax import E88Mixer, LanguageModel, e88_recurrence
+from e88_jax.projection import JoinedInputProjections
 from tests.recurrence_contract import EVERY_OPTION, make_inputs, tensors
+from tests.reference.configs import e88_layer, lm_config
 
 LENGTHS = (8, 3, 0, 8)
 SIZES = {"b": 4, "t": 8, "h": 4}
-MIXER = E88Config(dim=16, n_heads=2, n_state=4, conv_size=3, write_gate=True)
+OPTIONS: dict[str, Any] = {"dim": 16, "n_heads": 2, "conv_size": 3, "write_gate": True}
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +139,9 @@ def test_gradient_of_shard_map_and_of_what_is_not_divided(
 
 
 @pytest.fixture(scope="module")
-def model() -> E88LM:
-    config = LMConfig(layer=MIXER, depth=1, vocab_size=32, channel_mixer_dim=24, remat="layer")
-    return E88LM(config, rngs=nnx.Rngs(0))
+def model() -> LanguageModel:
+    config = lm_config(**OPTIONS, vocab_size=32, channel_mixer_dim=24, remat="layer")
+    return LanguageModel(config, rngs=nnx.Rngs(0))
 
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 8)).astype(np.int32)
@@ -158,14 +160,14 @@ def loss_and_state(graphdef: Any) -> Callable[[Any, Any, Any], Any]:
 
 
 @pytest.fixture(scope="module")
-def model_expected(model: E88LM) -> Any:
+def model_expected(model: LanguageModel) -> Any:
     graphdef, params = nnx.split(model)
     return jax.jit(loss_and_state(graphdef))(params, TOKENS, jnp.array(LENGTHS, jnp.int32))
 
 
 @pytest.mark.parametrize("parameters", ["everywhere", "divided"])
 def test_model_over_explicit_axes(
-    explicit: Mesh, model: E88LM, model_expected: Any, parameters: str
+    explicit: Mesh, model: LanguageModel, model_expected: Any, parameters: str
 ) -> None:
     graphdef, params = nnx.split(model)
 
@@ -183,7 +185,7 @@ def test_model_over_explicit_axes(
     assert jax.tree.map(jax.typeof, gradient) == jax.tree.map(jax.typeof, params)
 
 
-def test_model_gathers_time(explicit: Mesh, model: E88LM) -> None:
+def test_model_gathers_time(explicit: Mesh, model: LanguageModel) -> None:
     tokens = jax.device_put(TOKENS, NamedSharding(explicit, P("x", "y")))
     with jax.set_mesh(explicit):
         logits, _ = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
@@ -191,7 +193,7 @@ def test_model_gathers_time(explicit: Mesh, model: E88LM) -> None:
     assert_close(logits, model(jnp.asarray(TOKENS))[0])
 
 
-def test_model_inside_shard_map(automatic: Mesh, model: E88LM, model_expected: Any) -> None:
+def test_model_inside_shard_map(automatic: Mesh, model: LanguageModel, model_expected: Any) -> None:
     """Data parallelism by hand: means over devices of each one's loss and gradient."""
     graphdef, params = nnx.split(model)
     one = loss_and_state(graphdef)
@@ -212,7 +214,7 @@ def test_model_inside_shard_map(automatic: Mesh, model: E88LM, model_expected: A
 
 
 def test_layer_over_explicit_axes(explicit: Mesh) -> None:
-    mixer = E88Mixer(MIXER, rngs=nnx.Rngs(0))
+    mixer = E88Mixer(*e88_layer(**OPTIONS, dtype="float32"), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6, 16)), jnp.float32)
     ids = jnp.asarray(np.repeat([[0, 1]], 4, 0).repeat(3, 1), jnp.int32)
     y, state = mixer(x, mixer.init_state(4), ids)
@@ -226,3 +228,25 @@ def test_layer_over_explicit_axes(explicit: Mesh) -> None:
     actual = on_mesh(jax.device_put(x, rows), before, jax.device_put(ids, rows))
     assert_close(actual, (y, state))
     assert jax.typeof(actual[1].recurrent).sharding.spec == P("x", "y", None, None)
+
+
+@pytest.mark.parametrize("part", ["rows", "heads", "nothing"])
+def test_layer_for_inference_over_explicit_axes(explicit: Mesh, part: str) -> None:
+    """Weights stay divided as they are, and the numbers as they were."""
+    mixer = E88Mixer(*e88_layer(**OPTIONS, dtype="float32"), rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 1, 16)), jnp.float32)
+    expected = mixer(x)
+    graphdef, params = nnx.split(mixer)
+
+    def put(x: Any) -> Any:
+        of_rows = P("y") if part == "rows" and x.shape[0] == 16 else P()
+        of_heads = P(*("y" if n == 2 else None for n in x.shape)) if part == "heads" else of_rows
+        return jax.device_put(x, NamedSharding(explicit, of_heads))
+
+    decoder = nnx.merge(graphdef, jax.tree.map(put, params)).for_inference()
+    assert isinstance(decoder.inputs, JoinedInputProjections)
+    kernels = decoder.inputs.joined.kernel, decoder.heads.projection.kernel
+    specs = tuple(jax.typeof(x[...]).sharding.spec[0] for x in kernels)
+    assert specs == {"rows": ("y", None), "heads": (None, "y"), "nothing": (None, None)}[part]
+    rows = NamedSharding(explicit, P("x"))
+    assert_close(decoder(jax.device_put(x, rows)), expected)

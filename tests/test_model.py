@@ -7,31 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx, traverse_util
+from flax import nnx
 
-from e88_jax.config import E88Config, LMConfig
+from e88_jax import sizing
+from e88_jax.config import LMConfig
 from e88_jax.interop import mixer_to_torch
-from e88_jax.model import E88LM, count_params, weight_decay_mask
+from e88_jax.model import LanguageModel
+from e88_jax.optim import weight_decay_mask
 from tests.reference import layer as numpy_layer
+from tests.reference.configs import e88_mixers, lm_config, n_params
 from tests.reference.recurrence import rms_ratio
 
 VOCAB, DIM, DEPTH = 19, 10, 2
-LAYER = E88Config(
+CONFIG = lm_config(
     dim=DIM,
-    n_heads=3,
-    n_state=4,
+    depth=DEPTH,
     expansion=2.0,
     conv_size=3,
     write_gate=True,
     output_norm=True,
     saved_state_interval=2,
     dtype="float32",
+    vocab_size=VOCAB,
+    channel_mixer_dim=14,
 )
-CONFIG = LMConfig(layer=LAYER, depth=DEPTH, vocab_size=VOCAB, channel_mixer_dim=14)
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 8)).astype(np.int32)
+LAYER = sizing.e88_layer(CONFIG)
+TOKENS: Any = np.random.default_rng(0).integers(0, VOCAB, (2, 8)).astype(np.int32)
 
 
-def disturbed(model: E88LM) -> E88LM:
+def disturbed(model: LanguageModel) -> LanguageModel:
     """The model with no parameter at the value it starts with, such as norms of 1."""
     leaves, structure = jax.tree.flatten(nnx.state(model, nnx.Param))
     rng = np.random.default_rng(0)
@@ -41,23 +45,23 @@ def disturbed(model: E88LM) -> E88LM:
 
 
 @pytest.fixture(scope="module")
-def model() -> E88LM:
-    return disturbed(E88LM(CONFIG, rngs=nnx.Rngs(0)))
+def model() -> LanguageModel:
+    return disturbed(LanguageModel(CONFIG, rngs=nnx.Rngs(0)))
 
 
 @nnx.jit
-def run(model: E88LM, tokens: Any, state: Any = None, segment_ids: Any = None) -> Any:
+def run(model: LanguageModel, tokens: Any, state: Any = None, segment_ids: Any = None) -> Any:
     return model(tokens, state, segment_ids)
 
 
-def loss_of(model: E88LM, tokens: Any) -> Any:
+def loss_of(model: LanguageModel, tokens: Any) -> Any:
     """Of a text that begins again where it ends."""
     logits, _ = model(tokens)
     targets = jnp.roll(tokens, -1, axis=1)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
 
-def numpy_model(model: E88LM, tokens: np.ndarray, segment_ids: np.ndarray) -> Any:
+def numpy_model(model: LanguageModel, tokens: np.ndarray, segment_ids: np.ndarray) -> Any:
     """The model in float64 NumPy."""
 
     def array(param: Any) -> np.ndarray:
@@ -66,26 +70,27 @@ def numpy_model(model: E88LM, tokens: np.ndarray, segment_ids: np.ndarray) -> An
     embedding = array(model.embed.embedding)
     x = embedding[tokens]
     states = []
-    for block in model.blocks:
+    for block, layer in zip(model.blocks, e88_mixers(model), strict=True):
         start = jax.tree.map(np.zeros_like, numpy_layer.random_state(LAYER, len(tokens)))
         y, state = numpy_layer.layer(
             LAYER,
-            mixer_to_torch(block.mixer),
+            mixer_to_torch(layer),
             numpy_layer.rms_norm(x, array(block.norm.scale)),
             start,
             segment_ids,
         )
         x = x + y
         states.append(state)
-        inner = numpy_layer.rms_norm(x, array(block.channel_norm.scale))
         mixer = block.channel_mixer
+        assert mixer is not None
+        inner = numpy_layer.rms_norm(x, array(mixer.norm.scale))
         gate = numpy_layer.silu(inner @ array(mixer.gate_proj.kernel))
         x = x + (gate * (inner @ array(mixer.up_proj.kernel))) @ array(mixer.down_proj.kernel)
     return numpy_layer.rms_norm(x, array(model.norm.scale)) @ embedding.T, states
 
 
 class TestForward:
-    def test_against_numpy(self, model: E88LM) -> None:
+    def test_against_numpy(self, model: LanguageModel) -> None:
         ids = np.array([[0, 0, 0, 1, 1, 1, 1, 1], [3, 3, 3, 3, 3, 3, 2, 2]], np.int32)
         logits, states = run(model, jnp.asarray(TOKENS), None, jnp.asarray(ids))
         expected, expected_states = numpy_model(model, TOKENS, ids)
@@ -94,10 +99,11 @@ class TestForward:
         assert len(states) == DEPTH
         for actual, wanted in zip(states, expected_states, strict=True):
             assert rms_ratio(actual.recurrent, wanted.recurrent) < 1e-5
-            for name, conv in wanted.conv.items():
-                assert rms_ratio(actual.conv[name], conv) < 1e-5
+            conv = numpy_layer.join_heads(LAYER, wanted.conv)
+            assert conv is not None
+            assert rms_ratio(actual.conv, conv) < 1e-5
 
-    def test_decoding_equals_the_whole(self, model: E88LM) -> None:
+    def test_decoding_equals_the_whole(self, model: LanguageModel) -> None:
         tokens = jnp.asarray(TOKENS)
         whole, whole_state = run(model, tokens)
         state, rows = model.init_state(2), []
@@ -107,14 +113,14 @@ class TestForward:
         assert rms_ratio(jnp.concatenate(rows, axis=1), whole) < 1e-5
         chex.assert_trees_all_close(state, whole_state, rtol=1e-4, atol=1e-5)
 
-    def test_windows_of_truncated_backpropagation(self, model: E88LM) -> None:
+    def test_windows_of_truncated_backpropagation(self, model: LanguageModel) -> None:
         """Forward they equal one long window; backward each sees itself alone."""
         first, second = jnp.asarray(TOKENS[:, :4]), jnp.asarray(TOKENS[:, 4:])
         whole, whole_state = run(model, jnp.asarray(TOKENS))
 
         @nnx.jit
-        def step(model: E88LM, tokens: Any, state: Any) -> Any:
-            def loss(model: E88LM, state: Any) -> Any:
+        def step(model: LanguageModel, tokens: Any, state: Any) -> Any:
+            def loss(model: LanguageModel, state: Any) -> Any:
                 logits, state = model(tokens, state)
                 return jnp.mean(logits**2), (logits, state)
 
@@ -129,7 +135,7 @@ class TestForward:
         # A caller who wants to go through the state can.
         assert all(np.any(x) for x in jax.tree.leaves(d_state))
 
-    def test_packed_documents_equal_separate_runs(self, model: E88LM) -> None:
+    def test_packed_documents_equal_separate_runs(self, model: LanguageModel) -> None:
         ids = jnp.asarray([[0] * 4 + [1] * 4] * 2, jnp.int32)
         packed, state = run(model, jnp.asarray(TOKENS), None, ids)
         first, _ = run(model, jnp.asarray(TOKENS[:, :4]))
@@ -137,20 +143,20 @@ class TestForward:
         assert rms_ratio(packed, jnp.concatenate([first, second], axis=1)) < 1e-5
         chex.assert_trees_all_close(state, second_state, rtol=1e-4, atol=1e-5)
 
-    def test_bad_input(self, model: E88LM) -> None:
+    def test_bad_input(self, model: LanguageModel) -> None:
         with pytest.raises(ValueError, match=r"float32 of shape \(2, 8\)"):
             model(jnp.zeros((2, 8)))
         with pytest.raises(ValueError, match=r"int32 of shape \(8,\)"):
             model(jnp.zeros(8, jnp.int32))
-        with pytest.raises(ValueError, match=r"2 MixerStates.*length 1"):
+        with pytest.raises(ValueError, match=r"2 mixers' states.*length 1"):
             model(jnp.asarray(TOKENS), model.init_state(2)[:1])
 
 
 class TestDtypes:
     def test_bfloat16(self) -> None:
-        layer = E88Config(dim=DIM, n_heads=3, n_state=4, saved_state_interval=2, dtype="bfloat16")
-        config = LMConfig(layer=layer, depth=1, vocab_size=VOCAB, channel_mixer_dim=14)
-        model = E88LM(config, rngs=nnx.Rngs(0))
+        options: dict[str, Any] = {"saved_state_interval": 2, "dtype": "bfloat16"}
+        config = lm_config(dim=DIM, vocab_size=VOCAB, channel_mixer_dim=14, **options)
+        model = LanguageModel(config, rngs=nnx.Rngs(0))
         logits, (state,) = run(model, jnp.asarray(TOKENS))
         assert logits.dtype == jnp.float32
         assert state.recurrent.dtype == jnp.float32
@@ -164,7 +170,7 @@ class TestDtypes:
 class TestFlax:
     """What a Flax user expects to work."""
 
-    def test_value_and_grad_reaches_every_parameter(self, model: E88LM) -> None:
+    def test_value_and_grad_reaches_every_parameter(self, model: LanguageModel) -> None:
         loss, grads = nnx.jit(nnx.value_and_grad(loss_of))(model, jnp.asarray(TOKENS))
         assert np.isfinite(loss)
         for path, grad in nnx.to_flat_state(grads):
@@ -172,12 +178,12 @@ class TestFlax:
             assert np.any(grad[...]), path
 
     def test_optimizer(self) -> None:
-        model = E88LM(CONFIG, rngs=nnx.Rngs(0))
+        model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
         decay = optax.adamw(3e-2, weight_decay=0.1, mask=weight_decay_mask)
         optimizer = nnx.Optimizer(model, decay, wrt=nnx.Param)
 
         @nnx.jit
-        def step(model: E88LM, optimizer: Any, tokens: Any) -> Any:
+        def step(model: LanguageModel, optimizer: Any, tokens: Any) -> Any:
             loss, grads = nnx.value_and_grad(loss_of)(model, tokens)
             optimizer.update(model, grads)
             return loss
@@ -187,7 +193,7 @@ class TestFlax:
             losses = [step(model, optimizer, jnp.asarray(TOKENS)) for _ in range(20)]
         assert losses[-1] < 0.7 * losses[0]
 
-    def test_split_and_merge_in_plain_jax(self, model: E88LM) -> None:
+    def test_split_and_merge_in_plain_jax(self, model: LanguageModel) -> None:
         graphdef, params = nnx.split(model)
         tokens = jnp.asarray(TOKENS)
 
@@ -209,15 +215,19 @@ class TestFlax:
         )
 
 
+def with_remat(remat: Any) -> LMConfig:
+    execution = dataclasses.replace(CONFIG.execution, remat=remat)
+    return dataclasses.replace(CONFIG, execution=execution)
+
+
 class TestRemat:
     def test_the_same_gradients(self) -> None:
         @nnx.jit
-        def gradient(model: E88LM) -> Any:
+        def gradient(model: LanguageModel) -> Any:
             return nnx.value_and_grad(loss_of)(model, TOKENS)
 
         def of(remat: Any) -> Any:
-            config = dataclasses.replace(CONFIG, remat=remat)
-            return gradient(disturbed(E88LM(config, rngs=nnx.Rngs(0))))
+            return gradient(disturbed(LanguageModel(with_remat(remat), rngs=nnx.Rngs(0))))
 
         expected = of("none")
         for remat in ("recurrence", "layer"):
@@ -225,30 +235,32 @@ class TestRemat:
 
     @pytest.mark.parametrize("remat", ["recurrence", "layer"])
     def test_a_model_from_outside_of_a_loop(self, remat: Any) -> None:
-        model = E88LM(dataclasses.replace(CONFIG, remat=remat), rngs=nnx.Rngs(0))
+        model = LanguageModel(with_remat(remat), rngs=nnx.Rngs(0))
         segment_ids = jnp.asarray([[0] * 3 + [1] * 5] * 2, jnp.int32)
 
         @nnx.jit
-        def twice(model: E88LM) -> Any:
+        def twice(model: LanguageModel) -> Any:
             def one(state: Any, _: None) -> Any:
                 logits, state = model(TOKENS, state, segment_ids)
                 return state, logits
 
             return jax.lax.scan(one, model.init_state(2), length=2)[1]
 
-        (_, logits), state = twice(model), model.init_state(2)
-        for _ in range(2):
-            expected, state = run(model, TOKENS, state, segment_ids)
+        _, logits = twice(model)
+        _, state = run(model, TOKENS, model.init_state(2), segment_ids)
+        expected, _ = run(model, TOKENS, state, segment_ids)
         np.testing.assert_allclose(logits, expected, atol=1e-6)
 
     def test_less_is_kept(self) -> None:
-        layer = E88Config(dim=64, n_heads=4, n_state=16, dtype="float32")
         tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
 
         def kept_bytes(remat: Any) -> int:
             """Of what the forward pass leaves to the backward pass."""
-            config = LMConfig(layer=layer, depth=6, remat=remat)
-            graphdef, params = nnx.split(nnx.eval_shape(lambda: E88LM(config, rngs=nnx.Rngs(0))))
+            options: dict[str, Any] = {"dtype": "float32", "remat": remat}
+            config = lm_config(dim=64, n_heads=4, n_state=16, depth=6, **options)
+            graphdef, params = nnx.split(
+                nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+            )
 
             def backward_pass(params: Any, tokens: Any) -> Any:
                 return jax.vjp(lambda x: loss_of(nnx.merge(graphdef, x), tokens), params)[1]
@@ -262,15 +274,15 @@ class TestRemat:
 
 class TestParameters:
     def test_embedding_is_normal(self) -> None:
-        layer = E88Config(dim=64, n_heads=1, n_state=4, dtype="float32")
-        model = E88LM(LMConfig(layer=layer, depth=1, vocab_size=500), rngs=nnx.Rngs(0))
+        config = lm_config(dim=64, n_heads=1, dtype="float32", vocab_size=500)
+        model = LanguageModel(config, rngs=nnx.Rngs(0))
         embedding = np.asarray(model.embed.embedding[...])
         assert embedding.shape == (500, 64)
         assert abs(np.std(embedding) - 0.02) < 5 * 0.02 / np.sqrt(2 * embedding.size)
         assert abs(np.mean(embedding)) < 5 * 0.02 / np.sqrt(embedding.size)
         assert np.max(np.abs(embedding)) > 3 * 0.02  # not cut off at two deviations
 
-    def test_count(self, model: E88LM) -> None:
+    def test_count(self, model: LanguageModel) -> None:
         keys, values, hidden = 12, 24, 14
         mixer = (
             DIM * (2 * keys + values)  # q, k, v
@@ -282,36 +294,12 @@ class TestParameters:
             + values * DIM  # output
         )  # fmt: skip
         block = DIM + mixer + DIM + 3 * DIM * hidden
-        assert count_params(model) == VOCAB * DIM + DEPTH * block + DIM
-        abstract = nnx.eval_shape(lambda: E88LM(CONFIG, rngs=nnx.Rngs(0)))
-        assert count_params(abstract) == count_params(model)
+        assert CONFIG.count_params() == VOCAB * DIM + DEPTH * block + DIM
+        abstract = nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0)))
+        assert n_params(abstract) == n_params(model) == CONFIG.count_params()
 
     def test_layers_differ(self) -> None:
-        model = E88LM(CONFIG, rngs=nnx.Rngs(0))
-        first, second = (block.mixer.qkv_proj.kernel[...] for block in model.blocks)
+        model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+        inputs: list[Any] = [mixer.inputs for mixer in e88_mixers(model)]
+        first, second = (x.qkv.kernel[...] for x in inputs)
         assert not np.array_equal(first, second)
-
-    def test_weight_decay_mask(self) -> None:
-        config = LMConfig(
-            layer=E88Config(
-                dim=DIM, n_heads=3, n_state=4, value_residual=True, conv_size=2, output_norm=True,
-                head_mix="weighted_sum",
-            ),
-            depth=1,
-            channel_mixer_dim=14,
-        )  # fmt: skip
-        params = nnx.state(nnx.eval_shape(lambda: E88LM(config, rngs=nnx.Rngs(0))), nnx.Param)
-        mask = weight_decay_mask(params)
-        assert jax.tree.structure(mask) == jax.tree.structure(params)
-        decayed = {
-            ".".join(str(part) for part in path if part not in ("blocks", 0))
-            for path, leaf in traverse_util.flatten_dict(nnx.to_pure_dict(mask)).items()
-            if leaf is True
-        }
-        kernels = ["qkv_proj", "q_conv", "k_conv", "v_conv", "a_proj", "g_proj", "o_proj"]
-        assert decayed == {
-            "embed.embedding",
-            *(f"mixer.{name}.kernel" for name in kernels),
-            *(f"channel_mixer.{name}_proj.kernel" for name in ("gate", "up", "down")),
-        }
-        assert all(leaf in (True, False) for leaf in jax.tree.leaves(mask))

@@ -10,22 +10,27 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from e88_jax import E88LM, E88Mixer, LMConfig
+from e88_jax import E88Mixer, LanguageModel
 from e88_jax.activation import activate, l2_normalize
 from e88_jax.precision import compute_dtype, wide, wide_dtype
-from tests.test_mixer import OPTIONS, make_config, name_of
+from pallas_kernels import target
+from tests.reference.configs import E88_OPTIONS, e88_layer, lm_config, name_of
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("gpu", "bfloat16"), ("cpu", "float32"), ("tpu", "float32")]
+    ("device", "dtype"),
+    [
+        (target.H100, "bfloat16"),
+        (target.CPU, "float32"),
+        (target.Target("tpu", "TPU v5e"), "float32"),
+    ],
+    ids=lambda x: getattr(x, "platform", x),
 )
-def test_products_are_narrow_on_a_gpu(
-    backend: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert compute_dtype(None) == dtype
-    for configured in ("float32", "bfloat16", "float64"):
-        assert compute_dtype(configured) == configured
+def test_matmuls_are_narrow_on_a_gpu(device: target.Target, dtype: str) -> None:
+    with target.use(device):
+        assert compute_dtype(None) == dtype
+        for configured in ("float32", "bfloat16", "float64"):
+            assert compute_dtype(configured) == configured
 
 
 @pytest.mark.parametrize(
@@ -68,25 +73,25 @@ def narrow_names(equations: list[Any]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=name_of)
-def test_only_products_of_a_layer_are_narrow(options: dict[str, Any]) -> None:
-    config = make_config(options, "bfloat16")
-    x = jax.ShapeDtypeStruct((2, 3, config.dim), jnp.bfloat16)
-    seen = equations_of(lambda: E88Mixer(config, rngs=nnx.Rngs(0)), x)
+@pytest.mark.parametrize("options", E88_OPTIONS, ids=name_of)
+def test_only_matmuls_of_a_layer_are_narrow(options: dict[str, Any]) -> None:
+    layer = e88_layer(**options, dtype="bfloat16")
+    x = jax.ShapeDtypeStruct((2, 3, layer.dim), jnp.bfloat16)
+    seen = equations_of(lambda: E88Mixer(*layer, rngs=nnx.Rngs(0)), x)
     assert narrow_names(seen) == []
-    products = {
+    matmuls = {
         value.aval.dtype.name
         for equation in seen
         if equation.primitive.name == "dot_general" and equation.invars[1].aval.ndim == 2
         for value in equation.invars
     }
-    assert products == {"bfloat16"}
+    assert matmuls == {"bfloat16"}
 
 
 def test_the_residual_stream_norms_and_logits_are_wide() -> None:
-    config = LMConfig(layer=make_config({}, "bfloat16"), depth=2, vocab_size=19)
+    config = lm_config(dim=10, depth=2, vocab_size=19, dtype="bfloat16")
     tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
-    seen = equations_of(lambda: E88LM(config, rngs=nnx.Rngs(0)), tokens)
+    seen = equations_of(lambda: LanguageModel(config, rngs=nnx.Rngs(0)), tokens)
     assert narrow_names(seen) == []
 
     def dtypes(name: str, *shape: int) -> list[Any]:

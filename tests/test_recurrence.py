@@ -1,5 +1,6 @@
 import logging
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e88_jax import recurrence
+from e88_jax import kernels, recurrence
 from e88_jax.recurrence import e88_recurrence
+from pallas_kernels import target
 from tests.recurrence_contract import EVERY_OPTION, RecurrenceContract, make_inputs, tensors
 
 
@@ -117,18 +119,18 @@ def test_float64_takes_float32_decay() -> None:
 
 class TestChoice:
     @pytest.fixture(autouse=True)
-    def kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A platform where a "picky" kernel that takes only T = 5 is preferred to the scan."""
+    def kernels(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """A GPU, with kernels that take only T = 5."""
 
         def picky(q: Any, *args: Any, **options: Any) -> Any:
             if q.shape[1] != 5:
                 raise NotImplementedError(f"picky takes T = 5, got {q.shape[1]}")
             return "picky", "result"
 
-        table = {"picky": picky, **recurrence._IMPLEMENTATIONS}
-        monkeypatch.setattr(recurrence, "_IMPLEMENTATIONS", table)
-        monkeypatch.setattr(recurrence, "_fastest_first", lambda: ("picky", "scan"))
-        recurrence.log_once.cache_clear()
+        monkeypatch.setitem(recurrence.IMPLEMENTATIONS, "mosaic_gpu", picky)
+        kernels.log_once.cache_clear()
+        with target.use(target.H100):
+            yield
 
     def call(self, time: int, **options: Any) -> Any:
         return e88_recurrence(**tensors(make_inputs(time, 4, 6), "float32"), **options)
@@ -148,7 +150,14 @@ class TestChoice:
 
     def test_a_named_one_does_not_fall_back(self) -> None:
         with pytest.raises(NotImplementedError, match="got 3"):
-            self.call(3, implementation="picky")
+            self.call(3, implementation="mosaic_gpu")
+
+    def test_without_a_gpu_the_scan_is_taken(self, caplog: pytest.LogCaptureFixture) -> None:
+        with target.use(target.CPU):
+            result = self.call(5)
+        expected = self.call(5, implementation="scan")
+        np.testing.assert_array_equal(result[0], expected[0])
+        assert not caplog.records
 
     def test_bad_input_does_not_fall_back(self) -> None:
         with pytest.raises(ValueError, match="saved_state_interval"):

@@ -89,8 +89,8 @@ def no_gradient_from_the_final_state(*args: Any, **options: Any) -> Any:
 
 
 def documents_leak(*args: Any, **options: Any) -> Any:
-    *others, _, live = args
-    return scan_recurrence(*others, None, live, **options)
+    arguments: list[Any] = [*args[:-2], None, args[-1]]
+    return scan_recurrence(*arguments, **options)
 
 
 def one_nan(*args: Any, **options: Any) -> Any:
@@ -121,7 +121,7 @@ WRONG: list[tuple[Callable[..., Any], str]] = [
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **implementations: Callable[..., Any]) -> None:
-    monkeypatch.setattr(recurrence, "_IMPLEMENTATIONS", implementations)
+    monkeypatch.setattr(recurrence, "IMPLEMENTATIONS", implementations)
     monkeypatch.setattr(selfcheck, "QUICK", (SMALL,))
 
 

@@ -11,25 +11,25 @@ from e88_jax.short_conv import ShortConv
 from tests.reference import layer as numpy_layer
 from tests.reference.recurrence import rms_ratio
 
-BATCH, CHANNELS = 2, 5
+BATCH, CHANNELS = 2, (2, 3)  # heads, and columns of each
 
 
 def make(size: int, time: int, dtype: str) -> tuple[ShortConv, Any, Any]:
     rng = np.random.default_rng([size, time])
     conv = ShortConv(CHANNELS, size, rngs=nnx.Rngs(0))
-    conv.kernel[...] = jnp.asarray(rng.normal(size=(size, CHANNELS)), jnp.float32)
-    x = jnp.asarray(rng.normal(size=(BATCH, time, CHANNELS)), dtype)
-    past = jnp.asarray(rng.normal(size=(BATCH, size - 1, CHANNELS)), dtype)
+    conv.taps[...] = jnp.asarray(rng.normal(size=(size, *CHANNELS)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(BATCH, time, *CHANNELS)), dtype)
+    past = jnp.asarray(rng.normal(size=(BATCH, size - 1, *CHANNELS)), dtype)
     return conv, x, past
 
 
+def flat(x: Any) -> np.ndarray:
+    """`[..., channels]`, as PyTorch has them."""
+    return np.asarray(x).reshape(*x.shape[: x.ndim - len(CHANNELS)], -1)
+
+
 def torch_weight(conv: ShortConv) -> np.ndarray:
-    return np.asarray(conv.kernel[...]).T[:, None, :]
-
-
-def documents(segment_ids: np.ndarray) -> jax.Array:
-    changes = np.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    return jnp.asarray(np.cumsum(changes, axis=1), jnp.int32)
+    return flat(conv.taps[...]).T[:, None, :]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -40,11 +40,28 @@ def test_against_numpy(size: int, time: int, packed: bool, x64: None) -> None:
     conv, x, past = make(size, time, "float64")
     ids = np.array([[0, 0, 1, 1, 1, 1, 1, 2, 0], [0, 1, 2, 2, 2, 2, 2, 2, 2]])[:, :time]
     expected = numpy_layer.short_conv(
-        torch_weight(conv), np.asarray(x), np.asarray(past), ids if packed else None
+        torch_weight(conv), flat(x), flat(past), ids if packed else None
     )
-    y, state = conv(x, past, documents(ids) if packed else None)
-    assert rms_ratio(y, expected[0]) < 1e-12
-    np.testing.assert_array_equal(state, expected[1])
+    y, state = conv(x, past, jnp.asarray(ids) if packed else None)
+    assert y.shape == x.shape
+    assert rms_ratio(flat(y), expected[0]) < 1e-12
+    np.testing.assert_array_equal(flat(state), expected[1])
+
+
+def test_rows_end_where_they_say(x64: None) -> None:
+    """The state is the last inputs before it, those of the state before included."""
+    conv, x, past = make(4, 9, "float64")
+    ids = jnp.asarray([[0] * 9, [0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    for lengths, segment_ids in (((9, 4), None), ((1, 0), None), ((2, 4), ids), ((9, 2), ids)):
+        y, state = conv(x, past, segment_ids, jnp.asarray(lengths, jnp.int32))
+        for b, n in enumerate(lengths):
+            row = slice(b, b + 1)
+            expected = past[row]
+            if n > 0:
+                its_ids = None if segment_ids is None else segment_ids[row, :n]
+                its_y, expected = conv(x[row, :n], past[row], its_ids)
+                np.testing.assert_allclose(y[row, :n], its_y, rtol=1e-12)
+            np.testing.assert_array_equal(state[row], expected)
 
 
 def test_the_future_is_not_seen() -> None:
@@ -73,7 +90,7 @@ def test_bfloat16_sums_in_float32() -> None:
 
 def test_gradients(x64: None) -> None:
     conv, x, past = make(3, 4, "float64")
-    ids = documents(np.array([[0, 0, 1, 1], [0, 0, 0, 0]]))
+    ids = jnp.asarray([[0, 0, 1, 1], [0, 0, 0, 0]])
     weigh = jnp.asarray(np.random.default_rng(0).normal(size=x.shape))
 
     @jax.jit

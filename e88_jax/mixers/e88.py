@@ -20,7 +20,6 @@ from e88_jax.precision import compute_dtype, wide, wide_dtype
 from e88_jax.projection import InputProjections, JoinedInputProjections, Read
 from e88_jax.recurrence import e88_recurrence
 from e88_jax.short_conv import ShortConv
-from e88_jax.typed import copy
 
 
 class E88State(NamedTuple):
@@ -183,8 +182,8 @@ class E88InferenceMixer(E88Mixer):
         self.config, self.execution = trained.config, trained.execution
         self.dim, self.dtype = trained.dim, trained.dtype
         self.inputs = trained.inputs.for_inference()
-        self.conv = None if trained.conv is None else copy(trained.conv)
-        self.decay = copy(trained.decay)
+        self.conv = None if trained.conv is None else nnx.clone(trained.conv)
+        self.decay = nnx.clone(trained.decay)
         self.heads = trained.heads.for_inference()
 
     def _mix(

@@ -1,24 +1,22 @@
-"""The kernels of what a layer does between its products on a GPU, against XLA."""
+"""The kernels of what a layer does between its matmuls on a GPU, against XLA."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from e88_jax.generate import for_inference
-from e88_jax.mixer import E88Mixer
 from flax import nnx
 
-from e88_jax import recurrence
-from e88_jax.config import E88Config, LMConfig
-from e88_jax.model import E88LM
+from e88_jax.mixers.e88 import E88Mixer
+from e88_jax.model import LanguageModel
+from pallas_kernels import target
+from tests.reference.configs import e88_layer, lm_config
 from tests.reference.layer_by_xla import OPTIONS, a_layer, decoded, inputs
 from tests.reference.layer_by_xla import activated as activated_by_xla
 from tests.reference.recurrence import rms_ratio
 
-if refusal := recurrence.unsupported_device():
+if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
 
 from pallas_kernels.decode import DecodeConfig, decode_layer
@@ -150,12 +148,15 @@ def test_token_mapped_and_sharded() -> None:
 )
 def test_a_model_for_inference(options: dict[str, Any], batch: int) -> None:
     """Token by token it computes what the model does with all at once."""
-    layer = E88Config(dim=96, n_heads=5, n_state=32, dtype="float32", **options)
-    model = E88LM(LMConfig(layer=layer, depth=2), rngs=nnx.Rngs(0))
+    sizes = {"dim": 96, "n_heads": 5, "n_state": 32, "depth": 2}
+
+    def build(implementation: Any) -> LanguageModel:
+        execution = {"dtype": "float32", "implementation": implementation}
+        return LanguageModel(lm_config(**sizes, **options, **execution), rngs=nnx.Rngs(0))
+
+    model, reference = build(None), build("scan")
     tokens = jax.random.randint(jax.random.key(0), (batch, 12), 0, 256)
-    scan = dataclasses.replace(layer, implementation="scan")
-    reference = E88LM(LMConfig(layer=scan, depth=2), rngs=nnx.Rngs(0))
-    same, state, actual = nnx.merge(*for_inference(model)), model.init_state(batch), []
+    same, state, actual = model.for_inference(), model.init_state(batch), []
     with jax.default_matmul_precision("highest"):
         expected, _ = reference(tokens)
         for t in range(tokens.shape[1]):
@@ -167,14 +168,15 @@ def test_a_model_for_inference(options: dict[str, Any], batch: int) -> None:
 
 @pytest.mark.parametrize("n_heads", [5, 8])
 def test_gradients_of_a_layer(n_heads: int) -> None:
-    """Of weights and inputs, with kernels for all between the products, against the scan."""
+    """Of weights and inputs, with kernels for all between the matmuls, against the scan."""
     x = jax.random.normal(jax.random.key(0), (3, 50, 64))
 
     def gradients(implementation: Any) -> Any:
-        config = E88Config(
-            dim=64, n_heads=n_heads, n_state=32, dtype="float32", implementation=implementation
+        sizes = {"dim": 64, "n_heads": n_heads, "n_state": 32}
+        layer = e88_layer(
+            **sizes, dtype="float32", implementation=implementation, saved_state_interval=32
         )
-        graphdef, params = nnx.split(E88Mixer(config, rngs=nnx.Rngs(0)))
+        graphdef, params = nnx.split(E88Mixer(*layer, rngs=nnx.Rngs(0)))
 
         def loss(params: Any, x: jax.Array) -> jax.Array:
             y, state = nnx.merge(graphdef, params)(x)

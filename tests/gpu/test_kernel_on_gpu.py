@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from e88_jax import recurrence
 from e88_jax.recurrence import e88_recurrence
+from pallas_kernels import target
 from pallas_kernels.recurrence import TuningConfig
 from pallas_kernels.recurrence import recurrence as by_kernels
 from tests.recurrence_contract import (
@@ -28,7 +28,7 @@ from tests.recurrence_contract import (
 )
 from tests.reference.recurrence import rms_ratio
 
-if refusal := recurrence.unsupported_device():
+if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
 
 # Of ||x - scan|| / ||scan||, per tensor; the scan in float32.

@@ -10,11 +10,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from e88_jax import E88LM, E88Config, LMConfig, e88_recurrence, recurrence
+from e88_jax import LanguageModel, e88_recurrence
+from pallas_kernels import target
 from tests.recurrence_contract import EVERY_OPTION, make_inputs, tensors
+from tests.reference.configs import lm_config
 from tests.reference.recurrence import rms_ratio
 
-if refusal := recurrence.unsupported_device():
+if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
 if jax.device_count() < 2:
     pytest.skip("needs two GPUs", allow_module_level=True)
@@ -89,8 +91,8 @@ def test_op_inside_shard_map(axis: str, check_vma: bool) -> None:
 
 @pytest.mark.parametrize("how", [*MESHES, "shard_map"])
 def test_gradient_of_a_model(how: str) -> None:
-    layer = E88Config(dim=64, n_heads=4, n_state=32, dtype="float32")
-    model = E88LM(LMConfig(layer=layer, depth=2), rngs=nnx.Rngs(0))
+    config = lm_config(dim=64, n_heads=4, n_state=32, depth=2, dtype="float32")
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
     tokens = np.random.default_rng(0).integers(0, 256, (4, 65)).astype(np.int32)
 

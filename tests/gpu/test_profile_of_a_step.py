@@ -8,20 +8,20 @@ import pytest
 from flax import nnx
 
 from benchmarks.measure.gpu_profile import ELSE, breakdown, profile
-from e88_jax import recurrence
-from e88_jax.config import E88Config, LMConfig
-from e88_jax.model import E88LM
+from e88_jax.model import LanguageModel
+from pallas_kernels import target
+from tests.reference.configs import lm_config
 
-if refusal := recurrence.unsupported_device():
+if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
 
 
 def test_every_part_takes_time() -> None:
-    config = LMConfig(layer=E88Config(dim=512, n_heads=16), depth=1)
-    model = E88LM(config, rngs=nnx.Rngs(0))
+    config = lm_config(dim=512, n_heads=16, n_state=32)
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
 
     @nnx.jit
-    def gradient(model: E88LM, tokens: Any) -> Any:
+    def gradient(model: LanguageModel, tokens: Any) -> Any:
         return nnx.grad(lambda model: jnp.sum(jnp.square(model(tokens)[0])))(model)
 
     tokens = jnp.zeros((4, 512), jnp.int32)

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from benchmarks import plan
-from e88_jax import recurrence
+from e88_jax.mixers.base import Execution
 from e88_jax.sizing import PRESETS, training_memory
 from experiments.harness.step import xla_options
+from pallas_kernels import target
 
-if refusal := recurrence.unsupported_device():
+if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
 
 
@@ -22,7 +23,8 @@ if refusal := recurrence.unsupported_device():
 def test_training_memory_is_what_xla_plans(
     preset: str, batch: int, length: int, remat: Any
 ) -> None:
-    config = dataclasses.replace(PRESETS[preset].config, depth=4, remat=remat)
+    execution = Execution(remat=remat)
+    config = dataclasses.replace(PRESETS[preset].config, depth=4, execution=execution)
     compiled = plan.lower_step(plan.on_a_gpu(config), batch, length).compile(xla_options())
     estimate = training_memory(config, batch, length)
     assert 0.85 < estimate.total / plan.planned_bytes(compiled) < 1.15

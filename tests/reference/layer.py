@@ -21,9 +21,9 @@ class State(NamedTuple):
     """The last size - 1 inputs of the convolutions on q, k, v: [B, size - 1, channels]."""
 
 
-def torch_shapes(config: E88Config) -> dict[str, tuple[int, ...]]:
+def torch_shapes(config: E88Config, dim: int) -> dict[str, tuple[int, ...]]:
     """The keys and shapes of the original layer's state dictionary."""
-    dim, H, V = config.dim, config.n_heads, config.n_value
+    H, V = config.n_heads, config.n_value
     keys, values = H * config.n_state, H * V
     shapes: dict[str, tuple[int, ...]] = {}
     if config.tie_kv:
@@ -68,7 +68,7 @@ def conv_channels(config: E88Config) -> dict[str, int]:
     return channels if config.tie_kv else channels | {"v": config.n_heads * config.n_value}
 
 
-def random_weights(config: E88Config, seed: int = 0) -> Weights:
+def random_weights(config: E88Config, dim: int, seed: int = 0) -> Weights:
     """float32 numbers, none at the value it is initialised with."""
     rng = np.random.default_rng(seed)
 
@@ -84,7 +84,24 @@ def random_weights(config: E88Config, seed: int = 0) -> Weights:
                 x = rng.normal(size=shape) / np.sqrt(shape[-1])
         return x.astype(np.float32)
 
-    return {key: draw(key, shape) for key, shape in torch_shapes(config).items()}
+    return {key: draw(key, shape) for key, shape in torch_shapes(config, dim).items()}
+
+
+def join_heads(config: E88Config, streams: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Arrays `[..., H * N]` of q, k and v as the layer keeps them, `[..., H, 2N + V]`."""
+    heads = [x.reshape(*x.shape[:-1], config.n_heads, -1) for x in streams.values()]
+    return np.concatenate(heads, axis=-1) if heads else None
+
+
+def split_heads(config: E88Config, joined: np.ndarray) -> dict[str, np.ndarray]:
+    """The inverse of `join_heads`."""
+    n_state = config.n_state
+    parts = np.split(joined, [n_state, 2 * n_state], axis=-1)
+    names = conv_channels(config)
+    return {
+        name: part.reshape(*joined.shape[:-2], -1)
+        for name, part in zip(names, parts[: len(names)], strict=True)
+    }
 
 
 def random_state(config: E88Config, batch: int, seed: int = 0) -> State:

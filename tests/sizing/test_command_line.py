@@ -3,13 +3,14 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
 from e88_jax import hardware
-from e88_jax.config import E88Config
-from e88_jax.sizing import PRESETS, count_params, training_memory
+from e88_jax.sizing import PRESETS, training_memory
 from e88_jax.sizing import __main__ as command
+from tests.reference.configs import lm_config
 
 BUDGET = ["500M", "--gpu", "h100"]
 
@@ -17,6 +18,10 @@ BUDGET = ["500M", "--gpu", "h100"]
 def answer(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     assert command.main(args) == 0
     return capsys.readouterr().out
+
+
+def sizes_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("dim", "n_heads", "n_state", "depth")}
 
 
 def test_it_answers_in_under_a_second_without_jax() -> None:
@@ -65,8 +70,9 @@ def test_a_check(capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_of_a_check(capsys: pytest.CaptureFixture[str]) -> None:
     words = "dim=64 n_heads=2 depth=3 conv_size=none write_gate=true expansion=2 vocab_size=99"
     row = json.loads(answer(capsys, "--check", *words.split(), "--json"))["configurations"][0]
-    layer = E88Config(dim=64, n_heads=2, write_gate=True, expansion=2.0)
-    assert row["params"] == count_params(command.LMConfig(layer=layer, depth=3, vocab_size=99))
+    sizes = {"dim": 64, "n_heads": 2, "n_state": 32, "depth": 3, "vocab_size": 99}
+    options: dict[str, Any] = {"write_gate": True, "expansion": 2.0}
+    assert row["params"] == lm_config(**sizes, **options).count_params()
 
 
 def test_options_of_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,10 +81,8 @@ def test_options_of_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     assert 1 <= len(rows) <= 2
     for row in rows:
         assert (row["depth"], row["n_state"]) == (18, 48)
-        sizes = {name: row[name] for name in ("dim", "n_heads", "n_state")}
-        layer = E88Config(**sizes, output_gate="none")
-        config = command.LMConfig(layer=layer, depth=18, vocab_size=32_000)
-        assert row["params"] == count_params(config)
+        config = lm_config(**sizes_of(row), output_gate="none", vocab_size=32_000)
+        assert row["params"] == config.count_params()
         memory = training_memory(config, 8, 2048)
         assert row["training_bytes"] == memory.total
 
@@ -86,8 +90,7 @@ def test_options_of_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_batch_of_the_memory(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*BUDGET, "--rows", "1", "--json", "--batch-size", "3", "--seq-len", "100"]
     (row,) = json.loads(answer(capsys, *words))["configurations"]
-    layer = E88Config(**{name: row[name] for name in ("dim", "n_heads", "n_state")})
-    config = command.LMConfig(layer=layer, depth=row["depth"])
+    config = lm_config(**sizes_of(row))
     assert row["training_bytes"] == training_memory(config, 3, 100).total
 
 
@@ -98,7 +101,7 @@ def test_the_gpu_asked_for_else_the_one_here(
         rows = json.loads(answer(capsys, "500M", "--json", *words))["configurations"]
         return {row["n_state"] for row in rows}
 
-    monkeypatch.setattr(hardware, "detect", lambda: hardware.find("rtx4090"))
+    monkeypatch.setattr(hardware, "detect_gpu", lambda: hardware.find_gpu("rtx4090"))
     assert n_states() == {32, 48}
     assert n_states("--gpu", "a100-80gb") == {64}
     out = answer(capsys, "500M", "--batch-size", "64", "--rows", "1")
@@ -117,7 +120,7 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
         (row,) = (line for line in out.splitlines() if line.split()[0] == name)
         assert preset.published in row
         assert f"{preset.formula_params / 1e6:,.1f}M" in row
-        assert f"{count_params(preset.config) / 1e6:,.1f}M" in row
+        assert f"{preset.config.count_params() / 1e6:,.1f}M" in row
         assert (str(preset.corrected_dim) in row) == (not preset.agrees)
     assert "409,600" in out
     assert "393,216" in out

@@ -1,5 +1,6 @@
 """The estimate of memory against XLA's own figures."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,17 @@ import pytest
 
 from benchmarks.plan import model_of
 from e88_jax.config import E88Config, LMConfig
-from e88_jax.hardware import find
+from e88_jax.hardware import find_gpu
 from e88_jax.sizing import (
     PRESETS,
     TrainingMemory,
     check,
-    count_params,
     state_bytes,
-    state_per_layer,
     training_memory,
 )
 from e88_jax.sizing.memory import implementation_on
+from tests.reference.configs import lm_config
+from tests.reference.toy_mixer import ToyConfig
 
 PLANS = json.loads((Path(__file__).parent / "training_memory_h100.json").read_text())
 """Bytes of arguments and working memory that XLA of JAX 0.11.2 plans for the training step of
@@ -26,22 +27,21 @@ PLANS = json.loads((Path(__file__).parent / "training_memory_h100.json").read_te
 
 
 def name_of(plan: dict[str, Any]) -> str:
-    options = {**plan["layer"], **plan["model"]}
+    options = {**plan["layer"], **plan["model"], **plan["execution"]}
     changed = " ".join(f"{name}={value}" for name, value in options.items())
-    return f"{plan['preset']} x{plan['depth']} {plan['batch']}x{plan['length']} {changed}" + (
-        "" if plan["remat"] == "none" else f" remat {plan['remat']}"
-    )
+    return f"{plan['preset']} x{plan['depth']} {plan['batch']}x{plan['length']} {changed}"
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=name_of)
 def test_training_memory_is_what_xla_plans_for_an_h100(plan: dict[str, Any]) -> None:
-    of_call = {name: x for name, x in plan["layer"].items() if name in ("dtype", "implementation")}
+    options = plan["execution"].items()
+    of_call = {name: x for name, x in options if name in ("dtype", "implementation")}
     estimate = training_memory(model_of(plan), plan["batch"], plan["length"], **of_call)
     assert 0.88 < estimate.total / plan["bytes"] < 1.12
 
 
 def test_what_does_not_fit_is_told_how_it_would() -> None:
-    config, gpu = PRESETS["h96n32-1b"].config, find("h100")
+    config, gpu = PRESETS["h96n32-1b"].config, find_gpu("h100")
     assert not [x for x in check(config, gpu, batch=8) if "GB" in x.problem]
     (finding,) = [x for x in check(config, gpu, batch=16) if "GB" in x.problem]
     assert "GB at batch 16 and length 2048, of 80 GB" in finding.problem
@@ -51,10 +51,10 @@ def test_what_does_not_fit_is_told_how_it_would() -> None:
     assert "remat" not in finding.change
 
 
-def test_checkpoints() -> None:
+def test_saved_states() -> None:
     def of(every: int, **options: Any) -> int:
-        layer = E88Config(dim=64, n_heads=3, n_state=16, expansion=2.0, saved_state_interval=every)
-        return training_memory(LMConfig(layer=layer, depth=5), 2, 100, **options).checkpoints
+        config = a_model(expansion=2.0, saved_state_interval=every)
+        return training_memory(config, 2, 100, **options).saved_states
 
     state = 5 * 2 * 3 * 16 * 32
     assert of(32, dtype="float32", implementation="scan") == 4 * state * 4
@@ -67,54 +67,54 @@ def test_checkpoints() -> None:
 def test_the_optimizers_moments(moments: int) -> None:
     config = PRESETS["h72n32-500m"].config
     memory = training_memory(config, 8, 2048, moments=moments)
-    assert memory.optimizer == moments * memory.parameters == moments * 4 * count_params(config)
+    assert memory.optimizer == moments * memory.parameters == moments * 4 * config.count_params()
     assert training_memory(config, 8, 2048).optimizer == 2 * memory.parameters
 
 
-def small(model: dict[str, Any], layer: dict[str, Any], length: int = 100) -> TrainingMemory:
-    sizes = {"dim": 64, "n_heads": 3, "n_state": 16}
-    config = LMConfig(**{"layer": E88Config(**sizes, **layer), "depth": 5, **model})
-    return training_memory(config, 2, length)
+def a_model(**options: Any) -> LMConfig:
+    return lm_config(dim=64, n_heads=3, n_state=16, depth=5, **options)
+
+
+def small(length: int = 100, **options: Any) -> TrainingMemory:
+    return training_memory(a_model(**options), 2, length)
 
 
 @pytest.mark.parametrize(
-    ("model", "layer", "per_token"),
+    ("options", "per_token"),
     [
-        ({}, {"conv_size": 4}, 2 * 3 * 48),  # what the convolutions read
-        ({}, {"use_l2_norm": False}, -4 * 2 * 3),  # lengths of q and k, of each head
-        ({}, {"write_gate": True}, 2 * 3),
-        ({}, {"decay_mode": "none"}, -2 * 3),
-        ({}, {"head_mix": "input_weighted"}, 2 * 3 - 2 * (48 - 16)),
-        ({}, {"output_gate": "none"}, -2 * 2 * 48),  # the gate, and what it gives
-        ({}, {"tie_kv": True}, -2 * 48),
+        ({"conv_size": 4}, 2 * 3 * 48),  # what the convolutions read
+        ({"use_l2_norm": False}, -4 * 2 * 3),  # lengths of q and k, of each head
+        ({"write_gate": True}, 2 * 3),
+        ({"decay_mode": "none"}, -2 * 3),
+        ({"head_mix": "input_weighted"}, 2 * 3 - 2 * (48 - 16)),
+        ({"output_gate": "none"}, -2 * 2 * 48),  # the gate, and what it gives
+        ({"tie_kv": True}, -2 * 48),
         # A norm's input in float32 and output, gate, up and their product.
-        ({"channel_mixer_dim": 40}, {}, 4 * 64 + 2 * (64 + 3 * 40)),
+        ({"channel_mixer_dim": 40}, 4 * 64 + 2 * (64 + 3 * 40)),
     ],
 )
-def test_what_an_option_keeps_of_each_token(
-    model: dict[str, Any], layer: dict[str, Any], per_token: int
-) -> None:
-    def of_tokens(*options: dict[str, Any]) -> int:
-        return small(*options, length=101).activations - small(*options).activations
+def test_what_an_option_keeps_of_each_token(options: dict[str, Any], per_token: int) -> None:
+    def of_tokens(**options: Any) -> int:
+        return small(101, **options).activations - small(**options).activations
 
-    assert of_tokens(model, layer) - of_tokens({}, {}) == 5 * 2 * per_token
+    assert of_tokens(**options) - of_tokens() == 5 * 2 * per_token
 
 
 def test_what_remat_keeps_of_each_token() -> None:
-    none, recurrence, layer = (small({"remat": x}, {}) for x in ("none", "recurrence", "layer"))
+    none, recurrence, layer = (small(remat=x) for x in ("none", "recurrence", "layer"))
     assert layer.activations == 5 * 200 * 4 * 64  # the residual stream
-    products = 2 * (4 * 48 + 3)  # q, k, v, gate and decay
-    assert recurrence.activations - layer.activations == 5 * 200 * products
-    assert layer.working - recurrence.working == 200 * products
+    matmuls = 2 * (4 * 48 + 3)  # q, k, v, gate and decay
+    assert recurrence.activations - layer.activations == 5 * 200 * matmuls
+    assert layer.working - recurrence.working == 200 * matmuls
     copies = 2 * none.parameters // 4
-    states = none.checkpoints // 5
+    states = none.saved_states // 5
     whole = (none.activations - copies) // 5
     assert layer.working - none.working == whole - 200 * 4 * 64 + states
-    assert recurrence.checkpoints == layer.checkpoints == 0
+    assert recurrence.saved_states == layer.saved_states == 0
 
 
 def test_logits_and_their_gradient() -> None:
-    more = small({"vocab_size": 300}, {}).working - small({"vocab_size": 256}, {}).working
+    more = small(vocab_size=300).working - small(vocab_size=256).working
     assert more == 2 * 4 * 200 * (300 - 256)
 
 
@@ -124,22 +124,33 @@ def test_the_larger_of_both_ends_of_the_backward_pass() -> None:
 
 
 def test_who_runs_the_recurrence() -> None:
-    fits, odd = (E88Config(dim=64, n_heads=2, n_state=n) for n in (32, 30))
-    assert implementation_on(None, fits) == implementation_on(find("h100"), fits) == "mosaic_gpu"
-    assert implementation_on(find("rtx4090"), fits) == implementation_on(None, odd) == "scan"
+    fits, odd = (E88Config(n_heads=2, n_state=n) for n in (32, 30))
+    assert (
+        implementation_on(None, fits) == implementation_on(find_gpu("h100"), fits) == "mosaic_gpu"
+    )
+    assert implementation_on(find_gpu("rtx4090"), fits) == implementation_on(None, odd) == "scan"
 
 
 def test_state() -> None:
-    layer = E88Config(dim=64, n_heads=3, n_state=16, expansion=2.0)
-    assert state_per_layer(layer) == 3 * 16 * 32
-    assert state_bytes(LMConfig(layer=layer, depth=5)) == 5 * 3 * 16 * 32 * 4
-    assert state_bytes(LMConfig(layer=layer, depth=5), "bfloat16") == 5 * 3 * 16 * 32 * 2
+    config = a_model(expansion=2.0)
+    assert config.layers[0].state_size(config.dim) == 3 * 16 * 32
+    assert config.state_size() == 5 * 3 * 16 * 32
+    assert state_bytes(config) == 5 * 3 * 16 * 32 * 4
+    assert state_bytes(config, "bfloat16") == 5 * 3 * 16 * 32 * 2
     with pytest.raises(ValueError, match="'int8'"):
-        state_bytes(LMConfig(layer=layer, depth=5), "int8")
+        state_bytes(config, "int8")
+
+
+def test_layers_of_another_kind_have_no_estimate() -> None:
+    config = dataclasses.replace(a_model(), layers=(ToyConfig(),))
+    with pytest.raises(ValueError, match="estimated for e88 layers, got one of toy"):
+        training_memory(config, 2, 100)
+    mixed = dataclasses.replace(a_model(), layers=(*a_model().layers, ToyConfig()))
+    assert state_bytes(mixed) == 4 * (3 * 3 * 16 * 16 + 2 * 6)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (5, -1)])
 def test_nothing_to_train_on(batch: int, length: int) -> None:
-    config = LMConfig(layer=E88Config(dim=64, n_heads=2), depth=1)
+    config = a_model()
     with pytest.raises(ValueError, match="at least 1"):
         training_memory(config, batch, length)

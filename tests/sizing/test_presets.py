@@ -5,12 +5,10 @@ import pytest
 from e88_jax.sizing import (
     PRESETS,
     balance,
-    count_params,
     d_inner_of,
     find_preset,
     gated_deltanet_state_per_layer,
     mamba2_state_per_layer,
-    state_per_layer,
 )
 
 # d_inner and dim / d_inner, as printed; the guide has no ratio at 100M.
@@ -30,6 +28,13 @@ PRINTED = {
 }
 
 
+def state_per_layer(name: str) -> int:
+    config = PRESETS[name].config
+    (layer,) = config.layers
+    assert config.state_size() == config.depth * layer.state_size(config.dim)
+    return layer.state_size(config.dim)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_dimensions_and_state_are_as_printed(name: str) -> None:
     preset = PRESETS[name]
@@ -38,7 +43,7 @@ def test_dimensions_and_state_are_as_printed(name: str) -> None:
     if ratio is not None:
         assert abs(preset.dim / d_inner - ratio) < 0.0051  # 0.625 is printed as 0.63
     printed = int(preset.published_state.removesuffix("K"))
-    assert abs(state_per_layer(preset.config.layer) / 1000 - printed) < 1
+    assert abs(state_per_layer(name) / 1000 - printed) < 1
 
 
 def test_the_formula_gives_the_printed_counts_at_500m_only() -> None:
@@ -60,9 +65,9 @@ def test_a_corrected_dim_gives_the_printed_count(name: str) -> None:
         return
     assert preset.corrected_dim is not None
     assert preset.corrected_dim % 8 == 0
-    exact = count_params(preset.with_dim(preset.corrected_dim))
+    exact = preset.with_dim(preset.corrected_dim).count_params()
     assert abs(exact / preset.published_params - 1) <= 0.01
-    assert abs(count_params(preset.config) / preset.published_params - 1) > 0.02
+    assert abs(preset.config.count_params() / preset.published_params - 1) > 0.02
 
 
 def test_corrected_dims_are_the_roundest_that_do() -> None:
@@ -91,7 +96,7 @@ def test_rows_outside_of_the_balanced_band() -> None:
 def test_baselines() -> None:
     assert mamba2_state_per_layer() == 3200 * 128 == 409_600
     assert gated_deltanet_state_per_layer() == 24 * 128 * 128 == 393_216
-    h72, h40 = (state_per_layer(PRESETS[x].config.layer) for x in ("h72n32-500m", "h40n64-500m"))
+    h72, h40 = map(state_per_layer, ("h72n32-500m", "h40n64-500m"))
     assert 5 < 393_216 / h72 < 409_600 / h72 < 6  # "5-6x smaller"
     assert round(409_600 / h40, 1) == 2.5  # "2.5x smaller"
     assert round(393_216 / h40, 1) == 2.4

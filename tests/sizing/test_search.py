@@ -1,12 +1,14 @@
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e88_jax.hardware import GPU, GPUS, find
-from e88_jax.sizing import count_params, d_inner_of, parse_params, solve
-from e88_jax.sizing.solve import usual_depth
+from e88_jax.config import OutputGate
+from e88_jax.hardware import GPU, GPUS, find_gpu
+from e88_jax.sizing import d_inner_of, e88_layer, parse_params, solve
+from e88_jax.sizing.search import usual_depth
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -15,15 +17,15 @@ from e88_jax.sizing.solve import usual_depth
     st.sampled_from([None, *GPUS]),
     st.sampled_from(["silu", "none"]),
 )
-def test_any_budget_is_met(budget: int, gpu: GPU | None, gate: str) -> None:
+def test_any_budget_is_met(budget: int, gpu: GPU | None, gate: OutputGate) -> None:
     solutions = solve(budget, gpu=gpu, gate=gate)
     for solution in solutions:
-        config = solution.config
-        assert count_params(config) == solution.params
+        config, layer = solution.config, e88_layer(solution.config)
+        assert config.count_params() == solution.params
         assert abs(solution.params / budget - 1) <= 0.01
-        assert config.layer.dim % 64 == 0
-        assert config.layer.n_state % 4 == 0
-        assert config.layer.output_gate == gate
+        assert config.dim % 64 == 0
+        assert layer.n_state % 4 == 0
+        assert layer.output_gate == gate
     distances = [solution.distance for solution in solutions]
     assert distances == sorted(distances)
     assert len({solution.config for solution in solutions}) == len(solutions)
@@ -33,14 +35,14 @@ def test_any_budget_is_met(budget: int, gpu: GPU | None, gate: str) -> None:
 def test_from_25m_on_the_first_is_balanced(budget: int) -> None:
     for gpu in (None, *GPUS):
         first = solve(budget, gpu=gpu)[0].config
-        assert 0.8 <= first.layer.dim / d_inner_of(first) <= 1.2
+        assert 0.8 <= first.dim / d_inner_of(first) <= 1.2
 
 
 def test_what_is_given_is_kept() -> None:
     for depth, n_state, vocab_size in itertools.product((12, 24), (16, 64), (256, 32_000)):
         for solution in solve(200_000_000, depth=depth, n_state=n_state, vocab_size=vocab_size):
             config = solution.config
-            assert (config.depth, config.layer.n_state) == (depth, n_state)
+            assert (config.depth, e88_layer(config).n_state) == (depth, n_state)
             assert config.vocab_size == vocab_size
 
 
@@ -69,8 +71,9 @@ def test_the_usual_depth(params: int, depth: int) -> None:
 
 
 def test_n_state_suits_the_gpu() -> None:
-    assert {s.config.layer.n_state for s in solve(500_000_000, gpu=find("a100-80gb"))} == {64}
-    assert {s.config.layer.n_state for s in solve(500_000_000, gpu=find("rtx4090"))} == {32, 48}
+    for gpu, n_states in (("a100-80gb", {64}), ("rtx4090", {32, 48})):
+        found = solve(500_000_000, gpu=find_gpu(gpu))
+        assert {e88_layer(solution.config).n_state for solution in found} == n_states
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_n_state_suits_the_gpu() -> None:
     ],
 )
 def test_what_cannot_be_had_says_why(
-    params: int, options: dict[str, int], fragments: list[str]
+    params: int, options: dict[str, Any], fragments: list[str]
 ) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011  (fragments below)
         solve(params, **options)

@@ -4,13 +4,15 @@ from typing import Any
 import pytest
 
 from e88_jax.config import E88Config, LMConfig
-from e88_jax.hardware import find
+from e88_jax.hardware import find_gpu
+from e88_jax.mixers.base import Execution
 from e88_jax.sizing import PRESETS, balance, check, d_inner_of, training_memory
+from tests.reference.configs import lm_config
+from tests.reference.toy_mixer import ToyConfig
 
 
 def lm(dim: int, n_heads: int, n_state: int, depth: int = 20, **options: Any) -> LMConfig:
-    layer = E88Config(dim=dim, n_heads=n_heads, n_state=n_state, **options)
-    return LMConfig(layer=layer, depth=depth)
+    return lm_config(dim=dim, n_heads=n_heads, n_state=n_state, depth=depth, **options)
 
 
 @pytest.mark.parametrize(
@@ -61,45 +63,59 @@ def test_d_inner_is_of_keys() -> None:
 
 
 def test_n_state_too_large_for_the_gpu() -> None:
-    problems = [f.problem for f in check(lm(1024, 11, 96, depth=2), find("rtx4090"))]
+    problems = [f.problem for f in check(lm(1024, 11, 96, depth=2), find_gpu("rtx4090"))]
     assert any("n_state 96 is too large" in p and "64" in p for p in problems)
     assert any("lax.scan" in p for p in problems)
-    assert check(lm(1024, 11, 96, depth=2), find("h100")) == []
+    assert check(lm(1024, 11, 96, depth=2), find_gpu("h100")) == []
     # The published maximum itself is none too many.
-    problems = [f.problem for f in check(lm(1024, 16, 64, depth=2), find("rtx4090"))]
+    problems = [f.problem for f in check(lm(1024, 16, 64, depth=2), find_gpu("rtx4090"))]
     assert not any("too large" in p for p in problems)
 
 
 def test_what_the_kernels_do_not_take() -> None:
-    keys, values = check(lm(256, 2, 130, depth=1), find("h200"))
+    keys, values = check(lm(256, 2, 130, depth=1), find_gpu("h200"))
     assert "n_state 130" in keys.problem
     assert "n_value 130" in values.problem
     assert "128" in keys.change
-    keys, values = check(lm(64, 2, 30, depth=1), find("h200"))
+    keys, values = check(lm(64, 2, 30, depth=1), find_gpu("h200"))
     assert "n_state 30" in keys.problem
-    (values,) = check(lm(64, 1, 64, depth=1, expansion=4.0), find("h200"))
+    (values,) = check(lm(64, 1, 64, depth=1, expansion=4.0), find_gpu("h200"))
     assert "n_value 256" in values.problem
-    (finding,) = check(lm(64, 2, 32, depth=1), find("l40s"))
+    (finding,) = check(lm(64, 2, 32, depth=1), find_gpu("l40s"))
     assert finding.problem == "L40S runs the recurrence by lax.scan"
 
 
 def test_memory() -> None:
     config = PRESETS["h72n32-500m"].config
-    assert check(config, find("h100"), batch=1, length=2048) == []
-    (finding,) = check(config, find("h100"), batch=64, length=2048)
+    assert check(config, find_gpu("h100"), batch=1, length=2048) == []
+    (finding,) = check(config, find_gpu("h100"), batch=64, length=2048)
     assert "of 80 GB" in finding.problem
-    (finding,) = check(config, find("h100"), batch=1, length=64 * 2048)
+    (finding,) = check(config, find_gpu("h100"), batch=1, length=64 * 2048)
     assert "at batch 1 and length 131072, of 80 GB" in finding.problem
-    again = dataclasses.replace(config, remat="layer")
-    assert check(again, find("h100"), batch=32) == []
+    again = dataclasses.replace(config, execution=Execution(remat="layer"))
+    assert check(again, find_gpu("h100"), batch=32) == []
 
 
 def test_memory_is_that_of_what_runs_the_recurrence_there() -> None:
     config = PRESETS["h40n64-500m"].config
-    *_, finding = check(config, find("rtx4090"), batch=64)
+    *_, finding = check(config, find_gpu("rtx4090"), batch=64)
     by_scan, by_kernels = (
         training_memory(config, 64, 2048, implementation=name).total / 1e9
         for name in ("scan", "mosaic_gpu")
     )
     assert f"about {by_scan:.0f} GB" in finding.problem
     assert round(by_scan) != round(by_kernels)
+
+
+def test_models_that_the_guide_says_nothing_of() -> None:
+    config = lm(64, 2, 32)
+    other = E88Config(n_heads=2, n_state=16)
+    for layers, kinds in (
+        ((ToyConfig(),), "got 1 different ones: toy"),
+        ((*config.layers, other), "got 2 different ones: e88, e88"),
+        ((*config.layers, ToyConfig()), "got 2 different ones: e88, toy"),
+    ):
+        with pytest.raises(ValueError, match=f"model of equal e88 layers.*{kinds}"):
+            check(dataclasses.replace(config, layers=layers))
+    twice = dataclasses.replace(config, layers=config.layers * 2)
+    assert check(twice) == check(config)

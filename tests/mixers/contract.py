@@ -1,0 +1,290 @@
+"""What every mixer must do, as one class to inherit.
+
+A test class names its layers and inherits the rest:
+
+    class TestToy(MixerContract):
+        layers = {"default": Layer(ToyConfig(), 10)}
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from e88_jax.mixers.base import Mixer, MixerConfig
+from tests.recurrence_contract import QUICK_TO_COMPILE
+from tests.reference.configs import E88Layer, Layer, n_params
+from tests.reference.recurrence import rms_ratio
+
+BATCH, TIME = 2, 8
+SEGMENT_IDS = np.array([[0, 0, 0, 0, 1, 1, 1, 1], [5, 2, 2, 5, 5, 5, 5, 5]], np.int32)
+
+
+AnyLayer = Layer | E88Layer
+
+
+def build(layer: AnyLayer) -> Any:
+    config, dim, execution = layer
+    return config.build(dim, execution, rngs=nnx.Rngs(0))
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
+def _run(graphdef: Any, params: Any, *arguments: Any, **options: Any) -> Any:
+    return nnx.merge(graphdef, params)(*arguments, **options)
+
+
+def run(mixer: Mixer, *arguments: Any, **options: Any) -> Any:
+    """`mixer(*arguments, **options)`, compiled; equal layers share the program."""
+    return _run(*nnx.split(mixer), *arguments, **options)
+
+
+def close(actual: Any, expected: Any, bound: float) -> None:
+    """Each array of two trees, by RMS ratio."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert rms_ratio(a, b) < bound
+
+
+def rows_of(state: Any, rows: Any) -> Any:
+    """The state of some rows of the batch."""
+    return jax.tree.map(lambda x: x[rows], state)
+
+
+class MixerContract:
+    """Tests of `y, state = mixer(x, state, segment_ids, lengths=lengths)` and of its config."""
+
+    layers: ClassVar[Mapping[str, AnyLayer]]
+    """The layers that are tested, by name; their dtype is float64."""
+    bound = 1e-12
+    """RMS ratio of what is computed in two ways in float64."""
+
+    def counted(self, state: Any) -> Any:
+        """The part of a state that `state_size` counts."""
+        return state
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "layer" in metafunc.fixturenames:
+            metafunc.parametrize("layer", self.layers.values(), ids=self.layers.keys())
+
+    @pytest.fixture
+    def mixer(self, layer: AnyLayer, float64: None) -> Mixer:
+        """A mixer whose parameters are not at the values they start with, such as norms of 1."""
+        mixer = build(layer)
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(
+            lambda p: jnp.asarray(p + 0.1 * rng.normal(size=p.shape), jnp.float64),
+            nnx.state(mixer, nnx.Param),
+        )
+        nnx.update(mixer, params)
+        return mixer
+
+    @pytest.fixture
+    def x(self, layer: AnyLayer, float64: None) -> jax.Array:
+        return jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, TIME, layer.dim)))
+
+    @pytest.fixture
+    def before(self, mixer: Mixer) -> Any:
+        """The state that another call has left."""
+        rng = np.random.default_rng(2)
+        return jax.tree.map(
+            lambda x: jnp.asarray(rng.uniform(-0.6, 0.6, x.shape), x.dtype),
+            mixer.init_state(BATCH),
+        )
+
+    def test_split_runs_equal_the_whole(self, mixer: Mixer, x: jax.Array, before: Any) -> None:
+        # The id changes inside the parts only: across calls the caller resets the state.
+        ids = jnp.asarray([[0, 0, 1, 1, 1, 2, 2, 2], [0] * 8], jnp.int32)
+        whole = run(mixer, x, before, ids)
+        y_0, state = run(mixer, x[:, :4], before, ids[:, :4])
+        y_1, state = run(mixer, x[:, 4:], state, ids[:, 4:])
+        close((jnp.concatenate([y_0, y_1], axis=1), state), whole, self.bound)
+
+    def test_token_by_token_equals_the_whole(self, mixer: Mixer, x: jax.Array, before: Any) -> None:
+        """As trained and as `for_inference` lays it out."""
+        whole = run(mixer, x, before)
+        for decoder in (mixer, mixer.for_inference()):
+            close(run(decoder, x, before), whole, self.bound)
+            state, rows = before, []
+            for t in range(TIME):
+                y, state = run(decoder, x[:, t : t + 1], state)
+                rows.append(y)
+            close((jnp.concatenate(rows, axis=1), state), whole, self.bound)
+
+    def test_packed_documents_equal_separate_runs(
+        self, mixer: Mixer, x: jax.Array, before: Any
+    ) -> None:
+        """Token 0 continues the state; an id may come back, and documents be of one token."""
+        ids = jnp.asarray([[4, 4, 4, 9, 4, 4, 1, 1]] * BATCH, jnp.int32)
+        packed = run(mixer, x, before, ids)
+        state, parts = before, []
+        for start, end in ((0, 3), (3, 4), (4, 6), (6, 8)):
+            y, state = run(mixer, x[:, start:end], state if start == 0 else None)
+            parts.append(y)
+        close(packed, (jnp.concatenate(parts, axis=1), state), self.bound)
+
+    def test_rows_have_lengths_of_their_own(self, mixer: Mixer, x: jax.Array, before: Any) -> None:
+        """The state is that after a row's last token, whatever comes after it, and zeros come
+        out there."""
+        for lengths, segment_ids in (((8, 3), None), ((0, 5), None), ((6, 1), SEGMENT_IDS)):
+            padded = x
+            for b, n in enumerate(lengths):
+                padded = padded.at[b, n:].set(jnp.nan)
+            ids = None if segment_ids is None else jnp.asarray(segment_ids)
+            y, state = run(mixer, padded, before, ids, lengths=jnp.asarray(lengths, jnp.int32))
+            for b, n in enumerate(lengths):
+                row, its_state = rows_of((y, state), slice(b, b + 1))
+                expected = rows_of(before, slice(b, b + 1))
+                assert not np.any(row[:, n:])
+                if n > 0:
+                    its_ids = None if ids is None else ids[b : b + 1, :n]
+                    wanted, expected = run(mixer, x[b : b + 1, :n], expected, its_ids)
+                    close(row[:, :n], wanted, self.bound)
+                close(its_state, expected, self.bound)
+
+    def test_the_future_is_not_seen(self, mixer: Mixer, x: jax.Array, before: Any) -> None:
+        y, _ = run(mixer, x, before)
+        changed, _ = run(mixer, x.at[:, 5:].add(1.0), before)
+        np.testing.assert_array_equal(y[:, :5], changed[:, :5])
+        assert np.all(np.any(np.asarray(y[:, 5:] != changed[:, 5:]), axis=-1))
+
+    def test_rows_are_apart(self, mixer: Mixer, x: jax.Array, before: Any) -> None:
+        y, state = run(mixer, x, before)
+        for b in range(BATCH):
+            alone = run(mixer, x[b : b + 1], rows_of(before, slice(b, b + 1)))
+            close(rows_of((y, state), slice(b, b + 1)), alone, self.bound)
+
+    def test_the_initial_state_is_that_of_no_state(self, mixer: Mixer, x: jax.Array) -> None:
+        given = mixer.init_state(BATCH)
+        results = run(mixer, x)
+        chex.assert_trees_all_equal(run(mixer, x, given), results)
+        chex.assert_trees_all_equal_shapes_and_dtypes(given, results[1])
+        assert {x.shape[0] for x in jax.tree.leaves(given)} == {BATCH}
+        one = mixer.init_state(1)
+        assert all(
+            a.shape == (1, *b.shape[1:])
+            for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(given), strict=True)
+        )
+
+    def test_for_inference_leaves_the_trained_mixer_as_it_is(
+        self, mixer: Mixer, x: jax.Array, before: Any
+    ) -> None:
+        graphdef, params = nnx.split(mixer)
+        params = jax.tree.map(np.array, params)
+        decoder = mixer.for_inference()
+        after = nnx.split(mixer)
+        assert after[0] == graphdef
+        chex.assert_trees_all_equal(after[1], params)
+        # Nor is it by what is done to the other.
+        doubled = jax.tree.map(lambda x: 2 * x, nnx.state(decoder))
+        nnx.update(decoder, doubled)
+        chex.assert_trees_all_equal(nnx.split(mixer)[1], params)
+        again = mixer.for_inference()
+        twice = again.for_inference()
+        assert nnx.graphdef(twice) == nnx.graphdef(again)
+        chex.assert_trees_all_equal(nnx.state(twice), nnx.state(again))
+        chex.assert_trees_all_equal(run(twice, x, before), run(again, x, before))
+
+    def test_gradients_are_slopes(self, mixer: Mixer, x: jax.Array, before: Any) -> None:
+        """Of every parameter, the input and the state, through both results."""
+        graphdef, params = nnx.split(mixer)
+        arguments = params, x, before
+        rng = np.random.default_rng(3)
+        weights = jax.tree.map(
+            lambda y: jnp.asarray(rng.normal(size=y.shape)), run(mixer, x, before)
+        )
+
+        def loss(params: Any, x: Any, state: Any) -> Any:
+            results = nnx.merge(graphdef, params)(x, state, jnp.asarray(SEGMENT_IDS))
+            products = jax.tree.map(lambda a, b: jnp.sum(a * b), results, weights)
+            return sum(jax.tree.leaves(products))
+
+        loss_and_gradient = jax.jit(
+            jax.value_and_grad(loss, argnums=(0, 1, 2)), compiler_options=QUICK_TO_COMPILE
+        )
+        _, gradient = loss_and_gradient(*arguments)
+        chex.assert_tree_all_finite(gradient)
+        leaves, tree = jax.tree.flatten(arguments)
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(arguments)]
+        for i, (name, slope) in enumerate(zip(paths, jax.tree.leaves(gradient), strict=True)):
+            norm = np.linalg.norm(slope)
+            assert norm > 1e-4, name
+            # The direction of the steepest slope; chance is added to it.
+            direction = slope / norm + rng.normal(size=slope.shape) / np.sqrt(slope.size)
+
+            def moved(step: float, i: int = i, direction: Any = direction) -> Any:
+                at = [x + step * direction if i == j else x for j, x in enumerate(leaves)]
+                return float(loss_and_gradient(*jax.tree.unflatten(tree, at))[0])
+
+            measured = (moved(1e-5) - moved(-1e-5)) / 2e-5
+            assert abs(measured - float(jnp.sum(slope * direction))) < 2e-6 * norm, name
+
+    def test_gradients_of_split_runs_are_those_of_the_whole(
+        self, mixer: Mixer, x: jax.Array, before: Any
+    ) -> None:
+        graphdef, params = nnx.split(mixer)
+
+        def by_parts(ends: tuple[int, ...]) -> Any:
+            @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+            def gradient(*arguments: Any) -> Any:
+                def loss(params: Any, x: Any, state: Any) -> Any:
+                    total, start = jnp.zeros(()), 0
+                    for end in ends:
+                        y, state = nnx.merge(graphdef, params)(x[:, start:end], state)
+                        total, start = total + jnp.sum(jnp.sin(y)), end
+                    return total + sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(state))
+
+                return jax.grad(loss, argnums=(0, 1, 2))(*arguments)
+
+            return gradient(params, x, before)
+
+        close(by_parts((3, 4, TIME)), by_parts((TIME,)), 1e3 * self.bound)
+
+    def test_counts_are_exact(self, layer: AnyLayer, float64: None) -> None:
+        config: MixerConfig = layer.config
+        mixer = nnx.eval_shape(lambda: build(layer))
+        assert config.count_params(layer.dim) == n_params(mixer)
+        state = self.counted(jax.eval_shape(lambda: mixer.init_state(1)))
+        assert config.state_size(layer.dim) == sum(x.size for x in jax.tree.leaves(state))
+        flops = config.flops_per_token(layer.dim)
+        kernels = [
+            param.size
+            for path, param in nnx.to_flat_state(nnx.state(mixer, nnx.Param))
+            if path[-1] == "kernel"
+        ]
+        assert 6 * sum(kernels) <= flops.matmul <= 6 * n_params(mixer)
+        assert flops.recurrence > config.state_size(layer.dim)
+        assert flops.total == flops.matmul + flops.recurrence
+
+    def test_bfloat16(self, layer: AnyLayer) -> None:
+        """Matmuls in bfloat16; parameters and their gradients in float32."""
+        execution = dataclasses.replace(layer.execution, dtype="bfloat16")
+        mixer = build(Layer(layer.config, layer.dim, execution))
+        graphdef, params = nnx.split(mixer)
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, TIME, layer.dim)), "float32")
+
+        @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+        def evaluate(params: Any, x: Any) -> Any:
+            def loss(params: Any) -> Any:
+                y, _ = nnx.merge(graphdef, params)(x)
+                return jnp.sum(y.astype(jnp.float32)), y
+
+            return jax.grad(loss, has_aux=True)(params)
+
+        gradient, y = evaluate(params, x)
+        assert y.dtype == jnp.bfloat16
+        assert {g.dtype for g in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+        chex.assert_tree_all_finite(gradient)
+
+    def test_it_is_written_and_read_by_its_kind(self, layer: AnyLayer) -> None:
+        config = layer.config
+        assert hash(config) == hash(dataclasses.replace(config))
+        assert type(config)(**dataclasses.asdict(config)) == config
+        assert isinstance(type(config).kind, str)
