@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.tasks.base import Batch
+from pallas_kernels import target
 
 from .errors import UsageError, warn
 
@@ -62,7 +63,7 @@ def platform() -> str:
         UsageError: JAX has no device of the kind that the user asks for.
     """
     try:
-        return jax.default_backend()
+        return target.current().platform
     except (RuntimeError, AssertionError) as error:  # the second without a message
         why = str(error).partition("\n")[0] or "no such device, or no plugin of JAX for it."
         asked = os.environ.get("JAX_PLATFORMS", "")

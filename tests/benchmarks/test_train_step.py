@@ -28,7 +28,7 @@ def test_a_training_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     train_step.main([*flags, *TINY, "--json", str(path)])
     numbers = json.loads(path.read_text())
     assert numbers["tokens_per_step"] == 16
-    assert numbers["config"]["model"]["layer"]["dim"] == 16
+    assert numbers["config"]["model"]["dim"] == 16
     assert numbers["config"]["model"]["vocab_size"] == 256
     per_second = numbers["product_tflops"] * 1e12 / numbers["tokens_per_second"]
     assert per_second == pytest.approx(6 * numbers["parameters"], rel=1e-3)

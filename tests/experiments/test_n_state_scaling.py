@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import pytest
 from matplotlib.image import imread
 
-import e88_jax.recurrence
 from benchmarks.measure import layer_step, recurrence_timing, timing
-from e88_jax.config import E88Config
 from e88_jax.recurrence import e88_recurrence
 from experiments import n_state_scaling
 from experiments.harness import cli
 from experiments.scaling import measure as scaling
 from experiments.scaling import report as scaling_report
+from pallas_kernels import target
+from tests.reference.configs import lm_config
 
 TINY = ["--d-inner", "16", "--batch-size", "1", "--seq-len", "2", "--repetitions", "2"]
 REFUSED = 12
@@ -29,7 +29,7 @@ def refusing(function: Callable[..., Any], error: Exception) -> Callable[..., An
     """`function`, but `error` for an n_state of 12."""
 
     def refuse(*args: Any, **arrays: Any) -> Any:
-        n_state = args[0].n_state if args else arrays["q"].shape[-1]
+        n_state = args[0].layers[0].n_state if args else arrays["q"].shape[-1]
         if n_state == REFUSED:
             raise error
         return function(*args, **arrays)
@@ -189,20 +189,22 @@ def test_what_was_timed_before_an_interrupt_is_kept(
     assert (out / "results.png").exists()
 
 
-def test_a_gpu_has_defaults_and_rules_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(e88_jax.recurrence, "unsupported_device", lambda: None)
-    setting = n_state_scaling.resolve(n_state_scaling.ScalingConfig())
+def test_a_gpu_has_defaults_and_rules_of_its_own() -> None:
+    with target.use(target.H100):
+        setting = n_state_scaling.resolve(n_state_scaling.ScalingConfig())
     assert (setting.implementation, setting.dtype) == ("mosaic_gpu", "bfloat16")
     assert (setting.batch_size, setting.seq_len, setting.dim) == (8, 2048, 2304)
     heads = {n_state: setting.shape(n_state).H for n_state in setting.n_states}
     assert heads == {16: 144, 32: 72, 48: 48, 64: 36, 72: 32, 96: 24, 128: 18}
-    with pytest.raises(n_state_scaling.UsageError, match="multiples of 4 for mosaic_gpu, got 30"):
+    refused = pytest.raises(
+        n_state_scaling.UsageError, match="multiples of 4 for mosaic_gpu, got 30"
+    )
+    with target.use(target.H100), refused:
         n_state_scaling.resolve(n_state_scaling.ScalingConfig(n_state=(32, 30)))
 
 
 def test_the_step_trains_and_consumes_its_state() -> None:
-    config = E88Config(dim=8, n_heads=2, n_state=4, dtype="float32")
+    config = lm_config(dim=8, n_heads=2, n_state=4, dtype="float32")
     step, state, x = layer_step.make_layer_step(config, batch=2, seq_len=1)
     first = jax.tree.leaves(state)
     losses = []

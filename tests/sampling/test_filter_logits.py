@@ -5,14 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e88_jax.draw import filter_logits
 from e88_jax.model import LanguageModel
-from e88_jax.sampling import (
-    filter_logits,
-)
-from tests.sampling.common import (
-    draw,
-    numpy_filter,
-)
+from tests.sampling.common import draw, numpy_filter
 
 jitted_filter = jax.jit(filter_logits, static_argnums=2)
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from e88_jax.config import E88Config, LMConfig
 from experiments.harness import program
 from experiments.harness.config import BatchConfig, OptimizerConfig, check_resumable
 from experiments.harness.errors import UsageError
 from experiments.tasks.bytes import ByteLMConfig, BytesConfig
+from tests.reference.configs import lm_config
 
 parse_args = functools.partial(program.parse_args, ByteLMConfig)
 
@@ -85,7 +85,7 @@ def test_a_decay_that_float32_rounds_to_1() -> None:
 def test_what_does_not_go_together() -> None:
     with pytest.raises(ValueError, match="make 5,000,050,000 tokens a step, which must be below 2"):
         BatchConfig(seq_len=100_000, batch_size=10_000, accumulate=5)
-    model = LMConfig(layer=E88Config(dim=1_000_000, n_heads=1000), depth=100)
+    model = lm_config(dim=1_000_000, depth=100, n_heads=1000, n_state=32)
     with pytest.raises(ValueError, match="has 16,100,357,200,000 parameters, and 10,000,000,000"):
         ByteLMConfig(model=model)
     with pytest.raises(ValueError, match="--prompt must have at least one byte"):
@@ -124,7 +124,7 @@ CONFIG = ByteLMConfig(
     task=BytesConfig(data=("a", os.fsdecode(b"\xff\n"))),
     batch=BatchConfig(stateful=True),
     optimizer=OptimizerConfig(optimizer="muon", weight_decay=0),
-    model=LMConfig(layer=E88Config(dim=8, n_heads=2, n_state=4, dtype="bfloat16"), depth=2),
+    model=lm_config(dim=8, depth=2, n_heads=2, n_state=4, dtype="bfloat16"),
 )
 
 
@@ -133,8 +133,8 @@ def test_through_json_and_back() -> None:
     assert ByteLMConfig.from_dict(ByteLMConfig().to_dict()) == ByteLMConfig()
 
 
-def change(*keys: str, to: Any) -> Callable[[dict[str, Any]], None]:
-    def apply(values: dict[str, Any]) -> None:
+def change(*keys: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
+    def apply(values: Any) -> None:
         for key in keys[:-1]:
             values = values[key]
         values[keys[-1]] = to
@@ -167,9 +167,11 @@ def change(*keys: str, to: Any) -> Callable[[dict[str, Any]], None]:
         (change("optimizer", "optimizer", to="sgd"), "optimizer is 'sgd', which is not of type"),
         (change("model", to=None), "model"),
         (change("model", "depth", to="2"), "depth|model"),
-        (change("model", "layer", "dim", to=0), "dim must be at least 1, got 0"),
-        (change("model", "layer", "dimm", to=0), "dimm"),
-        (lambda values: values["model"].pop("layer"), "layer"),
+        (change("model", "dim", to=0), "dim must be at least 1, got 0"),
+        (change("model", "layers", 0, "n_heads", to=0), "n_heads must be at least 1, got 0"),
+        (change("model", "layers", 0, "n_headz", to=0), "n_headz"),
+        (change("model", "layers", 0, "kind", to="e89"), "kind must be one of e88.*'e89'"),
+        (lambda values: values["model"].pop("layers"), "layers"),
     ],
 )
 def test_what_is_no_configuration(damage: Callable[[Any], None], sentence: str) -> None:
@@ -186,7 +188,7 @@ def test_what_is_no_dictionary_of_it(values: Any) -> None:
 
 
 def test_what_may_change_on_resume() -> None:
-    def with_values(*keys: str, to: Any) -> ByteLMConfig:
+    def with_values(*keys: str | int, to: Any) -> ByteLMConfig:
         values = copy.deepcopy(CONFIG.to_dict())
         change(*keys, to=to)(values)
         return ByteLMConfig.from_dict(values)
@@ -195,7 +197,10 @@ def test_what_may_change_on_resume() -> None:
         **{(name,): 3 for name in ("steps", "log_every", "eval_every", "save_every", "keep")},
         **{("task", "sample_bytes"): 9, ("task", "prompt"): "x", ("task", "data"): ["b"]},
         **{("out",): "elsewhere", ("resume",): True, ("optimizer", "max_skipped_steps"): 3},
-        **{("model", "remat"): "layer", ("model", "layer", "implementation"): "scan"},
+        **{("model", "execution", "remat"): "layer"},
+        **{("model", "execution", "implementation"): "scan"},
+        **{("model", "execution", "dtype"): "float32"},
+        **{("model", "execution", "saved_state_interval"): 8},
     }
     for keys, to in may.items():
         check_resumable(CONFIG, with_values(*keys, to=to))
@@ -208,9 +213,9 @@ def test_what_may_change_on_resume() -> None:
             ("optimizer", name): 1 for name in ("warmup_steps", "weight_decay", "final_lr_fraction")
         },
         **{("optimizer", "optimizer"): "adamw", ("model", "depth"): 3},
-        **{("model", "layer", name): True for name in ("write_gate", "tie_kv", "output_norm")},
+        **{("model", "layers", 0, name): True for name in ("write_gate", "tie_kv", "output_norm")},
     }
     for keys, to in may_not.items():
-        flag = "--" + keys[-1].replace("_", "-")
+        flag = "--" + str(keys[-1]).replace("_", "-")
         with pytest.raises(UsageError, match=rf"another configuration, {flag} \S+ \(not {to}\)"):
             check_resumable(CONFIG, with_values(*keys, to=to))

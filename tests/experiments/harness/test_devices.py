@@ -12,6 +12,7 @@ import pytest
 from experiments.harness import devices
 from experiments.harness.errors import UsageError
 from experiments.tasks.base import Batch
+from pallas_kernels import target
 
 SETTINGS: Any = jax.config
 FRACTIONS = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -34,22 +35,22 @@ def own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_programs_of_a_gpu_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    devices.set_up()
+def test_programs_of_a_gpu_are_kept(tmp_path: Path) -> None:
+    with target.use(target.H100):
+        devices.set_up()
     assert SETTINGS.jax_compilation_cache_dir == str(tmp_path / "e88_jax")
 
 
-def test_where_the_user_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_where_the_user_said() -> None:
     jax.config.update("jax_compilation_cache_dir", "elsewhere")
-    devices.set_up()
+    with target.use(target.H100):
+        devices.set_up()
     assert SETTINGS.jax_compilation_cache_dir == "elsewhere"
 
 
-def test_programs_of_a_processor_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    devices.set_up()
+def test_programs_of_a_cpu_are_not() -> None:
+    with target.use(target.CPU):
+        devices.set_up()
     assert SETTINGS.jax_compilation_cache_dir is None
 
 
@@ -61,11 +62,12 @@ def test_a_home_that_cannot_be_written(
     monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / cache))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    devices.set_up()
+    with target.use(target.H100):
+        devices.set_up()
     assert capsys.readouterr().err == ""  # nothing is cached anyway, see conftest.py
     monkeypatch.setattr(type(jax.config), "jax_enable_compilation_cache", True)
-    devices.set_up()
+    with target.use(target.H100):
+        devices.set_up()
     assert SETTINGS.jax_compilation_cache_dir is None
     assert capsys.readouterr().err == (
         "warning: compiled programs are not kept for the next run, as "
@@ -156,7 +158,7 @@ def test_a_platform_that_is_not_there(error: Exception, monkeypatch: pytest.Monk
     def fail() -> str:
         raise error
 
-    monkeypatch.setattr(jax, "default_backend", fail)
+    monkeypatch.setattr(jax, "local_devices", fail)
     monkeypatch.setenv("JAX_PLATFORMS", "abacus")
     why = "no such platform$" if str(error) else "no such device"
     with pytest.raises(UsageError, match=rf"JAX cannot start \(JAX_PLATFORMS='abacus'\): {why}"):

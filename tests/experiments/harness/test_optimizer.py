@@ -1,11 +1,13 @@
-"""Each optimiser against its equations in NumPy, on parameters with a model's names."""
+"""Each optimizer against its equations in NumPy, on parameters with a model's names."""
 
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments.harness.config import OptimizerConfig
 from experiments.harness.optimizer import Optimizer, make_optimizer
@@ -19,16 +21,17 @@ CONFIG = OptimizerConfig(
     beta1=0.7,
     beta2=0.8,
 )
-MATRIX, WIDE, TALL = "mixer.qkv_proj.kernel", "mixer.g_proj.kernel", "mixer.o_proj.kernel"
+MATRIX, WIDE, TALL = "mixer.read.kernel", "mixer.inputs.qkv.kernel", "mixer.heads.projection.kernel"
+IN_AXES = {WIDE: 1, TALL: 2}
+"""Axes that a matmul sums over, of kernels that say so; those of two axes need not."""
 NOT_MUONS = {
     "embed.embedding": (6, 3),
-    "mixer.q_conv.kernel": (4, 5),
-    "mixer.head_projs.kernel": (2, 3, 4),
-    "mixer.head_attn.kernel": (5, 2),
-    "mixer.A_log": (2,),
+    "mixer.conv.taps": (4, 2, 5),
+    "mixer.einsum.kernel": (2, 3, 4),
+    "mixer.decay.A_log": (2,),
 }
-SHAPES = {MATRIX: (8, 8), WIDE: (8, 400), TALL: (400, 8), **NOT_MUONS}
-DECAYED = {name for name in SHAPES if name.endswith(("kernel", "embedding"))}
+SHAPES = {MATRIX: (8, 8), WIDE: (8, 4, 100), TALL: (4, 100, 8), **NOT_MUONS}
+DECAYED = {name for name in SHAPES if name.endswith(("kernel", "embedding", "taps"))}
 
 
 def tree(seed: int) -> dict[str, np.ndarray]:
@@ -44,13 +47,14 @@ def nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
         inside = result
         for folder in folders:
             inside = inside.setdefault(folder, {})
-        inside[last] = value
+        axes = {"n_in_axes": IN_AXES[name]} if name in IN_AXES else {}
+        inside[last] = nnx.Param(jnp.asarray(value), **axes)
     return result
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): np.asarray(values)}
+    if isinstance(values, nnx.Variable):
+        return {prefix.rstrip("."): np.asarray(values[...])}
     parts = [flat(value, f"{prefix}{name}.") for name, value in values.items()]
     return {name: value for part in parts for name, value in part.items()}
 
@@ -127,7 +131,7 @@ def test_schedule_free() -> None:
 
 
 def test_muon() -> None:
-    """Projections' matrices get orthogonal updates of AdamW's size; all else is AdamW's."""
+    """Weights of matmuls get orthogonal updates of AdamW's size; all else is AdamW's."""
     config = OptimizerConfig(**{**vars(CONFIG), "optimizer": "muon"})
     seen, _, _ = run(config)
     adamw, _, _ = run(CONFIG)
@@ -137,7 +141,8 @@ def test_muon() -> None:
     for name in (MATRIX, WIDE, TALL):
         update = seen[1][name] - seen[0][name] * (1 - rate * config.weight_decay)
         # Five Newton-Schulz iterations bring singular values to 0.7 to 1.2 of their mean.
-        singular = np.linalg.svd(update, compute_uv=False)
+        n_in = int(np.prod(update.shape[: IN_AXES.get(name, 1)]))
+        singular = np.linalg.svd(update.reshape(n_in, -1), compute_uv=False)
         assert singular.max() < 2 * singular.min()
         assert 0.14 < np.sqrt(np.mean(update**2)) / rate < 0.25  # AdamW's RMS is about 0.2
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from e88_jax.config import E88Config, LMConfig
-from e88_jax.sizing import PRESETS, count_params
+from e88_jax.mixers.base import Execution
+from e88_jax.sizing import PRESETS
 from experiments.harness import program
 from experiments.harness.config import DEFAULT_MODEL
 from experiments.harness.errors import UsageError
@@ -22,7 +23,7 @@ def test_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert config.steps == 5
     assert capsys.readouterr().out == (
         "h72n32-500m: dim 2176, 72 heads of 32 (d_inner 2304), depth 20: "
-        f"{count_params(config.model):,} parameters\n"
+        f"{config.model.count_params():,} parameters\n"
     )
 
 
@@ -37,16 +38,20 @@ def test_flags_of_the_model_change_it() -> None:
         "64",
     ]
     model = parse_args(flags).model
-    layer = E88Config(dim=2176, n_heads=72, n_state=32, write_gate=True, saved_state_interval=64)
-    assert model == LMConfig(layer=layer, depth=3)
+    assert model == LMConfig(
+        dim=2176,
+        depth=3,
+        layers=(E88Config(n_heads=72, n_state=32, write_gate=True),),
+        execution=Execution(saved_state_interval=64),
+    )
 
 
 @pytest.mark.parametrize("gpu", ["rtx4090", "h100"])
 def test_a_budget(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = parse_args(["--params", "25M", "--gpu", gpu])
-    count = count_params(config.model)
+    count = config.model.count_params()
     assert abs(count / 25e6 - 1) <= 0.01
-    assert f"25M: dim {config.model.layer.dim}, " in capsys.readouterr().out
+    assert f"25M: dim {config.model.dim}, " in capsys.readouterr().out
 
 
 def test_neither(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import e88_jax.generate
 import numpy as np
 import pytest
 
+import e88_jax.sampling
 from experiments.harness.config import BatchConfig
 from experiments.harness.errors import UsageError
 from experiments.harness.train import prefetch
@@ -173,7 +173,7 @@ def test_a_sample_at_the_end(corpus: Corpus, run: Any, monkeypatch: pytest.Monke
         assert (prompt.tobytes(), n) == (b"def ", 400)
         return np.array([[ord("x"), 0xFF]])
 
-    monkeypatch.setattr(e88_jax.generate, "generate", generate)
+    monkeypatch.setattr(e88_jax.sampling, "generate", generate)
     model: Any = None
     task(corpus, seq_len=8).finish(model, run)
     assert run.written == {"sample.txt": b"def x\xff"}
@@ -186,7 +186,7 @@ def test_weights_that_are_not_finite_give_a_warning_and_no_sample(
     def generate(*_: Any, **__: Any) -> Any:
         raise ValueError("the logits of row 0 are not finite.")
 
-    monkeypatch.setattr(e88_jax.generate, "generate", generate)
+    monkeypatch.setattr(e88_jax.sampling, "generate", generate)
     model: Any = None
     task(corpus, seq_len=8).finish(model, run)
     assert capsys.readouterr().err == "warning: no sample: the logits of row 0 are not finite.\n"
