@@ -83,13 +83,13 @@ def varying_alike(*trees: Any) -> Any:
     """The trees, their arrays varying over every manual mesh axis that one of them varies over."""
     axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(trees)))
 
-    def cast(x: Array) -> Array:
+    def varied(x: Array) -> Array:
         missing = axes - _varying(x)
         if not missing:
             return x
         return cast(Array, jax.lax.pcast(x, tuple(missing), to="varying"))  # pyright: ignore
 
-    return jax.tree.map(cast, trees)
+    return jax.tree.map(varied, trees)
 
 
 def _varying(x: Any) -> frozenset[str]:

@@ -195,7 +195,7 @@ class LanguageModel(nnx.Module):
         if not is_sequence or len(state) != len(self.blocks):
             raise (ValueError if is_sequence else TypeError)(
                 f"state must be a tuple of {len(self.blocks)} mixers' states, one for each layer, "
-                f"got {shown(state)}."
+                f"such as init_state({batch}), got {shown(state)}."
             )
         for i, (block, layer_state) in enumerate(zip(self.blocks, state, strict=True)):
             check_state(f"state[{i}]", layer_state, block.mixer, batch)

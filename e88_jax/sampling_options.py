@@ -6,7 +6,7 @@ from e88_jax.checks import require_int, require_number
 
 
 class SamplingOptions(NamedTuple):
-    """See `e88_jax.generate.generate`."""
+    """See `e88_jax.sampling.generate`."""
 
     temperature: float
     top_k: int | None

@@ -13,8 +13,13 @@ class TestE88(MixerContract):
         for options in (
             {},
             {"conv_size": 4, "expansion": 2.0, "head_mix": "input_weighted"},
-            {"linear_state": True, "decay_mode": "simple", "output_gate": "none"},
-            {"output_norm": True, "decay_mode": "constant", "head_mix": "weighted_sum"},
+            {
+                "linear_state": True,
+                "output_norm": True,
+                "decay_mode": "constant",
+                "output_gate": "none",
+                "head_mix": "weighted_sum",
+            },
             E88_OPTIONS[-1],
         )
     }

@@ -204,5 +204,5 @@ class TestRefusals:
             draw(**{"model": model, **options})
 
     def test_a_state_of_other_rows(self, model: LanguageModel) -> None:
-        with pytest.raises(ValueError, match=r"state must be.*init_state\(2\)"):
+        with pytest.raises(ValueError, match=r"state\[0\] must be E88State.*for a batch of 2, got"):
             draw(model, state=model.init_state(3))
