@@ -7,6 +7,7 @@ whatever it raises is such a refusal, too.
 
 import contextvars
 import functools
+import importlib
 import logging
 import threading
 from collections.abc import Callable
@@ -110,7 +111,8 @@ def _require_import() -> None:
 @functools.cache
 def _import_refusal() -> NotImplementedError | None:
     try:
-        from pallas_kernels import decode, qkv_activation, recurrence  # noqa: F401
+        for op in ("recurrence", "qkv_activation", "decode"):
+            importlib.import_module(f"pallas_kernels.{op}")
     except Exception as error:
         return _refusal("imported", error)
     return None

@@ -4,6 +4,7 @@ Kernels have their heads' axis apart, `[dim, H, columns]` or `[H, V, dim]`, so t
 sharded; a matmul sees them as matrices, which copies nothing.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
@@ -18,11 +19,12 @@ from jax.nn.initializers import Initializer
 from e88_jax.config import E88Config
 from e88_jax.meshes import with_automatic_axes
 from e88_jax.precision import wide
+from e88_jax.typed import jit
 from pallas_kernels import target
 
-COLUMNS_MULTIPLE = 8
-"""Columns of a matmul that joins several projections are a multiple of this: 16 bytes of bfloat16,
-the most that a GPU's thread loads at once, and the alignment that cuBLAS's fast kernels need."""
+COLUMNS_MULTIPLE = 16
+"""Columns of a matmul that joins several projections are a multiple of this: 32 bytes of bfloat16,
+a sector of a GPU's memory, which the columns of a head would straddle otherwise."""
 
 
 def multiply(x: Array, matrix: Array) -> Array:
@@ -60,10 +62,9 @@ class Projection(nnx.Module):
         matrix = kernel_init(rngs.params(), sizes, jnp.float32)
         self.kernel = nnx.Param(matrix.reshape(*in_shape, *out_shape), n_in_axes=len(in_shape))
 
-    def matrix(self, kernel: Array | None = None) -> Array:
-        """The kernel, or one given in its place, `[n_in, n_out]` in the dtype of the matmul."""
-        kernel = self.kernel[...] if kernel is None else kernel
-        return kernel.astype(self.dtype).reshape(math.prod(self.in_shape), -1)
+    def matrix(self) -> Array:
+        """The kernel `[n_in, n_out]` in the dtype of the matmul."""
+        return self.kernel[...].astype(self.dtype).reshape(math.prod(self.in_shape), -1)
 
     def __call__(self, x: Array) -> Array:
         """`[..., *out_shape]` of x `[..., *in_shape]`."""
@@ -74,19 +75,28 @@ class Projection(nnx.Module):
 
     def for_inference(self) -> "InferenceProjection":
         """The same map with the kernel as a matmul reads it."""
-        # Divided over devices as the kernel's first and last axes are.
-        axes = " ".join(["b", *["-"] * (self.kernel.ndim - 2), "h"])
-        matrix = with_automatic_axes(self.matrix, (self.kernel[...],), (axes,), results="b h")
-        return _inference_projection(matrix, self.in_shape, self.out_shape)
+        return _for_inference([self], self.out_shape)
 
 
 class InferenceProjection(nnx.Module):
-    """`Projection` with its matrix `[n_in, n_out]` in the compute dtype: half the bytes to read for
-    each token in bfloat16."""
+    """One or several projections of one input as one matmul, by a matrix `[n_in, n_out]` in the
+    compute dtype: half the bytes to read for each token in bfloat16."""
 
-    def __init__(self, matrix: Array, in_shape: tuple[int, ...], out_shape: tuple[int, ...]):
-        self.in_shape, self.out_shape = in_shape, out_shape
-        self.kernel = nnx.Param(matrix)
+    transposed = False
+
+    def __init__(self, projections: Sequence[Projection], out_shape: tuple[int, ...]):
+        self.in_shape, self.out_shape = projections[0].in_shape, out_shape
+        kernels = tuple(p.kernel[...] for p in projections)
+        # Divided over devices as the kernels' first axis is, and that of one alone as its last is.
+        last = "h" if len(kernels) == 1 else "-"
+        axes = tuple(" ".join(["b", *["-"] * (x.ndim - 2), last]) for x in kernels)
+        result = f"{last} b" if self.transposed else f"b {last}"
+
+        def lay_out(*kernels: Array) -> Array:
+            n_in, dtype = math.prod(self.in_shape), projections[0].dtype
+            return _laid_out(kernels, n_in, dtype, self.transposed)
+
+        self.kernel = nnx.Param(with_automatic_axes(lay_out, kernels, axes, result))
 
     def __call__(self, x: Array) -> Array:
         """`[..., *out_shape]` of x `[..., *in_shape]`."""
@@ -105,8 +115,7 @@ class TransposedProjection(InferenceProjection):
     """`InferenceProjection` with the matrix as `[n_out, n_in]`, which a GPU multiplies with one row
     at the speed of memory. On a CPU a matmul of several rows takes longer so."""
 
-    def __init__(self, matrix: Array, in_shape: tuple[int, ...], out_shape: tuple[int, ...]):
-        super().__init__(matrix.T, in_shape, out_shape)
+    transposed = True
 
     def _multiply(self, x: Array) -> Array:
         matrix = self.kernel[...]
@@ -117,11 +126,19 @@ class TransposedProjection(InferenceProjection):
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def _inference_projection(
-    matrix: Array, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+def _for_inference(
+    projections: Sequence[Projection], out_shape: tuple[int, ...]
 ) -> InferenceProjection:
     on_gpu = target.current().platform == "gpu"
-    return (TransposedProjection if on_gpu else InferenceProjection)(matrix, in_shape, out_shape)
+    return (TransposedProjection if on_gpu else InferenceProjection)(projections, out_shape)
+
+
+@functools.partial(jit, static_argnums=(1, 2, 3))
+def _laid_out(kernels: tuple[Array, ...], n_in: int, dtype: jnp.dtype, transposed: bool) -> Array:
+    """Kernels side by side as one matrix, by one program: what it works with in between would leave
+    holes in a GPU's memory."""
+    matrix = _joined([kernel.astype(dtype).reshape(n_in, -1) for kernel in kernels])
+    return matrix.T if transposed else matrix
 
 
 class Read(NamedTuple):
@@ -225,14 +242,7 @@ class JoinedInputProjections(nnx.Module):
 
     def __init__(self, trained: InputProjections):
         parts = [p for group in trained.groups() for p in group]
-        kernels = tuple(p.kernel[...] for p in parts)
-
-        def join(*kernels: Array) -> Array:
-            return _joined([p.matrix(kernel) for p, kernel in zip(parts, kernels, strict=True)])
-
-        # Rows are divided over devices as the kernels' are.
-        matrix = with_automatic_axes(join, kernels, ("b",) * len(kernels), results="b")
-        self.joined = _inference_projection(matrix, trained.qkv.in_shape, (matrix.shape[1],))
+        self.joined = _for_inference(parts, (-1,))
         self.shapes = tuple(_shape(p) for p in (trained.decay, *trained.apart))
 
     def __call__(self, x: Array) -> tuple[Array, ...]:

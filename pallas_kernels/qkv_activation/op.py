@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -126,31 +126,41 @@ def _kernel(
     outputs: dict[str, jax.ShapeDtypeStruct],
 ) -> dict[str, Array]:
     """Runs `program(w, part, *memory)` for blocks of tokens of each part; `of_block(part, refs,
-    tokens)` gives the references to their memory."""
-    sizes = [part.tokens(tokens) for part in parts]
-    counts = [-(-tokens // size) for size in sizes]
+    tokens)` gives the references to their memory. The rest, if any, is the last part."""
+    together = [part for part in parts if part.name != "rest"]
+    size = min(part.tokens(tokens) for part in together)
+    n_groups = -(-tokens // size)
+    # Blocks of q, k and v of the same tokens follow each other: what they read and write lies in
+    # the same lines of memory, which are in the L2 cache then.
+    n_together = n_groups * len(together)
+    rest_size = parts[-1].tokens(tokens)
+    n_rest = -(-tokens // rest_size) if len(parts) > len(together) else 0
+
+    def run(part: Part, size: int, group: Index, ref: dict[str, Ref]) -> None:
+        # The last block is whole too: it repeats tokens of the one before.
+        first = jnp.minimum(group * size, tokens - size)
+        refs = of_block(part, ref, pl.ds(first, size))
+        inline(
+            lambda _, *refs: program(LaneOps(), part, *(Memory(x) for x in refs)),
+            *refs,
+            arg_types=(plgpu.RefType(),) * len(refs),
+        )
 
     def body(index: Index, _: Index, ref: dict[str, Ref]) -> None:
-        start = 0
-        for part, size, count in zip(parts, sizes, counts, strict=True):
-
-            @pl.when((index >= start) & (index < start + count))
-            def _(part: Part = part, size: int = size, start: int = start) -> None:
-                # The last block is whole too: it repeats tokens of the one before.
-                first = jnp.minimum((index - start) * size, tokens - size)
-                refs = of_block(part, ref, pl.ds(first, size))
-                inline(
-                    lambda _, *refs: program(LaneOps(), part, *(Memory(x) for x in refs)),
-                    *refs,
-                    arg_types=(plgpu.RefType(),) * len(refs),
-                )
-
-            start += count
+        n_parts = jnp.int32(len(together))
+        group, own = lax.div(index, n_parts), lax.rem(index, n_parts)
+        for i, part in enumerate(together):
+            pl.when((index < n_together) & (own == i))(
+                functools.partial(run, part, size, group, ref)
+            )
+        if n_rest:
+            rest = functools.partial(run, parts[-1], rest_size, index - n_together, ref)
+            pl.when(index >= n_together)(rest)
 
     return run_blocks(
         name,
         body,
-        sum(counts),
+        n_together + n_rest,
         inputs,
         outputs,
         {},

@@ -75,9 +75,9 @@ class ToyMixer(nnx.Module):
             mean = jnp.where(live[:, None], new, mean)
             return mean, mean
 
-        by_time = tuple(jnp.moveaxis(y, 1, 0) for y in (self.read(x), keep, live))
+        u, keep, live = (jnp.moveaxis(y, 1, 0) for y in (self.read(x), keep, live))
         start = self.init_state(batch) if state is None else state
-        end, means = jax.lax.scan(step, start, by_time)
+        end, means = jax.lax.scan(step, start, (u, keep, live))
         return self.write(jnp.moveaxis(means, 0, 1)), end
 
     def for_inference(self) -> Self:

@@ -47,7 +47,7 @@ def nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
         inside = result
         for folder in folders:
             inside = inside.setdefault(folder, {})
-        axes = {"n_in_axes": IN_AXES[name]} if name in IN_AXES else {}
+        axes: Any = {"n_in_axes": IN_AXES[name]} if name in IN_AXES else {}
         inside[last] = nnx.Param(jnp.asarray(value), **axes)
     return result
 
