@@ -40,27 +40,29 @@ def activate(x: Array, silu: bool, unit_length: bool) -> Array:
 
 
 def activate_qkv(
-    config: E88Config, y: Array, implementation: Implementation | None
+    config: E88Config, y: Array, n_rest: int, implementation: Implementation | None
 ) -> tuple[Array, Array, Array, Array]:
     """q, k and v of a matmul's columns, activated, by the fastest that takes the call.
 
     Args:
         config: sizes and options of the layer.
-        y: `[B, T, columns]`: q, k and, unless tied, v of each head, `[H, 2N + V]`, then any others.
+        y: `[B, T, columns]`: q, k and, unless tied, v of each head, `[H, 2N + V]`, then others.
+        n_rest: how many others; padding may follow.
         implementation: that of the recurrence; "scan" is by XLA.
 
     Returns:
-        q and k `[B, T, H, N]`, v `[B, T, H, V]`, and the columns after theirs, in y's dtype.
+        q and k `[B, T, H, N]`, v `[B, T, H, V]`, and the columns after theirs, or a few more, in
+        y's dtype.
     """
     try:
-        return _by_kernel(config, y, implementation)
+        return _by_kernel(config, y, n_rest, implementation)
     except NotImplementedError as refusal:
         kernels.log_fallback("SiLU and unit length of q, k and v", refusal)
         return _by_xla(config, y)
 
 
 def _by_kernel(
-    config: E88Config, y: Array, implementation: Implementation | None
+    config: E88Config, y: Array, n_rest: int, implementation: Implementation | None
 ) -> tuple[Array, Array, Array, Array]:
     kernels.require(implementation)
     if config.tie_kv:
@@ -69,7 +71,7 @@ def _by_kernel(
         raise kernels.NotWorthIt("is too much for single tokens")
     from pallas_kernels.qkv_activation import activate as by_kernel
 
-    return kernels.call(by_kernel, kernels.head_columns(config), y)
+    return kernels.call(by_kernel, kernels.head_columns(config), y, n_rest)
 
 
 def _by_xla(config: E88Config, y: Array) -> tuple[Array, Array, Array, Array]:

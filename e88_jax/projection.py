@@ -214,6 +214,11 @@ class InputProjections(nnx.Module):
         groups = (self.qkv, self.decay), self.apart
         return [[p for p in group if p is not None] for group in groups]
 
+    @property
+    def n_rest(self) -> int:
+        """Columns of the first matmul after those of q, k and v, without padding."""
+        return _n_columns(_shape(self.decay))
+
     def split(self, rest: Array, *others: Array) -> Read:
         """The parts of what was read.
 
@@ -249,6 +254,11 @@ class JoinedInputProjections(nnx.Module):
         """The matmul `[B, T, columns]` of x `[B, T, dim]`."""
         return (self.joined(x),)
 
+    @property
+    def n_rest(self) -> int:
+        """Columns after those of q, k and v, without padding."""
+        return sum(map(_n_columns, self.shapes))
+
     def split(self, rest: Array, *others: Array) -> Read:
         """The parts of what was read: of the columns after those of q, k and v."""
         assert not others, "all is one matmul"
@@ -258,7 +268,7 @@ class JoinedInputProjections(nnx.Module):
     def gate_start(self, qkv_columns: int) -> int:
         """The column of the first head's output gate."""
         decay, *_ = self.shapes
-        return qkv_columns + (0 if decay is None else math.prod(decay))
+        return qkv_columns + _n_columns(decay)
 
     def for_inference(self) -> Self:
         return self
@@ -266,6 +276,10 @@ class JoinedInputProjections(nnx.Module):
 
 def _shape(projection: Projection | None) -> tuple[int, ...] | None:
     return None if projection is None else projection.out_shape
+
+
+def _n_columns(shape: tuple[int, ...] | None) -> int:
+    return 0 if shape is None else math.prod(shape)
 
 
 class _Columns:
@@ -278,7 +292,7 @@ class _Columns:
         """The next columns as `[B, T, *shape]`; None takes none."""
         if shape is None:
             return None
-        start, self._start = self._start, self._start + math.prod(shape)
+        start, self._start = self._start, self._start + _n_columns(shape)
         return self._y[:, :, start : self._start].reshape(*self._y.shape[:2], *shape)
 
 

@@ -139,12 +139,12 @@ class E88Mixer(nnx.Module):
         y, *others = self.inputs(x)
         conv = None
         if self.conv is None:
-            q, k, v, rest = activate_qkv(config, y, implementation)
+            q, k, v, rest = activate_qkv(config, y, self.inputs.n_rest, implementation)
         else:
             y, rest = jnp.split(y, [config.n_heads * config.head_columns], axis=2)
             y = y.reshape(*y.shape[:2], config.n_heads, config.head_columns)
             y, conv = self.conv(y, _given(state.conv), segment_ids, lengths)
-            q, k, v, _ = activate_qkv(config, y.reshape(*y.shape[:2], -1), implementation)
+            q, k, v, _ = activate_qkv(config, y.reshape(*y.shape[:2], -1), 0, implementation)
         read = self.inputs.split(rest, *others)
         decay, write_gate = self._scalars(read, x.shape[:2])
         out, recurrent = e88_recurrence(

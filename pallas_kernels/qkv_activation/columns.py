@@ -66,6 +66,8 @@ class Part(NamedTuple):
     heads: int
     rows: LaneRows
     activation: Activation
+    given: int
+    """Rows of each token that are no padding, with which the output ends where they are fewer."""
 
     @property
     def columns(self) -> slice:
@@ -75,7 +77,7 @@ class Part(NamedTuple):
     @property
     def n_columns(self) -> int:
         """Columns of the part alone."""
-        return self.heads * self.rows.size
+        return self.given * self.rows.size
 
     def tokens(self, of_all: int) -> int:
         """Tokens of a thread block."""
@@ -110,25 +112,31 @@ class HeadColumns:
         """Columns of all heads."""
         return self.n_heads * self.of_head
 
-    def parts(self, n_columns: int, itemsize: int) -> list[Part]:
-        """The parts of an output with so many columns."""
+    def parts(self, n_columns: int, itemsize: int, n_rest: int = 0) -> list[Part]:
+        """The parts of an output with so many columns, of which `n_rest` follow those of the heads
+        and are no padding."""
         n, heads, stride = self.n_state, self.n_heads, self.of_head
         keys, values = LaneRows(n, itemsize), LaneRows(self.n_value, itemsize)
         unit = Activation(self.silu, self.unit_length)
         parts = [
-            Part("q", 0, stride, heads, keys, unit),
-            Part("k", n, stride, heads, keys, unit),
-            Part("v", 2 * n, stride, heads, values, Activation(self.silu, False)),
+            Part("q", 0, stride, heads, keys, unit, heads),
+            Part("k", n, stride, heads, keys, unit, heads),
+            Part("v", 2 * n, stride, heads, values, Activation(self.silu, False), heads),
         ]
         vector = LOAD_BYTES // itemsize
-        if n_rest := (n_columns - self.n_columns) // vector:
-            rest = LaneRows(vector, itemsize)
-            as_it_is = Activation(False, False)
-            parts.append(Part("rest", self.n_columns, vector, n_rest, rest, as_it_is))
+        if n_rows := (n_columns - self.n_columns) // vector:
+            rest, as_it_is = LaneRows(vector, itemsize), Activation(False, False)
+            given = self.rest_columns(n_rest, itemsize) // vector
+            parts.append(Part("rest", self.n_columns, vector, n_rows, rest, as_it_is, given))
         return parts
 
-    def require_supported(self, n_columns: int, dtype: str) -> None:
-        """Checks an output with so many columns.
+    def rest_columns(self, n_rest: int, itemsize: int) -> int:
+        """Columns of the rest in whole loads."""
+        vector = LOAD_BYTES // itemsize
+        return -(-n_rest // vector) * vector
+
+    def require_supported(self, n_columns: int, dtype: str, n_rest: int) -> None:
+        """Checks an output with so many columns, of which `n_rest` follow those of the heads.
 
         Raises:
             UnsupportedError: the kernels do not take it.
@@ -140,6 +148,9 @@ class HeadColumns:
         for name, size in (("N", self.n_state), ("V", self.n_value), ("columns", n_columns)):
             if size % vector:
                 raise UnsupportedError(f"takes {name} a multiple of {vector}, got {size}")
+        if n_columns > self.n_columns and not n_rest:
+            after = n_columns - self.n_columns
+            raise UnsupportedError(f"takes columns after v that are read, got {after} of padding")
         for part in self.parts(n_columns, itemsize):
             if part.rows.loads * vector > MAX_LANE_ELEMENTS:
                 size, name = part.rows.size, "V" if part.name == "v" else "N"

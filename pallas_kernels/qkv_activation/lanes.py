@@ -35,16 +35,13 @@ def gradient_of_rows(w: LaneOps, part: Part, x: Memory, d_y: Memory, d_x: Memory
 
     Args:
         x, d_x: `[tokens, columns]`, from the first column of the part on.
-        d_y: `[tokens, heads * size]`.
+        d_y: `[tokens, given * size]`; zeros follow.
     """
     rows, (silu, unit_length) = part.rows, part.activation
 
     def some(own: list[Reg]) -> None:
         loaded = [
-            [
-                _load(w, z, _addresses(w, part, stride, z, row))
-                for z, stride in ((x, part.stride), (d_y, rows.size))
-            ]
+            (_load(w, x, _addresses(w, part, part.stride, x, row)), _load_given(w, part, d_y, row))
             for row in own
         ]
         for row, words in zip(own, loaded, strict=True):
@@ -88,6 +85,16 @@ def _addresses(w: LaneOps, part: Part, stride: int, memory: Memory, row: Reg) ->
     """Addresses of this lane's loads of a row in `[tokens, columns]`, heads `stride` apart."""
     token, head = w.divide(row, part.heads)
     return _of_lane(w, part.rows, memory, token, w.multiply(head, stride))
+
+
+def _load_given(w: LaneOps, part: Part, memory: Memory, row: Reg) -> list[Reg]:
+    """A row of `[tokens, given * size]`; zeros in place of those that are not given."""
+    if part.given == part.heads:
+        return _load(w, memory, _addresses(w, part, part.rows.size, memory, row))
+    token, head = w.divide(row, part.heads)
+    column = w.multiply(w.minimum(head, part.given - 1), part.rows.size)
+    words = _load(w, memory, _of_lane(w, part.rows, memory, token, column))
+    return [w.select(w.less(head, part.given), word, 0) for word in words]
 
 
 def _contiguous(w: LaneOps, rows: LaneRows, memory: Memory, row: Reg) -> list[Address]:

@@ -24,36 +24,40 @@ from pallas_kernels.qkv_activation import lanes
 from pallas_kernels.qkv_activation.columns import HeadColumns, Part
 
 
-def activate(columns: HeadColumns, y: Array) -> tuple[Array, Array, Array, Array]:
+def activate(columns: HeadColumns, y: Array, n_rest: int) -> tuple[Array, Array, Array, Array]:
     """q, k, v and the rest of a matmul's output; differentiable once.
 
     Args:
         columns: layout of the output, and which activations are applied.
         y: `[B, T, columns]`, float32 or bfloat16.
+        n_rest: columns after those of q, k and v that are no padding.
 
     Returns:
-        q and k `[B, T, H, N]`, v `[B, T, H, V]`, and the columns after theirs, in y's dtype.
+        q and k `[B, T, H, N]`, v `[B, T, H, V]`, and the `n_rest` columns after theirs, or a few
+        more, in y's dtype.
 
     Raises:
         NotImplementedError: sizes or a dtype that the kernels do not take.
     """
-    columns.require_supported(y.shape[-1], y.dtype.name)
-    return _activate(columns, y)
+    columns.require_supported(y.shape[-1], y.dtype.name, n_rest)
+    return _activate(columns, n_rest, y)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _activate(columns: HeadColumns, y: Array) -> tuple[Array, Array, Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _activate(columns: HeadColumns, n_rest: int, y: Array) -> tuple[Array, Array, Array, Array]:
     q, k, v = _forward_call(columns)(y)
-    return q, k, v, y[:, :, columns.n_columns :]
+    end = columns.n_columns + columns.rest_columns(n_rest, y.dtype.itemsize)
+    return q, k, v, y[:, :, columns.n_columns : end]
 
 
-def _activate_forward(columns: HeadColumns, y: Array) -> Any:
-    return _activate(columns, y), y
+def _activate_forward(columns: HeadColumns, n_rest: int, y: Array) -> Any:
+    return _activate(columns, n_rest, y), y
 
 
-def _activate_backward(columns: HeadColumns, y: Array, d: tuple[Array, ...]) -> tuple[Array]:
-    has_rest = y.shape[2] > columns.n_columns
-    return (_backward_call(columns, has_rest)(y, *d[: 3 + has_rest]),)
+def _activate_backward(
+    columns: HeadColumns, n_rest: int, y: Array, d: tuple[Array, ...]
+) -> tuple[Array]:
+    return (_backward_call(columns, n_rest)(y, *d[: 3 + bool(n_rest)]),)
 
 
 _activate.defvjp(_activate_forward, _activate_backward)
@@ -88,9 +92,9 @@ def _forward_call(columns: HeadColumns) -> Callable[[Array], tuple[Array, ...]]:
 
 
 @functools.cache
-def _backward_call(columns: HeadColumns, has_rest: bool) -> Callable[..., Array]:
+def _backward_call(columns: HeadColumns, n_rest: int) -> Callable[..., Array]:
     def call(x: Array, *d: Array) -> Array:
-        parts = columns.parts(x.shape[2], x.dtype.itemsize)
+        parts = columns.parts(x.shape[2], x.dtype.itemsize, n_rest)
         given = {s.name: _flat(d_y) for s, d_y in zip(parts, d, strict=True)}
 
         def of_block(part: Part, ref: dict[str, Ref], tokens: Index) -> list[Ref]:
@@ -112,7 +116,7 @@ def _backward_call(columns: HeadColumns, has_rest: bool) -> Callable[..., Array]
         )
         return results["d_x"].reshape(x.shape)
 
-    axes = ("b t c", "b t h n", "b t h n", "b t h v", *(("b t r",) if has_rest else ()))
+    axes = ("b t c", "b t h n", "b t h n", "b t h v", *(("b t r",) if n_rest else ()))
     return over_rows(call, axes, lambda *_: "b t c", True)
 
 

@@ -1,5 +1,6 @@
 """The kernels of what a layer does between its matmuls on a GPU, against XLA."""
 
+import functools
 from typing import Any
 
 import jax
@@ -27,42 +28,42 @@ BOUNDS = {"float32": 2e-6, "bfloat16": 3e-3}
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize(
-    ("shape", "sizes", "n_rest"),
+    ("shape", "sizes", "n_rest", "n_padding"),
     [
-        ((8, 2048), (72, 32, 32), 72),
-        ((1, 1), (3, 16, 8), 0),
-        ((3, 75), (5, 64, 32), 8),
-        ((2, 100), (7, 128, 24), 16),
-        ((4, 33), (2, 48, 96), 0),
-        ((1, 9), (16, 8, 8), 24),
+        ((8, 2048), (72, 32, 32), 72, 8),
+        ((1, 1), (3, 16, 8), 0, 0),
+        ((3, 75), (5, 64, 32), 8, 0),
+        ((2, 100), (7, 128, 24), 16, 24),
+        ((4, 33), (2, 48, 96), 0, 0),
+        ((1, 9), (16, 8, 8), 24, 8),
         # More than 2**32 bytes.
-        ((8, 40_000), (72, 32, 32), 0),
+        ((8, 40_000), (72, 32, 32), 0, 0),
     ],
     ids=str,
 )
 def test_activation_against_xla(
-    shape: tuple[int, int], sizes: tuple[int, int, int], n_rest: int, dtype: str
+    shape: tuple[int, int], sizes: tuple[int, int, int], n_rest: int, n_padding: int, dtype: str
 ) -> None:
     if dtype == "float32" and shape[1] > 10_000:
         pytest.skip("as many bytes already in bfloat16")
     columns = HeadColumns(*sizes, silu=True, unit_length=True)
     keys = jax.random.split(jax.random.key(0), 5)
-    x = 2 * jax.random.normal(keys[0], (*shape, columns.n_columns + n_rest), dtype)
+    x = 2 * jax.random.normal(keys[0], (*shape, columns.n_columns + n_rest + n_padding), dtype)
 
     d = tuple(
         jax.random.normal(key, y.shape, y.dtype)
         for key, y in zip(
-            keys[1:], jax.eval_shape(lambda: activated_by_xla(columns, x)), strict=True
+            keys[1:], jax.eval_shape(lambda: activated_by_xla(columns, n_rest, x)), strict=True
         )
     )
 
     def both(function: Any, x: jax.Array, d: tuple[jax.Array, ...]) -> Any:
-        results, pullback = jax.vjp(lambda x: function(columns, x), x)
+        results, pullback = jax.vjp(function, x)
         return *results[:3], *pullback(d)
 
-    expected, actual = (
-        jax.jit(both, static_argnums=0)(f, x, d) for f in (activated_by_xla, activate)
-    )
+    by_xla = functools.partial(activated_by_xla, columns, n_rest)
+    by_kernel = functools.partial(activate, columns, n_rest=n_rest)
+    expected, actual = (jax.jit(both, static_argnums=0)(f, x, d) for f in (by_xla, by_kernel))
     for name, y, wanted in zip(("q", "k", "v", "d_x"), actual, expected, strict=True):
         ratio = rms_ratio(np.asarray(y, np.float32), np.asarray(wanted, np.float32))
         assert ratio < BOUNDS[dtype], f"{name} differs by {ratio}"
@@ -71,15 +72,15 @@ def test_activation_against_xla(
 def test_activation_mapped_and_sharded() -> None:
     columns = HeadColumns(2, 16, 16, silu=True, unit_length=True)
     x = jax.random.normal(jax.random.key(0), (3, 2, 5, columns.n_columns), "bfloat16")
-    mapped = jax.vmap(lambda x: activate(columns, x))(x)
+    mapped = jax.vmap(lambda x: activate(columns, x, 0))(x)
     for i in range(3):
-        alone = activate(columns, x[i])
+        alone = activate(columns, x[i], 0)
         for a, b in zip(mapped, alone, strict=True):
             np.testing.assert_array_equal(a[i], b)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("rows",))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-    sharded = jax.jit(lambda x: activate(columns, x), in_shardings=rows)(x[0])
-    for a, b in zip(sharded, activate(columns, x[0]), strict=True):
+    sharded = jax.jit(lambda x: activate(columns, x, 0), in_shardings=rows)(x[0])
+    for a, b in zip(sharded, activate(columns, x[0], 0), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

@@ -38,9 +38,10 @@ def a_layer(
     return DecodeConfig(columns, gate, columns.n_columns + n_between, linear_state)
 
 
-def activated(columns: HeadColumns, x: jax.Array) -> tuple[jax.Array, ...]:
+def activated(columns: HeadColumns, n_rest: int, x: jax.Array) -> tuple[jax.Array, ...]:
     """q, k, v and the rest of a matmul's output `[..., columns]`: what `activate` computes."""
     heads, rest = jnp.split(x, [columns.n_columns], axis=-1)
+    rest = rest[..., :n_rest]
     heads = heads.reshape(*x.shape[:-1], columns.n_heads, columns.of_head)
     q, k, v = jnp.split(heads, [columns.n_state, 2 * columns.n_state], axis=-1)
     unit = columns.unit_length
@@ -60,7 +61,7 @@ def decoded(
     state: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """What `decode_layer` computes."""
-    q, k, v, _ = activated(layer.columns, x[:, None])
+    q, k, v, _ = activated(layer.columns, 0, x[:, None])
     out, state = single_step(
         q,
         k,

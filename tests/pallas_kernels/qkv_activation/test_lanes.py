@@ -20,23 +20,27 @@ BOUNDS = {jnp.float32: 1e-6, jnp.bfloat16: 2.5e-3}
 over_dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16"])
 
 
-def check(columns: HeadColumns, n_tokens: int, dtype: Any, n_rest: int = 8) -> None:
+def check(
+    columns: HeadColumns, n_tokens: int, dtype: Any, n_rest: int = 8, n_padding: int = 0
+) -> None:
     """Results and gradients of the lane programs against the reference in float64."""
     rng = np.random.default_rng([columns.n_heads, columns.n_state, n_tokens])
-    x = (2 * rng.normal(size=(n_tokens, columns.n_columns + n_rest))).astype(dtype)
+    x = (2 * rng.normal(size=(n_tokens, columns.n_columns + n_rest + n_padding))).astype(dtype)
     x[:, : columns.n_state] = 0  # a head of zeros
     with jax.enable_x64(True):
         wide = jnp.asarray(x.astype(np.float64))
-        expected, pullback = jax.vjp(lambda x: activated(columns, x), wide)
+        expected, pullback = jax.vjp(lambda x: activated(columns, n_rest, x), wide)
         d = [rng.normal(size=y.shape).astype(dtype) for y in expected]
         (d_x_expected,) = pullback(tuple(jnp.asarray(y.astype(np.float64)) for y in d))
     output, d_x = memory(x), memory(np.full(x.shape, np.nan, dtype))
-    for part, wanted, d_y in zip(columns.parts(x.shape[1], x.itemsize), expected, d, strict=True):
+    parts = columns.parts(x.shape[1], x.itemsize, n_rest)
+    for part, wanted, d_y in zip(parts, expected, d, strict=True):
         own = slice(None), part.columns
-        y = memory(np.full((n_tokens, part.n_columns), np.nan, dtype))
-        activate_rows(lane_ops(), part, output[own], y)
-        ratio = rms_ratio(y.array.reshape(wanted.shape), np.asarray(wanted))
-        assert ratio < BOUNDS[dtype], f"{part.name} differs by {ratio}"
+        if part.name != "rest":
+            y = memory(np.full((n_tokens, part.n_columns), np.nan, dtype))
+            activate_rows(lane_ops(), part, output[own], y)
+            ratio = rms_ratio(y.array.reshape(wanted.shape), np.asarray(wanted))
+            assert ratio < BOUNDS[dtype], f"{part.name} differs by {ratio}"
         d_rows = memory(np.ascontiguousarray(d_y.reshape(n_tokens, -1)))
         gradient_of_rows(lane_ops(), part, output[own], d_rows, d_x[own])
     # A row of zeros has so large a gradient that the others would not count.
@@ -74,6 +78,12 @@ def test_tokens(n_tokens: int, dtype: Any) -> None:
 
 
 @over_dtypes
+@pytest.mark.parametrize("n_padding", [8, 24])
+def test_padding_has_a_gradient_of_zeros(n_padding: int, dtype: Any) -> None:
+    check(HeadColumns(2, 16, 16, True, True), 5, dtype, n_rest=16, n_padding=n_padding)
+
+
+@over_dtypes
 @pytest.mark.parametrize(("silu", "unit_length"), [(True, False), (False, True), (False, False)])
 def test_options(silu: bool, unit_length: bool, dtype: Any) -> None:
     check(HeadColumns(2, 16, 16, silu, unit_length), 3, dtype)
@@ -91,13 +101,15 @@ def test_large_numbers() -> None:
 
 
 @over_dtypes
-@pytest.mark.parametrize("n_rest", [0, 72])
-def test_lowering(n_rest: int, dtype: Any) -> None:
+@pytest.mark.parametrize(("n_rest", "n_padding"), [(0, 0), (72, 0), (72, 8), (70, 10)])
+def test_lowering(n_rest: int, n_padding: int, dtype: Any) -> None:
     columns = HeadColumns(72, 32, 32, True, True)
-    x = jax.ShapeDtypeStruct((3, 75, columns.n_columns + n_rest), dtype)
+    x = jax.ShapeDtypeStruct((3, 75, columns.n_columns + n_rest + n_padding), dtype)
 
     def loss(x: jax.Array) -> jax.Array:
-        return sum((jnp.sum(y.astype(jnp.float32)) for y in activate(columns, x)), jnp.float32(0))
+        results = activate(columns, x, n_rest)
+        assert results[3].shape[2] == n_rest + -n_rest % (16 // x.dtype.itemsize)
+        return sum((jnp.sum(y.astype(jnp.float32)) for y in results), jnp.float32(0))
 
     lowered = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("e88_activation_backward") > 0
@@ -121,7 +133,8 @@ def test_refusals(columns: HeadColumns, n_columns: int, dtype: Any, fragments: l
     """Raised before a kernel is traced."""
 
     def call(columns: HeadColumns, n_columns: int, dtype: Any) -> None:
-        activate(columns, jax.ShapeDtypeStruct((1, 2, n_columns), dtype))  # pyright: ignore[reportArgumentType]
+        n_rest = n_columns - columns.n_columns
+        activate(columns, jax.ShapeDtypeStruct((1, 2, n_columns), dtype), n_rest)  # pyright: ignore[reportArgumentType]
 
     with pytest.raises(UnsupportedError) as error:
         call(columns, n_columns, jnp.dtype(dtype))
