@@ -119,7 +119,8 @@ def main(args: Sequence[str]) -> None:
             np.asarray(drawn)
             drawn = block
 
-        carry, drawn = start(), None
+        carry: Any = start()
+        drawn: Any = None
         prefill_seconds = seconds_of(read, config.repeats)
         carry, n_read = start(), 0
         for context in (config.prompt, config.context) if batch == 1 else (config.prompt,):

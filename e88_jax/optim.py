@@ -1,7 +1,7 @@
 """Which of a model's parameters an optimizer treats in which way, for Optax."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -61,10 +61,10 @@ def muon_dimensions(params: Any) -> Any:
                 f"summed over, got {shown(param)}. nnx.Optimizer passes plain arrays: give "
                 "optax.contrib.muon the tree that muon_dimensions returns."
             )
-        shape = getattr(param, "shape", ())
+        shape: tuple[int, ...] = getattr(param, "shape", ())
         if _name(path) != "kernel" or math.prod(shape) == 0:
             return None
-        n_in = param.get_metadata().get("n_in_axes")
+        n_in: int | None = cast(Any, param).get_metadata().get("n_in_axes")
         if n_in is None:
             return MuonDimensionNumbers() if len(shape) == 2 else None
         axes = tuple(range(len(shape)))

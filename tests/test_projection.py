@@ -33,7 +33,8 @@ def primitives(function: Any, *arguments: jax.Array) -> set[str]:
 def projection_of(matrix: jax.Array) -> Projection:
     """The projection by a matrix `[n_in, n_out]`."""
 
-    def kernel_init(*_: Any) -> jax.Array:
+    def kernel_init(key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
+        del key, shape, dtype, out_sharding
         return matrix
 
     (n_in, n_out), dtype = matrix.shape, jnp.dtype(matrix.dtype)

@@ -24,13 +24,15 @@ from pallas_kernels.qkv_activation import lanes
 from pallas_kernels.qkv_activation.columns import HeadColumns, Part
 
 
-def activate(columns: HeadColumns, y: Array, n_rest: int) -> tuple[Array, Array, Array, Array]:
+def activate(
+    columns: HeadColumns, y: Array, n_rest: int | None = None
+) -> tuple[Array, Array, Array, Array]:
     """q, k, v and the rest of a matmul's output; differentiable once.
 
     Args:
         columns: layout of the output, and which activations are applied.
         y: `[B, T, columns]`, float32 or bfloat16.
-        n_rest: columns after those of q, k and v that are no padding.
+        n_rest: columns after those of q, k and v that are no padding; None for all.
 
     Returns:
         q and k `[B, T, H, N]`, v `[B, T, H, V]`, and the `n_rest` columns after theirs, or a few
@@ -39,6 +41,7 @@ def activate(columns: HeadColumns, y: Array, n_rest: int) -> tuple[Array, Array,
     Raises:
         NotImplementedError: sizes or a dtype that the kernels do not take.
     """
+    n_rest = y.shape[-1] - columns.n_columns if n_rest is None else n_rest
     columns.require_supported(y.shape[-1], y.dtype.name, n_rest)
     return _activate(columns, n_rest, y)
 
