@@ -1,7 +1,6 @@
 """Which of a model's parameters an optimizer treats in which way, for Optax."""
 
-import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 from flax import nnx
@@ -55,19 +54,19 @@ def muon_dimensions(params: Any) -> Any:
     _require_tree(params)
 
     def of(path: Any, param: Any) -> MuonDimensionNumbers | None:
+        kernel: Any = param
         if not isinstance(param, nnx.Variable):
             raise TypeError(
                 "params must be nnx.state(model, nnx.Param), whose parameters say which axes are "
                 f"summed over, got {shown(param)}. nnx.Optimizer passes plain arrays: give "
                 "optax.contrib.muon the tree that muon_dimensions returns."
             )
-        shape: tuple[int, ...] = getattr(param, "shape", ())
-        if _name(path) != "kernel" or math.prod(shape) == 0:
+        if _name(path) != "kernel" or kernel.size == 0:
             return None
-        n_in: int | None = cast(Any, param).get_metadata().get("n_in_axes")
+        n_in: int | None = kernel.get_metadata().get("n_in_axes")
         if n_in is None:
-            return MuonDimensionNumbers() if len(shape) == 2 else None
-        axes = tuple(range(len(shape)))
+            return MuonDimensionNumbers() if kernel.ndim == 2 else None
+        axes = tuple(range(kernel.ndim))
         return MuonDimensionNumbers(axes[:n_in], axes[n_in:])
 
     def is_leaf(x: Any) -> bool:

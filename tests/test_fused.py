@@ -12,6 +12,7 @@ from flax import nnx
 
 from e88_jax import kernels, recurrence
 from e88_jax.mixers.e88 import E88Mixer
+from e88_jax.naive import rms_ratio
 from e88_jax.reference import scan_recurrence
 from pallas_kernels import target
 from pallas_kernels.decode import DecodeConfig
@@ -19,7 +20,6 @@ from pallas_kernels.decode import op as decode_op
 from pallas_kernels.qkv_activation import op as activation_op
 from tests.reference import layer_by_xla
 from tests.reference.configs import E88_OPTIONS, e88_layer, name_of
-from tests.reference.recurrence import rms_ratio
 
 over_options = pytest.mark.parametrize("options", E88_OPTIONS, ids=name_of)
 

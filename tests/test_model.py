@@ -13,10 +13,10 @@ from e88_jax import sizing
 from e88_jax.config import LMConfig
 from e88_jax.interop import mixer_to_torch
 from e88_jax.model import LanguageModel
+from e88_jax.naive import rms_ratio
 from e88_jax.optim import weight_decay_mask
 from tests.reference import layer as numpy_layer
 from tests.reference.configs import e88_mixers, lm_config, n_params
-from tests.reference.recurrence import rms_ratio
 
 VOCAB, DIM, DEPTH = 19, 10, 2
 CONFIG = lm_config(

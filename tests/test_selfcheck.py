@@ -11,7 +11,6 @@ import pytest
 from e88_jax import recurrence, selfcheck
 from e88_jax.reference import scan_recurrence
 from e88_jax.selfcheck import Case
-from tests.reference import recurrence as numpy_reference
 
 EVERY_OPTION = ("write_gate", "initial_state", "segment_ids")
 SMALL = Case((2, 5, 3, 4, 6), "float32", EVERY_OPTION)
@@ -54,23 +53,6 @@ def test_gradients_reach_the_past(case: Case) -> None:
     """A saturated tanh has no gradient, and would hide a wrong one."""
     results = selfcheck.reference(selfcheck.make_inputs(case), linear_state=False)
     assert np.max(np.abs(results["final_state"])) < 0.95
-
-
-@pytest.mark.parametrize("options", [(), EVERY_OPTION, (*EVERY_OPTION, "linear_state")])
-def test_the_reference_is_the_recurrence(options: tuple[str, ...]) -> None:
-    inputs = selfcheck.make_inputs(Case((2, 20, 3, 4, 6), "float32", options))
-    linear_state = "linear_state" in options
-    actual = selfcheck.reference(inputs, linear_state)
-    d_out, d_final_state = inputs.pop("d_out"), inputs.pop("d_final_state")
-    other = numpy_reference.Inputs(**inputs, linear_state=linear_state)  # type: ignore[arg-type]
-    results = numpy_reference.run(other)
-    gradients = numpy_reference.gradients(other, d_out, d_final_state)
-    expected = {"out": results.out, "final_state": results.final_state} | {
-        f"d_{name}": x for name, x in gradients._asdict().items() if isinstance(x, np.ndarray)
-    }
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        np.testing.assert_allclose(actual[name], x, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 # Implementations that are wrong in one way: what they return, given the scan's arguments.

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from e88_jax.naive import rms_ratio
 from e88_jax.short_conv import ShortConv
 from tests.reference import layer as numpy_layer
-from tests.reference.recurrence import rms_ratio
 
 BATCH, CHANNELS = 2, (2, 3)  # heads, and columns of each
 

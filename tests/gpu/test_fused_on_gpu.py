@@ -11,11 +11,11 @@ from flax import nnx
 
 from e88_jax.mixers.e88 import E88Mixer
 from e88_jax.model import LanguageModel
+from e88_jax.naive import rms_ratio
 from pallas_kernels import target
 from tests.reference.configs import e88_layer, lm_config
 from tests.reference.layer_by_xla import OPTIONS, a_layer, decoded, inputs
 from tests.reference.layer_by_xla import activated as activated_by_xla
-from tests.reference.recurrence import rms_ratio
 
 if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)

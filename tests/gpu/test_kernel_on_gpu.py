@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from e88_jax.naive import rms_ratio
 from e88_jax.recurrence import e88_recurrence
 from pallas_kernels import target
 from pallas_kernels.recurrence import TuningConfig
@@ -26,7 +27,6 @@ from tests.recurrence_contract import (
     rows_by,
     tensors,
 )
-from tests.reference.recurrence import rms_ratio
 
 if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)

@@ -11,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from e88_jax import LanguageModel, e88_recurrence
+from e88_jax.naive import rms_ratio
 from pallas_kernels import target
 from tests.recurrence_contract import EVERY_OPTION, make_inputs, tensors
 from tests.reference.configs import lm_config
-from tests.reference.recurrence import rms_ratio
 
 if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)

@@ -19,9 +19,9 @@ import pytest
 from flax import nnx
 
 from e88_jax.mixers.base import Mixer, MixerConfig
+from e88_jax.naive import rms_ratio
 from tests.recurrence_contract import QUICK_TO_COMPILE
 from tests.reference.configs import E88Layer, Layer, n_params
-from tests.reference.recurrence import rms_ratio
 
 BATCH, TIME = 2, 8
 SEGMENT_IDS = np.array([[0, 0, 0, 0, 1, 1, 1, 1], [5, 2, 2, 5, 5, 5, 5, 5]], np.int32)

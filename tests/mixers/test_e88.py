@@ -11,10 +11,10 @@ from flax import nnx
 from e88_jax.config import E88Config
 from e88_jax.interop import mixer_from_torch, mixer_to_torch
 from e88_jax.mixers.e88 import E88Mixer, E88State
+from e88_jax.naive import rms_ratio
 from tests.recurrence_contract import QUICK_TO_COMPILE
 from tests.reference import layer as numpy_layer
 from tests.reference.configs import E88_OPTIONS, e88_layer, name_of
-from tests.reference.recurrence import rms_ratio
 
 BATCH, TIME = 2, 8
 SEGMENT_IDS = np.array([[0, 0, 0, 0, 1, 1, 1, 1], [5, 2, 2, 5, 5, 5, 5, 5]], np.int32)

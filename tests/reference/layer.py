@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from e88_jax import naive
 from e88_jax.config import E88Config
-from tests.reference import recurrence as numpy_reference
 
 Weights = dict[str, np.ndarray]
 
@@ -161,8 +161,8 @@ def layer(
             decay = np.ones((batch, time, 1)) * sigmoid(weights["decay_logit"].astype(np.float64))
         case "none":
             decay = np.ones((batch, time, H))
-    run = numpy_reference.run(
-        numpy_reference.Inputs(
+    run = naive.run(
+        naive.Inputs(
             q,
             k,
             v,

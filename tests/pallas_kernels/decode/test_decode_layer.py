@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e88_jax.naive import rms_ratio
 from pallas_kernels.common.sizes import WARPS
 from pallas_kernels.decode import DecodeConfig, decode_layer
 from pallas_kernels.decode.lanes import token_of_row
 from pallas_kernels.limits import UnsupportedError
 from tests.reference.lane_ops_in_numpy import lane_ops, memory
 from tests.reference.layer_by_xla import OPTIONS, a_layer, decoded, inputs
-from tests.reference.recurrence import rms_ratio
 
 BOUNDS = {jnp.float32: 2e-6, jnp.bfloat16: 2.5e-3}
 """Bounds of ||x - reference|| / ||reference||; in bfloat16 one rounding of the outputs."""

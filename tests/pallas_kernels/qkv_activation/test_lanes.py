@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e88_jax.naive import rms_ratio
 from pallas_kernels.limits import UnsupportedError
 from pallas_kernels.qkv_activation import HeadColumns, activate
 from pallas_kernels.qkv_activation.lanes import activate_rows, gradient_of_rows
 from tests.reference.lane_ops_in_numpy import lane_ops, memory
 from tests.reference.layer_by_xla import activated
-from tests.reference.recurrence import rms_ratio
 
 BOUNDS = {jnp.float32: 1e-6, jnp.bfloat16: 2.5e-3}
 """Bounds of ||x - reference|| / ||reference||; in bfloat16 one rounding."""
@@ -133,8 +133,7 @@ def test_refusals(columns: HeadColumns, n_columns: int, dtype: Any, fragments: l
     """Raised before a kernel is traced."""
 
     def call(columns: HeadColumns, n_columns: int, dtype: Any) -> None:
-        n_rest = n_columns - columns.n_columns
-        activate(columns, jax.ShapeDtypeStruct((1, 2, n_columns), dtype), n_rest)  # pyright: ignore[reportArgumentType]
+        activate(columns, jax.ShapeDtypeStruct((1, 2, n_columns), dtype))  # pyright: ignore[reportArgumentType]
 
     with pytest.raises(UnsupportedError) as error:
         call(columns, n_columns, jnp.dtype(dtype))
@@ -143,4 +142,6 @@ def test_refusals(columns: HeadColumns, n_columns: int, dtype: Any, fragments: l
     fits = HeadColumns(2, 32, 32, True, True)
     with pytest.raises(UnsupportedError, match="columns a multiple of 4, got 194"):
         call(fits, 194, jnp.dtype(jnp.float32))
-    fits.require_supported(196, "float32")
+    fits.require_supported(196, "float32", 4)
+    with pytest.raises(UnsupportedError, match="after v that are read, got 4 of padding"):
+        fits.require_supported(196, "float32", 0)

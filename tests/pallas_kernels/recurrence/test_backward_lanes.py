@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e88_jax.naive import rms_ratio
 from pallas_kernels.common.lane_ops import LaneOps, _Address
 from pallas_kernels.common.sizes import round_up
 from pallas_kernels.recurrence import backward_block
@@ -27,7 +28,6 @@ from pallas_kernels.recurrence.mma_fragments import MMA_STEPS, Fragments, fragme
 from pallas_kernels.recurrence.scratch import backward_scratch
 from pallas_kernels.recurrence.tuning_config import TuningConfig
 from tests.reference.lane_ops_in_numpy import THREADS, NumpyLaneOps, lane_ops, memory
-from tests.reference.recurrence import rms_ratio
 
 Arrays = dict[str, np.ndarray]
 EVERY_OPTION = StepKind(has_write_gate=True, has_keep=True, has_live=True, linear_state=False)

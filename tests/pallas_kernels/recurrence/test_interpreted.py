@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e88_jax.naive import Inputs
 from pallas_kernels.interpreter.jax_interpreter import InterpretGPUParams, reset_interpreter
 from pallas_kernels.recurrence import TuningConfig, op, recurrence
 from tests.recurrence_contract import (
@@ -17,7 +18,6 @@ from tests.recurrence_contract import (
     make_inputs,
     rows_by,
 )
-from tests.reference.recurrence import Inputs
 
 RACES = InterpretGPUParams(detect_races=True)
 

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from e88_jax.documents import document_starts
+from e88_jax.naive import rms_ratio
 from pallas_kernels.recurrence import TuningConfig, calls, op, recurrence
 from tests.recurrence_contract import (
     EVERY_OPTION,
@@ -22,7 +23,6 @@ from tests.recurrence_contract import (
     tensors,
 )
 from tests.reference import recurrence_kernels_in_jax
-from tests.reference.recurrence import rms_ratio
 
 call = functools.partial(rows_by, recurrence)
 
