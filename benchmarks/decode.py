@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from e88_jax.config import LMConfig
-from experiments.harness import cli
-from experiments.harness.cli import require
+from experiments import cli
+from experiments.cli import require
 from experiments.harness.config import DEFAULT_MODEL
 from experiments.harness.program import parse_with_preset
 from experiments.harness.run_directory import versions

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import cli
-from experiments.harness.errors import RunStopped
+from experiments import cli
+from experiments.cli.errors import RunStopped
 from experiments.harness.progress import Report
 
 TRAIN = Path(__file__).parents[1] / "experiments" / "train_byte_lm.py"
@@ -135,8 +135,8 @@ def parameters(directory: Path) -> list[Any]:
     import numpy as np
     from flax import nnx
 
-    from experiments.harness.trained import load_trained
     from experiments.tasks.bytes import ByteLMConfig
+    from experiments.trained import load_trained
 
     model, step = load_trained(directory, ByteLMConfig, latest=True)
     assert step == STEPS, f"the newest checkpoint is of step {step}"

@@ -19,10 +19,10 @@ from e88_jax import hardware
 from e88_jax.config import LMConfig
 from e88_jax.mixers.base import Execution
 from e88_jax.sizing import PRESETS, e88_layer, training_memory
-from experiments.harness import cli
-from experiments.harness.cli import require
+from experiments import cli
+from experiments.cli import require
+from experiments.cli.errors import UsageError
 from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
-from experiments.harness.errors import UsageError
 from experiments.harness.program import parse_with_preset
 from pallas_kernels import target
 

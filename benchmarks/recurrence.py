@@ -21,9 +21,9 @@ import jax
 from benchmarks.measure.recurrence_timing import Shape, time_passes
 from benchmarks.measure.timing import ClockSampler, Numbers
 from e88_jax.recurrence import Implementation, e88_recurrence
-from experiments.harness import cli
-from experiments.harness.cli import require
-from experiments.harness.errors import UsageError
+from experiments import cli
+from experiments.cli import require
+from experiments.cli.errors import UsageError
 
 TANH_PER_CYCLE = 16
 """tanh per cycle of one SM on an H100 or H200: CUDA C++ Programming Guide, throughput of arithmetic

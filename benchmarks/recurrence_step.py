@@ -15,8 +15,8 @@ from jax import Array, lax
 
 from benchmarks.measure.recurrence_timing import Shape, make_inputs
 from benchmarks.measure.timing import ClockSampler, time_calls
-from experiments.harness import cli
-from experiments.harness.cli import require
+from experiments import cli
+from experiments.cli import require
 from pallas_kernels import target
 from pallas_kernels.recurrence import recurrence, single_step
 

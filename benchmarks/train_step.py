@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 from e88_jax import hardware
 from e88_jax.config import LMConfig
-from experiments.harness import cli
-from experiments.harness.cli import require
+from experiments import cli
+from experiments.cli import require
+from experiments.cli.errors import UsageError
 from experiments.harness.config import DEFAULT_MODEL, BatchConfig, OptimizerConfig
-from experiments.harness.errors import UsageError
 from experiments.harness.program import parse_with_preset
 from experiments.harness.run_directory import versions
 from pallas_kernels import target

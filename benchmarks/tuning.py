@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from benchmarks.measure.recurrence_timing import Shape, make_inputs, one_line
 from benchmarks.measure.timing import ClockSampler, time_calls
 from benchmarks.recurrence import NAMED
-from experiments.harness import cli
-from experiments.harness.cli import require
+from experiments import cli
+from experiments.cli import require
 from pallas_kernels import target
 from pallas_kernels.recurrence import TuningConfig, recurrence
 from pallas_kernels.recurrence.tuning import backward_config, forward_config, neighbours

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments.harness import cli, run_directory
-from experiments.harness.cli import require
-from experiments.harness.errors import RunStopped, UsageError
+from experiments import cli
+from experiments.cli import require
+from experiments.cli.errors import RunStopped, UsageError
+from experiments.harness import run_directory
 
 if TYPE_CHECKING:
     from experiments.scaling.measure import Measurement, Setting

@@ -10,8 +10,9 @@ from typing import Annotated
 import tyro
 
 from e88_jax.sampling_options import check_sampling_options
-from experiments.harness import cli, run_directory
-from experiments.harness.errors import UsageError
+from experiments import cli
+from experiments.cli.errors import UsageError
+from experiments.harness import run_directory
 from experiments.tasks.bytes import ByteLMConfig
 
 
@@ -57,7 +58,7 @@ def main(args: Sequence[str]) -> None:
 
     from e88_jax.sampling import generate_stream
     from experiments.harness import devices
-    from experiments.harness.trained import load_trained
+    from experiments.trained import load_trained
 
     devices.set_up()
     model, _ = load_trained(config.run, ByteLMConfig, latest=config.latest)

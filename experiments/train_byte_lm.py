@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from experiments.harness import cli, program
+from experiments import cli
+from experiments.harness import program
 from experiments.tasks.bytes import ByteLMConfig
 
 

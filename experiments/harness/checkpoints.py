@@ -19,9 +19,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from experiments.cli.errors import RunStopped, UsageError, warn
 from experiments.tasks.base import Metric
-
-from .errors import RunStopped, UsageError, warn
 
 Tree = Any
 """Nested tuples and dictionaries of arrays."""

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.mixers.base import Execution
+from experiments.cli import FLOAT32_LIMIT, INT32_LIMIT, field_types, require
+from experiments.cli.errors import UsageError
 from experiments.tasks.base import Task, TaskConfig
-
-from .cli import FLOAT32_LIMIT, INT32_LIMIT, field_types, require
-from .errors import UsageError
 
 # Memory is no matter at this size, and more saved states make the backward pass recompute less.
 DEFAULT_MODEL = LMConfig(

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from experiments.cli.errors import UsageError, warn
 from experiments.tasks.base import Batch
 from pallas_kernels import target
-
-from .errors import UsageError, warn
 
 GPU_MEMORY_FRACTION = "0.93"
 """Fraction of a GPU's memory that JAX preallocates. Its default of 0.75 is too little for a large

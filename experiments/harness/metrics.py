@@ -20,9 +20,9 @@ from tensorboard.compat.proto.summary_pb2 import (
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from experiments.cli.errors import warn
 from experiments.tasks.base import Metric
 
-from .errors import warn
 from .run_directory import optional, write
 
 if TYPE_CHECKING:

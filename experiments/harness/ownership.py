@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from .errors import UsageError
+from experiments.cli.errors import UsageError
 
 try:
     import fcntl

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 from e88_jax import hardware
 from e88_jax.config import LMConfig
 from e88_jax.sizing import d_inner_of, e88_layer, find_preset, parse_params, solve
+from experiments import cli
+from experiments.cli.errors import UsageError
 
-from . import cli, run_directory
+from . import run_directory
 from .config import TrainConfig, check_resumable
-from .errors import UsageError
 from .run import Run
 
 Config = TypeVar("Config")

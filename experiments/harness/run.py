@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
+from experiments.cli.errors import RunStopped, UsageError, warn
 from experiments.tasks.base import DataError, Task
 
 from . import run_directory
 from .config import TrainConfig
-from .errors import RunStopped, UsageError, warn
 from .interrupts import Interrupts
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import e88_jax
+from experiments.cli.errors import UsageError, warn
 from experiments.tasks.base import Metric
 
 from .config import TrainConfig
-from .errors import UsageError, warn
 from .ownership import LOCK, owned
 
 Config = TypeVar("Config", bound=TrainConfig)

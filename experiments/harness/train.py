@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from e88_jax.model import LanguageModel
+from experiments.cli.errors import UsageError
 from experiments.tasks.base import Batch, Task
 
 from . import devices
 from .config import TrainConfig
-from .errors import UsageError
 from .optimizer import make_optimizer
 from .run import Run
 from .step import compile_train_step, init_state, make_evaluate, place

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from experiments.harness.errors import UsageError
+from experiments.cli.errors import UsageError
 
 if TYPE_CHECKING:
     from jax import Array

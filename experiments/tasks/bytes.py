@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
+from experiments.cli import require
+from experiments.cli.errors import UsageError, warn
 from experiments.harness import run_directory
-from experiments.harness.cli import require
 from experiments.harness.config import BatchConfig, TrainConfig
-from experiments.harness.errors import UsageError, warn
 
 from . import files
 from .base import Batch, Metric, TaskConfig

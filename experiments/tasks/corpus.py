@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.cli.errors import UsageError, warn
 from experiments.harness import run_directory
-from experiments.harness.errors import UsageError, warn
 
 from .base import DataError
 from .files import find_files

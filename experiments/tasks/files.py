@@ -9,8 +9,8 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from experiments.cli.errors import UsageError
 from experiments.harness import run_directory
-from experiments.harness.errors import UsageError
 
 _NO_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 """Folders of the standard library that hold other packages, tests or compiled code."""

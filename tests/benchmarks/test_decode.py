@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import decode
-from experiments.harness.errors import UsageError
+from experiments.cli.errors import UsageError
 
 TINY = ["--dim", "16", "--n-heads", "2", "--n-state", "4", "--depth", "1"]
 

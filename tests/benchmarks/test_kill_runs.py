@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kill_runs
-from experiments.harness.errors import UsageError
+from experiments.cli.errors import UsageError
 
 
 def test_an_end_is_judged_by_exit_code_and_message(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import plan
-from experiments.harness.errors import UsageError
+from experiments.cli.errors import UsageError
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 

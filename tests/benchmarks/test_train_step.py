@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import train_step
 from e88_jax.sizing import PRESETS
-from experiments.harness.errors import UsageError
+from experiments.cli.errors import UsageError
 
 TINY = ["--dim", "16", "--n-heads", "2", "--n-state", "4", "--depth", "1"]
 

@@ -14,8 +14,7 @@ from matplotlib.image import imread
 
 from benchmarks.measure import layer_step, recurrence_timing, timing
 from e88_jax.recurrence import e88_recurrence
-from experiments import n_state_scaling
-from experiments.harness import cli
+from experiments import cli, n_state_scaling
 from experiments.scaling import measure as scaling
 from experiments.scaling import report as scaling_report
 from pallas_kernels import target

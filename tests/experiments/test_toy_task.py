@@ -16,14 +16,14 @@ from jax import Array
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
+from experiments.cli import require
+from experiments.cli.errors import RunStopped, UsageError
 from experiments.harness import program
-from experiments.harness.cli import require
 from experiments.harness.config import BatchConfig, TrainConfig
-from experiments.harness.errors import RunStopped, UsageError
 from experiments.harness.metrics import plot_metric, read_metrics
 from experiments.harness.run import Run
-from experiments.harness.trained import load_trained
 from experiments.tasks.base import Batch, Metric, TaskConfig
+from experiments.trained import load_trained
 
 
 def is_hit(logits: Array, targets: Array) -> Array:

@@ -19,9 +19,9 @@ from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments import sample, train_byte_lm
-from experiments.harness.errors import UsageError
-from experiments.harness.trained import load_trained
+from experiments.cli.errors import UsageError
 from experiments.tasks.bytes import ByteLMConfig
+from experiments.trained import load_trained
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TINY = [

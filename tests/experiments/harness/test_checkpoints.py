@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.cli.errors import RunStopped, UsageError
 from experiments.harness.checkpoints import CHECKSUMS, Checkpoints
-from experiments.harness.errors import RunStopped, UsageError
 from experiments.tasks.base import Metric
 
 BITS = Metric("bits_per_byte", "bits per byte", "lower")

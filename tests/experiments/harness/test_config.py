@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from experiments.cli.errors import UsageError
 from experiments.harness import program
 from experiments.harness.config import BatchConfig, OptimizerConfig, check_resumable
-from experiments.harness.errors import UsageError
 from experiments.tasks.bytes import ByteLMConfig, BytesConfig
 from tests.reference.configs import lm_config
 

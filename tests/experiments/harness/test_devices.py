@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.cli.errors import UsageError
 from experiments.harness import devices
-from experiments.harness.errors import UsageError
 from experiments.tasks.base import Batch
 from pallas_kernels import target
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.cli.errors import UsageError
 from experiments.harness import ownership
-from experiments.harness.errors import UsageError
 from experiments.harness.ownership import LOCK, Owner, owned
 
 

@@ -9,9 +9,9 @@ import pytest
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.mixers.base import Execution
 from e88_jax.sizing import PRESETS
+from experiments.cli.errors import UsageError
 from experiments.harness import program
 from experiments.harness.config import DEFAULT_MODEL
-from experiments.harness.errors import UsageError
 from experiments.tasks.bytes import ByteLMConfig
 
 parse_args = functools.partial(program.parse_args, ByteLMConfig)

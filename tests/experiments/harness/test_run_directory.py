@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from experiments.cli.errors import UsageError
 from experiments.harness import run_directory
-from experiments.harness.errors import UsageError
 from experiments.tasks.base import Metric
 from experiments.tasks.bytes import ByteLMConfig
 

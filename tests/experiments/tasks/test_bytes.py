@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import e88_jax.sampling
+from experiments.cli.errors import UsageError
 from experiments.harness.config import BatchConfig
-from experiments.harness.errors import UsageError
 from experiments.harness.train import prefetch
 from experiments.tasks import bytes as bytes_
 from experiments.tasks import corpus as corpus_

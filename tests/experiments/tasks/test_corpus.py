@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.harness.errors import UsageError
+from experiments.cli.errors import UsageError
 from experiments.tasks import corpus as data
 from experiments.tasks.base import DataError
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from experiments import train_byte_lm
+from experiments.cli.errors import RunStopped, UsageError
 from experiments.harness import program, train
-from experiments.harness.errors import RunStopped, UsageError
 from experiments.harness.step import StepMetrics
 from experiments.tasks.base import Batch
 from experiments.tasks.bytes import ByteLMConfig, RandomWindows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.harness.errors import UsageError
+from experiments.cli.errors import UsageError
 from experiments.tasks import files
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.harness import cli
+from experiments import cli
 from experiments.tasks.bytes import ByteLMConfig
 
 PROGRAM = Path(__file__).parents[3] / "experiments" / "train_byte_lm.py"

@@ -5,13 +5,12 @@ from pathlib import Path
 from flax import nnx
 
 from e88_jax.model import LanguageModel
-
-from . import run_directory
-from .checkpoints import Checkpoints
-from .config import TrainConfig
-from .errors import UsageError
-from .optimizer import make_optimizer
-from .step import TrainState, init_state
+from experiments.cli.errors import UsageError
+from experiments.harness import run_directory
+from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.config import TrainConfig
+from experiments.harness.optimizer import make_optimizer
+from experiments.harness.step import TrainState, init_state
 
 
 def load_trained(
