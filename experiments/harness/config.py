@@ -25,7 +25,7 @@ DEFAULT_MODEL = LMConfig(
 _BELOW_ONE = 1 - 2**-24
 """The largest number below 1 in float32."""
 MOST_PARAMETERS = 10**10
-"""Limit of one machine: each device holds weights and optimiser state, 12 bytes a parameter."""
+"""Limit of one machine: each device holds weights and optimizer state, 12 bytes a parameter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimiser, learning rate and clipping."""
+    """Optimizer, learning rate and clipping."""
 
     optimizer: Literal["adamw", "schedule_free", "muon"] = "adamw"
     """AdamW or Muon with warm-up and cosine decay, or schedule-free AdamW at a constant rate."""

@@ -113,7 +113,7 @@ def make_train_step(
     """The function `(state, batch) -> (state, metrics)`, to be compiled.
 
     The gradients of the passes are averaged. `batch.restart` starts the rows of a stateful run from
-    zero states. A step whose loss or gradient is not finite leaves weights, optimiser and carried
+    zero states. A step whose loss or gradient is not finite leaves weights, optimizer and carried
     state as they were.
     """
     clip = optax.clip_by_global_norm(clip_norm)
