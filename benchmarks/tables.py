@@ -140,7 +140,7 @@ def train_step() -> str:
                 f"{data['seq_len']} x {data['batch_size']}",
                 f"{point['tokens_per_second']:,.0f}",
                 percent(point["mfu"]),
-                f"{parts['matrix products']:.0f}",
+                f"{parts['matmuls']:.0f}",
                 f"{forward:.0f} + {backward:.0f} ({percent(share)})",
                 f"{parts['everything else']:.0f}",
                 f"{parts['idle']:.1f}",
