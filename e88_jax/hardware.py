@@ -34,27 +34,27 @@ class GPU:
 
     name: str
     key: str
-    """What the command line calls it."""
+    """Name on the command line."""
     device_names: tuple[str, ...]
-    """What the driver calls it."""
+    """Names by the driver."""
     compute_capability: tuple[int, int]
     n_sms: int
     boost_clock_MHz: int
     memory_GB: int
     memory_bandwidth_GBps: int
     bf16_tflops: float
-    """Of the tensor cores, dense, adding in float32."""
+    """Dense rate of the tensor cores with float32 accumulation."""
     shared_memory_KB: int
-    """KB per SM."""
+    """Shared memory of an SM."""
     source: str
     published: Published | None = None
     measured_n_state: tuple[int, int] | None = None
-    """Where the kernels of this package take at most 6 % more than the least time for an element of
-    the state, forward and backward, from and to: `experiments/results/n_state_scaling_h100/`."""
+    """Range in which the kernels' forward + backward takes at most 6 % more than the least time per
+    state element: `experiments/results/n_state_scaling_h100/`."""
 
     @property
     def formula_n_state(self) -> int:
-        """`optimal_n_state` of the numbers in the scaling document, else of the vendor's."""
+        """`optimal_n_state` from the scaling document's numbers, else from the vendor's."""
         tflops = self.published.tensor_tflops if self.published else self.bf16_tflops
         return optimal_n_state(self.memory_bandwidth_GBps, tflops, self.shared_memory_KB)
 
@@ -223,7 +223,7 @@ def optimal_n_state(
 ) -> int:
     """The scaling document's formula, unchanged.
 
-    The room in shared memory that it counts never decides: 100 KB give 107, above both 48 and 64.
+    Its limit by shared memory never decides: 100 KB give 107, above both 48 and 64.
 
     Raises:
         TypeError: an argument that is no number.
@@ -247,7 +247,7 @@ def _plain(name: str) -> str:
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU of a key, a name or a driver's name; case, spaces and dashes do not matter.
+    """The GPU with this key, name or driver's name; case, spaces and dashes do not matter.
 
     Raises:
         TypeError: the name is no string.

@@ -1,8 +1,8 @@
 """Weights of the original PyTorch implementation, to and from `E88Mixer`.
 
-Keys and layouts are those of the original project's layer: a linear layer's weight is `[out, in]`,
-a depthwise convolution's `[channels, 1, size]`, and the fused projection's rows are q, k, v in
-turn, head by head. A parameter of ours has its namesake's numbers, most of them transposed.
+Keys and layouts are the original project's: a linear layer's weight is `[out, in]`, a depthwise
+convolution's `[channels, 1, size]`, and the rows of the fused projection are q, then k, then v,
+each head by head.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,7 +73,7 @@ def _streams(config: E88Config) -> dict[str, slice]:
 
 
 def _qkv(config: E88Config) -> _Layout:
-    """`[dim, H, 2N + V]`, and rows q, k, v in turn, each head by head; tied, a weight each."""
+    """`[dim, H, 2N + V]`, and rows q, then k, then v, each head by head; tied, two weights."""
     heads, streams = config.n_heads, _streams(config)
 
     def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
@@ -111,7 +111,7 @@ def _conv(config: E88Config) -> _Layout:
 
 
 def _layouts(config: E88Config, dim: int) -> dict[str, _Layout]:
-    """The layout of each parameter that a layer may have, by its path."""
+    """Layouts of the parameters of a layer with every option, by path."""
     heads, n_value = config.n_heads, config.n_value
     if config.head_mix == "per_head":
         output = _of_each_head("head_projs.{head}.weight", heads)
@@ -152,15 +152,15 @@ def mixer_from_torch(
             `qkv_proj.weight` `[2 * H * N + H * V, dim]`, convolutions `[channels, 1, size]`.
         config: sizes and options of the layer.
         dim: width of its input.
-        execution: how it is run.
+        execution: options of running it.
 
     Returns:
         The layer, its parameters float32 as always.
 
     Raises:
         TypeError: no mapping of arrays, or another config.
-        ValueError: a key that is missing, surplus, misshapen, not of floats or not finite in
-            float32; the message names it, and both shapes.
+        ValueError: a key is missing, surplus, of another shape, not of floats or not finite in
+            float32; the message names it.
     """
     require_instance("state_dict", state_dict, Mapping)
     require_instance("config", config, E88Config)
@@ -231,7 +231,6 @@ def _to_float32(key: str, given: Any) -> np.ndarray:
         array = array.astype(np.float32)
     if not_finite := int(np.sum(~np.isfinite(array))):
         raise ValueError(
-            f"{key} must be finite in float32, got {not_finite} of {array.size} numbers that are "
-            "not."
+            f"{key} must be finite in float32, got {not_finite} of {array.size} that are not."
         )
     return array

@@ -1,4 +1,4 @@
-"""Which of a model's parameters an optimizer treats in which way, for Optax."""
+"""Masks of a model's parameters for Optax: weight decay, and the matrices of Muon."""
 
 import math
 from typing import Any, cast
@@ -61,10 +61,11 @@ def muon_dimensions(params: Any) -> Any:
                 f"summed over, got {shown(param)}. nnx.Optimizer passes plain arrays: give "
                 "optax.contrib.muon the tree that muon_dimensions returns."
             )
-        shape: tuple[int, ...] = getattr(param, "shape", ())
+        variable = cast(Any, param)  # of `optax.partition`'s MaskedNode, perhaps, without a shape
+        shape: tuple[int, ...] = getattr(variable, "shape", ())
         if _name(path) != "kernel" or math.prod(shape) == 0:
             return None
-        n_in: int | None = cast(Any, param).get_metadata().get("n_in_axes")
+        n_in: int | None = variable.get_metadata().get("n_in_axes")
         if n_in is None:
             return MuonDimensionNumbers() if len(shape) == 2 else None
         axes = tuple(range(len(shape)))

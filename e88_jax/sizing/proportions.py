@@ -45,7 +45,7 @@ class Finding:
 
     problem: str
     change: str
-    """What would mend it."""
+    """The remedy."""
 
     def __str__(self) -> str:
         return f"{self.problem}: {self.change}."
@@ -54,7 +54,7 @@ class Finding:
 def check(
     config: LMConfig, gpu: GPU | None = None, *, batch: int = 1, length: int = 2048
 ) -> list[Finding]:
-    """What the sizing guide's anti-patterns, the kernels' limits and a GPU's memory say of it.
+    """Findings by the sizing guide's anti-patterns, the kernels' limits and a GPU's memory.
 
     Args:
         config: the model.
