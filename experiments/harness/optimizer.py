@@ -18,11 +18,11 @@ OptimizerState = Any
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation and what the loop needs to know of it."""
+    """An Optax transformation with its schedule and its weights for evaluation."""
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
-    """Learning rate by number of updates made."""
+    """Learning rate by number of updates."""
     eval_params: Callable[[OptimizerState, Params], Params]
     """Weights to evaluate and sample with, from optimizer state and trained weights."""
 

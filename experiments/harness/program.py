@@ -18,7 +18,7 @@ Training = TypeVar("Training", bound=TrainConfig)
 
 
 def main(kind: type[TrainConfig], args: Sequence[str]) -> None:
-    """Parses, looks at the directory and the data, then trains."""
+    """Parses, checks the directory, opens the data, trains."""
     config = parse_args(kind, args)
     if not config.resume:
         run_directory.check_claimable(config.out, config.task.FILES)
@@ -32,7 +32,7 @@ def main(kind: type[TrainConfig], args: Sequence[str]) -> None:
 
 
 def parse_args(kind: type[Training], args: Sequence[str]) -> Training:
-    """The run that the command line asks for; a resumed run keeps the flags it had.
+    """The configuration of the command line; a resumed run keeps its flags.
 
     Raises:
         UsageError: a flag is wrong, or the run to resume has other flags.
@@ -55,8 +55,7 @@ def _located(config: Training, args: Sequence[str]) -> Training:
 
 
 def parse_with_preset(config_type: type[Config], args: Sequence[str]) -> Config:
-    """A `config_type` from command-line `args`: its `preset`, if any, is what flags of the `model`
-    change.
+    """A `config_type` from command-line `args`; flags of the model change its `preset`, if any.
 
     Raises:
         UsageError: as `cli.parse`, or there is no such preset.
@@ -76,7 +75,7 @@ def _preset(name: str) -> LMConfig:
 
 
 def chosen_model(config: TrainConfig) -> LMConfig | None:
-    """The model that --preset or --params asks for; None without either.
+    """The model of --preset or --params; None without either.
 
     Raises:
         UsageError: there is no such preset, budget or GPU, or flags that contradict each other.
@@ -97,7 +96,7 @@ def chosen_model(config: TrainConfig) -> LMConfig | None:
 
 
 def describe(model: LMConfig) -> str:
-    """One line about a model's size."""
+    """Sizes of a model, in one line."""
     layer = e88_layer(model)
     return (
         f"dim {model.dim}, {layer.n_heads} heads of {layer.n_state} (d_inner {d_inner_of(model)}), "
