@@ -143,4 +143,4 @@ def test_refusals(columns: HeadColumns, n_columns: int, dtype: Any, fragments: l
     fits = HeadColumns(2, 32, 32, True, True)
     with pytest.raises(UnsupportedError, match="columns a multiple of 4, got 194"):
         call(fits, 194, jnp.dtype(jnp.float32))
-    fits.require_supported(196, "float32")
+    fits.require_supported(196, "float32", 4)
