@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.measure.flags import parse_with_preset, require_writable
 from benchmarks.measure.gpu_profile import part_of
 from e88_jax import hardware
 from e88_jax.config import LMConfig
@@ -23,7 +24,6 @@ from experiments.harness import cli
 from experiments.harness.cli import require
 from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
 from experiments.harness.errors import UsageError
-from experiments.harness.program import parse_with_preset
 from pallas_kernels import target
 
 FLAGS = "--xla_gpu_autotune_level=0"
@@ -274,7 +274,7 @@ def fill_in(path: Path) -> None:
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, prints."""
     config = parse_with_preset(PlanConfig, args)
-    cli.require_writable(config.memory)
+    require_writable(config.memory)
     if config.memory is not None:
         fill_in(config.memory)
         return

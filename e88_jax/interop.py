@@ -5,8 +5,10 @@ convolution's `[channels, 1, size]`, and the rows of the fused projection are q,
 each head by head.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,8 @@ from e88_jax.typed import params_by_path, params_of, set_params
 Arrays = Mapping[str, np.ndarray]
 
 
-class _Layout(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Layout:
     """A parameter of ours as arrays of a PyTorch state dictionary, and back."""
 
     to_torch: Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -31,38 +34,24 @@ class _Layout(NamedTuple):
 
 
 def _same(key: str) -> _Layout:
-    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
-        return {key: ours}
-
-    def from_torch(theirs: Arrays) -> np.ndarray:
-        return theirs[key]
-
-    return _Layout(to_torch, from_torch)
+    return _Layout(lambda ours: {key: ours}, lambda theirs: theirs[key])
 
 
 def _linear(key: str, in_axes: int, shape: tuple[int, ...]) -> _Layout:
     """`[*in, *out]` and `[out, in]`."""
-
-    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
-        n_in = int(np.prod(ours.shape[:in_axes]))
-        return {key: ours.reshape(n_in, -1).T}
-
-    def from_torch(theirs: Arrays) -> np.ndarray:
-        return theirs[key].T.reshape(shape)
-
-    return _Layout(to_torch, from_torch)
+    n_in = math.prod(shape[:in_axes])
+    return _Layout(
+        lambda ours: {key: ours.reshape(n_in, -1).T}, lambda theirs: theirs[key].T.reshape(shape)
+    )
 
 
 def _of_each_head(key: str, n_heads: int) -> _Layout:
     """`[H, V, dim]` and, for each head, `[dim, V]`."""
-
-    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
-        return {key.format(head=i): ours[i].T for i in range(n_heads)}
-
-    def from_torch(theirs: Arrays) -> np.ndarray:
-        return np.stack([theirs[key.format(head=i)].T for i in range(n_heads)])
-
-    return _Layout(to_torch, from_torch)
+    keys = [key.format(head=i) for i in range(n_heads)]
+    return _Layout(
+        lambda ours: {key: ours[i].T for i, key in enumerate(keys)},
+        lambda theirs: np.stack([theirs[key].T for key in keys]),
+    )
 
 
 def _streams(config: E88Config) -> dict[str, slice]:

@@ -143,7 +143,8 @@ class E88Mixer(nnx.Module):
         else:
             y, rest = jnp.split(y, [config.n_heads * config.head_columns], axis=2)
             y = y.reshape(*y.shape[:2], config.n_heads, config.head_columns)
-            y, conv = self.conv(y, _given(state.conv), segment_ids, lengths)
+            assert state.conv is not None, "the state is checked"
+            y, conv = self.conv(y, state.conv, segment_ids, lengths)
             q, k, v, _ = activate_qkv(config, y.reshape(*y.shape[:2], -1), 0, implementation)
         read = self.inputs.split(rest, *others)
         decay, write_gate = self._scalars(read, x.shape[:2])
@@ -212,8 +213,3 @@ class E88InferenceMixer(E88Mixer):
             config, y, gate_start, decay, write_gate, state.recurrent
         )
         return self.heads.projection(out), E88State(recurrent, None)
-
-
-def _given(x: Array | None) -> Array:
-    assert x is not None, "the state is checked"
-    return x

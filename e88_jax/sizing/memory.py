@@ -8,12 +8,7 @@ from e88_jax.checks import require_choice, require_instance, require_int
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.hardware import GPU
 from e88_jax.mixers.base import Implementation, MixerConfig, Remat
-from pallas_kernels.limits import (
-    MAX_GROUPED_INTERVAL,
-    MAX_SIZE,
-    SAVED_STATE_GROUP,
-    SIZE_MULTIPLE,
-)
+from pallas_kernels.limits import MAX_GROUPED_INTERVAL, SAVED_STATE_GROUP, takes_size
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _FLOAT = 4
@@ -36,8 +31,7 @@ def _bytes_of(dtype: str) -> int:
 
 def implementation_on(gpu: GPU | None, layer: E88Config) -> Implementation:
     """Implementation of the layer's recurrence on the GPU; without one, the kernels if they can."""
-    sizes = layer.n_state, layer.n_value
-    fits = all(n % SIZE_MULTIPLE == 0 and n <= MAX_SIZE for n in sizes)
+    fits = takes_size(layer.n_state) and takes_size(layer.n_value)
     return "mosaic_gpu" if fits and (gpu is None or gpu.has_kernels) else "scan"
 
 

@@ -11,7 +11,7 @@ from e88_jax.checks import require_choice, require_instance, require_int, requir
 from e88_jax.config import E88Config, LMConfig, OutputGate
 from e88_jax.hardware import GPU, require_gpu
 from e88_jax.sizing.guide import d_inner_of, e88_layer
-from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE
+from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE, takes_size
 
 SMALLEST, LARGEST = 1_000_000, 10_000_000_000
 TOLERANCE = 0.01
@@ -103,7 +103,7 @@ def solve(
     require_gpu(gpu)
     if n_state is not None:
         n_state = require_int("n_state", n_state, minimum=SIZE_MULTIPLE)
-        if n_state % SIZE_MULTIPLE or n_state > MAX_SIZE:
+        if not takes_size(n_state):
             raise ValueError(
                 f"n_state must be a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}, got {n_state}."
             )

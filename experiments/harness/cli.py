@@ -75,18 +75,6 @@ def _wide_enough() -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def require_writable(path: Path | None) -> None:
-    """Raises UsageError if no file can be written there; None is no file."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UsageError(f"{path} cannot be written: it is a directory.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{path} cannot be written: {path.parent} is not a directory.")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UsageError(f"{path} cannot be written: permission denied.")
-
-
 def _first_sentence(box: str) -> str:
     """The message printed by tyro, on one line; a ruled line ends it.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from e88_jax import hardware
 from e88_jax.config import LMConfig
@@ -13,7 +13,6 @@ from .config import TrainConfig, check_resumable
 from .errors import UsageError
 from .run import Run
 
-Config = TypeVar("Config")
 Training = TypeVar("Training", bound=TrainConfig)
 
 
@@ -54,26 +53,6 @@ def _located(config: Training, args: Sequence[str]) -> Training:
     return dataclasses.replace(config, task=config.task.located(args))
 
 
-def parse_with_preset(config_type: type[Config], args: Sequence[str]) -> Config:
-    """A `config_type` from command-line `args`; flags of the model change its `preset`, if any.
-
-    Raises:
-        UsageError: as `cli.parse`, or there is no such preset.
-    """
-    config: Any = cli.parse(config_type, args)
-    if config.preset is None:
-        return config
-    default = dataclasses.replace(config, model=_preset(config.preset))
-    return cli.parse(config_type, args, default=default)
-
-
-def _preset(name: str) -> LMConfig:
-    try:
-        return find_preset(name).config
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
 def chosen_model(config: TrainConfig) -> LMConfig | None:
     """The model of --preset or --params; None without either.
 
@@ -84,9 +63,9 @@ def chosen_model(config: TrainConfig) -> LMConfig | None:
         raise UsageError("--preset and --params both choose the model: give one of them.")
     if config.gpu is not None and config.params is None:
         raise UsageError(f"--gpu {config.gpu} is for --params, which is not given.")
-    if config.preset is not None:
-        return _preset(config.preset)
     try:
+        if config.preset is not None:
+            return find_preset(config.preset).config
         if config.params is not None:
             gpu = hardware.detect_gpu() if config.gpu is None else hardware.find_gpu(config.gpu)
             return solve(parse_params(config.params), gpu=gpu)[0].config
