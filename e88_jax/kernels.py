@@ -75,7 +75,7 @@ def call(
     """
     leaves, tree = jax.tree.flatten((arguments, options))
     abstract = (
-        jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves
+        jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x for x in leaves
     )
     refusal = _lowering_refusal(function, gradient, tree, tuple(abstract), target.current())
     if refusal is not None:

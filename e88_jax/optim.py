@@ -87,6 +87,6 @@ def _require_tree(params: Any) -> None:
 
 def _name(path: tuple[Any, ...]) -> str:
     """The last name in a parameter's path."""
-    names = [str(entry.key) for entry in path if hasattr(entry, "key")]
+    names = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
     names = [name for name in names if name != "value"]
     return names[-1] if names else ""

@@ -179,7 +179,7 @@ def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:
     if kind is LMConfig:
         try:
             return LMConfig.from_dict(value)
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         types = field_types(kind)

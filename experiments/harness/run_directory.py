@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def newest_run() -> Path:
-    """The run under `runs/` that was started last.
+    """The run under `runs/` that was started or resumed last.
 
     Raises:
         UsageError: there is none.
@@ -67,10 +67,10 @@ def load_config(directory: Path, kind: type[Config]) -> Config:
     values = _read(directory, "config")["config"]
     try:
         return kind.from_dict(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+    except ValueError as error:
         raise UsageError(
-            f"the config in {directory / 'run.json'} is none that this version knows: {why}."
+            f"the config in {directory / 'run.json'} is none that this version knows: "
+            f"{str(error).rstrip('.')}."
         ) from None
 
 
