@@ -1,7 +1,7 @@
 """XLA's plan for the training step on an H100: kernels, bytes that they move, memory.
 
-It compiles and runs nothing, so it needs no GPU, only JAX's CUDA plugin, as in `jax[cuda13]`.
-Matmuls are left to cuBLAS, as nothing can be timed to choose between it and others.
+The step is compiled but not run, so no GPU is needed, only JAX's CUDA plugin, as in `jax[cuda13]`.
+Matmuls are left to cuBLAS, as other GEMMs cannot be timed against it.
 """
 
 import collections

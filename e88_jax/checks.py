@@ -137,7 +137,7 @@ def require_rngs(rngs: Any) -> None:
         )
 
 
-def values_at_hand(array: Any) -> "np.ndarray | None":
+def readable_values(array: Any) -> "np.ndarray | None":
     """The values of an array as NumPy if they can be read at no cost, else None.
 
     Values of NumPy arrays, of lists, and of untraced JAX arrays in this host's memory can.
@@ -245,7 +245,7 @@ def require_range(
     """
     import numpy as np
 
-    held, ends = values_at_hand(value), None if lengths is None else values_at_hand(lengths)
+    held, ends = readable_values(value), None if lengths is None else readable_values(lengths)
     if held is None or (lengths is not None and ends is None):
         return
     if ends is not None:

@@ -1,4 +1,4 @@
-"""What the kernels take, and which states they save. Imports no JAX."""
+"""Limits of the kernels: sizes, dtypes, GPUs, intervals of saved states. Imports no JAX."""
 
 SIZE_MULTIPLE = 4
 """N and V are multiples of it: a row of float32 is then whole pieces of 16 bytes, as bulk copies
