@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure.flags import parse_with_preset, require_writable
 from e88_jax.config import LMConfig
 from experiments import cli
 from experiments.cli import require
 from experiments.harness.config import DEFAULT_MODEL
-from experiments.harness.program import parse_with_preset
 from experiments.harness.run_directory import versions
 
 
@@ -70,7 +70,7 @@ def build(config: DecodeConfig) -> tuple[int, Any, Any, dict[int, Any]]:
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, times, prints."""
     config = parse_with_preset(DecodeConfig, args)
-    cli.require_writable(config.json)
+    require_writable(config.json)
 
     import jax
     import jax.numpy as jnp

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure.flags import require_writable
 from experiments import cli
 from experiments.cli.errors import RunStopped
 from experiments.harness.progress import Report
@@ -61,7 +62,7 @@ class KillConfig:
         for flag, value in (("runs", self.runs), ("jobs", self.jobs)):
             if value < 1:
                 raise ValueError(f"--{flag} must be at least 1, got {value}.")
-        cli.require_writable(self.json)
+        require_writable(self.json)
 
 
 @dataclasses.dataclass(frozen=True)

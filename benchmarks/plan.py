@@ -1,7 +1,7 @@
 """XLA's plan for the training step on an H100: kernels, bytes that they move, memory.
 
-It compiles and runs nothing, so it needs no GPU, only JAX's CUDA plugin, as in `jax[cuda13]`.
-Matmuls are left to cuBLAS, as nothing can be timed to choose between it and others.
+The step is compiled but not run, so no GPU is needed, only JAX's CUDA plugin, as in `jax[cuda13]`.
+Matmuls are left to cuBLAS, as other GEMMs cannot be timed against it.
 """
 
 import collections
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.measure.flags import parse_with_preset, require_writable
 from benchmarks.measure.gpu_profile import part_of
 from e88_jax import hardware
 from e88_jax.config import LMConfig
@@ -23,7 +24,6 @@ from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
 from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
-from experiments.harness.program import parse_with_preset
 from pallas_kernels import target
 
 FLAGS = "--xla_gpu_autotune_level=0"
@@ -274,7 +274,7 @@ def fill_in(path: Path) -> None:
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, prints."""
     config = parse_with_preset(PlanConfig, args)
-    cli.require_writable(config.memory)
+    require_writable(config.memory)
     if config.memory is not None:
         fill_in(config.memory)
         return

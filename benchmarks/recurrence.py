@@ -18,6 +18,7 @@ from typing import get_args
 
 import jax
 
+from benchmarks.measure.flags import require_writable
 from benchmarks.measure.recurrence_timing import Shape, time_passes
 from benchmarks.measure.timing import ClockSampler, Numbers
 from e88_jax.recurrence import Implementation, e88_recurrence
@@ -196,7 +197,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(args)
     try:
         require(options, "saved_state_interval", "repetitions", minimum=1)
-        cli.require_writable(options.json)
+        require_writable(options.json)
     except (ValueError, UsageError) as error:
         parser.error(str(error))
     return options

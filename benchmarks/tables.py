@@ -65,7 +65,7 @@ def percent(x: float) -> str:
 
 
 def block(about: str, command: str, table: str) -> str:
-    """What was measured on, by which command, and the numbers."""
+    """Device and versions, command, and table."""
     return f"{about}:\n\n    {command}\n\n{table}"
 
 
@@ -140,7 +140,7 @@ def train_step() -> str:
                 f"{data['seq_len']} x {data['batch_size']}",
                 f"{point['tokens_per_second']:,.0f}",
                 percent(point["mfu"]),
-                f"{parts['matrix products']:.0f}",
+                f"{parts['matmuls']:.0f}",
                 f"{forward:.0f} + {backward:.0f} ({percent(share)})",
                 f"{parts['everything else']:.0f}",
                 f"{parts['idle']:.1f}",
@@ -352,7 +352,7 @@ _MARKED = re.compile(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def rewritten(page: str) -> str:
-    """A page with its tables made again.
+    """A page with its tables rewritten.
 
     Raises:
         ValueError: a mark that names no table, or has no end.

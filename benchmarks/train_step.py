@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.measure.flags import parse_with_preset, require_writable
 from e88_jax import hardware
 from e88_jax.config import LMConfig
 from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
 from experiments.harness.config import DEFAULT_MODEL, BatchConfig, OptimizerConfig
-from experiments.harness.program import parse_with_preset
 from experiments.harness.run_directory import versions
 from pallas_kernels import target
 
@@ -85,7 +85,7 @@ class BenchmarkConfig:
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, times, prints."""
     config = parse_with_preset(BenchmarkConfig, args)
-    cli.require_writable(config.json)
+    require_writable(config.json)
     if not config.grid:
         numbers = measure(config)
         record(config.json, numbers)

@@ -37,7 +37,7 @@ class Pass(NamedTuple):
 
 PASSES = {
     "forward": Pass(forward_config, "forward_config", False),
-    # It saves what the backward pass reads.
+    # The forward pass that saves what the backward pass reads.
     "forward-keeping": Pass(forward_config, "forward_config", True),
     # Calls as they are timed here.
     "backward": Pass(

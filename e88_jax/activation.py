@@ -1,4 +1,4 @@
-"""What queries, keys and values go through before the recurrence: SiLU and unit length."""
+"""SiLU and unit length of queries, keys and values, before the recurrence."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from e88_jax.mixers.base import Implementation
 from e88_jax.precision import wide
 
 LENGTH_EPSILON = 1e-6
-"""Added to the length that a row is divided by, as in the original implementation."""
+"""Summand to the length that divides a row, as in the original implementation."""
 
 
 def l2_normalize(x: Array) -> Array:
@@ -28,8 +28,8 @@ def l2_normalize(x: Array) -> Array:
 def activate(x: Array, silu: bool, unit_length: bool) -> Array:
     """SiLU, then unit length over the last axis, where asked for, in x's dtype.
 
-    In between it is float32 (float64 for float64): with nothing rounded there, XLA reads x twice
-    rather than write what is between.
+    The intermediate is float32 (float64 for float64): without rounding in between, XLA reads x
+    twice instead of writing the intermediate.
     """
     y = wide(x)
     if silu:
@@ -42,16 +42,16 @@ def activate(x: Array, silu: bool, unit_length: bool) -> Array:
 def activate_qkv(
     config: E88Config, y: Array, n_rest: int, implementation: Implementation | None
 ) -> tuple[Array, Array, Array, Array]:
-    """q, k and v of a matmul's columns, activated, by the fastest that takes the call.
+    """SiLU and unit length of q, k and v in a matmul's output, by a kernel if it takes the call.
 
     Args:
         config: sizes and options of the layer.
         y: `[B, T, columns]`: q, k and, unless tied, v of each head, `[H, 2N + V]`, then others.
-        n_rest: how many others; padding may follow.
-        implementation: that of the recurrence; "scan" is by XLA.
+        n_rest: count of the others; padding may follow.
+        implementation: implementation of the recurrence; "scan" stands for XLA.
 
     Returns:
-        q and k `[B, T, H, N]`, v `[B, T, H, V]`, and the columns after theirs, or a few more, in
+        q and k `[B, T, H, N]`, v `[B, T, H, V]`, and the other columns, perhaps with padding, in
         y's dtype.
     """
     try:

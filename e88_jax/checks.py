@@ -1,7 +1,7 @@
-"""Arguments that are checked by name: each error says what is needed and what was got.
+"""Checks of arguments by name: each error says what is needed and what was got.
 
-An argument of the wrong kind is a TypeError, one of the right kind that is out of range a
-ValueError. Neither JAX nor NumPy is imported until an array is checked.
+An argument of the wrong type is a TypeError, one out of range a ValueError. JAX and NumPy are
+imported when an array is checked, not before.
 """
 
 import math
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from jax import Array
 
 LARGEST_INT = 2**31 - 1
-"""Largest size or count that is taken: what an int32 index reaches."""
+"""Largest size or count: the reach of an int32 index."""
 
 
 def shown(value: Any) -> str:
-    """A value in an error: itself where it is short and plain, else what it is."""
+    """Text for a value in an error: the value if short and plain, else its type and size."""
     kind = type(value).__name__
     if isinstance(value, int) and value.bit_length() > 200:
         return f"an integer of {value.bit_length()} bits"
@@ -109,7 +109,7 @@ def require_instance(name: str, value: Any, kind: type, needs: str | None = None
 
 
 def check_fields(config: Any, check: Callable[..., Any], *names: str, **options: Any) -> None:
-    """Checks fields of a frozen dataclass, and stores them as the plain values that they mean.
+    """Checks fields of a frozen dataclass, and stores them as plain Python values.
 
     Args:
         config: the dataclass.
@@ -137,11 +137,10 @@ def require_rngs(rngs: Any) -> None:
         )
 
 
-def values_at_hand(array: Any) -> "np.ndarray | None":
-    """The numbers of an array as NumPy, where they can be read for nothing; else None.
+def readable_values(array: Any) -> "np.ndarray | None":
+    """The values of an array as NumPy if they can be read at no cost, else None.
 
-    That is, of NumPy arrays and lists, and of JAX arrays in this host's memory that no
-    transformation traces.
+    Values of NumPy arrays, of lists, and of untraced JAX arrays in this host's memory can.
     """
     import jax
     import numpy as np
@@ -161,7 +160,7 @@ def as_array(name: str, value: Any, shape: str) -> "Array":
 
     Args:
         name: the argument.
-        shape: what its axes mean, for the error, such as `[B, T, H, N]`.
+        shape: names of its axes, for the error, such as `[B, T, H, N]`.
 
     Raises:
         TypeError: it cannot become an array.
@@ -196,7 +195,7 @@ def as_integers(name: str, value: Any, axes: str, shape: tuple[int, ...] | None 
     Args:
         name: the argument.
         value: what was given.
-        axes: what its axes mean, such as `[B, T]`.
+        axes: names of its axes, such as `[B, T]`.
         shape: sizes of these; None for any but 0.
 
     Raises:
@@ -222,7 +221,7 @@ def as_lengths(value: Any, batch: int, time: Any) -> "Array":
 
     Raises:
         TypeError: it cannot become an array.
-        ValueError: no integers `[B]`, or out of range where that can be seen for nothing.
+        ValueError: no integers `[B]`, or values out of range, if they can be read at no cost.
     """
     lengths = as_integers("lengths", value, "[B]", (batch,))
     if isinstance(time, int):  # not symbolic, of `jax.export`
@@ -233,7 +232,7 @@ def as_lengths(value: Any, batch: int, time: Any) -> "Array":
 def require_range(
     name: str, value: Any, minimum: int, maximum: int, lengths: "Array | None" = None
 ) -> None:
-    """Checks numbers where they can be seen for nothing.
+    """Checks the values of an array if they can be read at no cost.
 
     Args:
         name: the argument.
@@ -246,7 +245,7 @@ def require_range(
     """
     import numpy as np
 
-    held, ends = values_at_hand(value), None if lengths is None else values_at_hand(lengths)
+    held, ends = readable_values(value), None if lengths is None else readable_values(lengths)
     if held is None or (lengths is not None and ends is None):
         return
     if ends is not None:

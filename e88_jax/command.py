@@ -1,4 +1,4 @@
-"""How the programs meet the shell: standard streams and exit codes. Needs no JAX."""
+"""Standard streams and exit codes of the programs. Imports no JAX."""
 
 import io
 import os
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO, cast
 
 PATIENCE_SECONDS = 10.0
-"""How long a program whose output is not its result waits for a reader that does not read."""
+"""Wait for a reader that does not read, in programs whose output is not their result."""
 
 _STDOUT = "standard output"
 
@@ -29,20 +29,19 @@ def run(
 ) -> NoReturn:
     """Runs `main` on the command line and exits.
 
-    The exit code is what `main` returns, 0 for None; that of a ProgramEnd; 130 for Ctrl-C; 2 for an
-    OSError, and for a host or device that is out of memory. These print one sentence to standard
-    error; any other exception is a fault of the program and keeps its traceback.
+    The exit code is `main`'s result (None is 0), the ProgramEnd's, 130 for Ctrl-C, or 2 for an
+    OSError and for a host or device out of memory. Such an end prints one sentence to standard
+    error; any other exception is a bug and keeps its traceback.
 
-    Characters that the streams' encoding lacks are printed as escapes. What cannot be written to
-    standard error is dropped.
+    Characters that a stream's encoding lacks are printed as escapes. Standard error drops what
+    cannot be written.
 
     Args:
         main: called with the arguments.
-        prog: what messages begin with; the program's file name by default.
-        output_is_result: the program ends with the first failure to write to standard output,
-            silently and with 141 if its reader has gone. If False, as where results are files,
-            what cannot be written is dropped, also if the reader has not read for
-            `PATIENCE_SECONDS`.
+        prog: start of messages; the program's file name by default.
+        output_is_result: the first failed write to standard output ends the program, silently and
+            with 141 if its reader has gone. If False, as where results are files, output that
+            cannot be written is dropped, also if the reader has not read for `PATIENCE_SECONDS`.
     """
     prog = os.path.basename(sys.argv[0]) if prog is None else prog
     _take_over_streams(output_is_result)
@@ -70,8 +69,8 @@ class _Stream(io.FileIO):
 
     Args:
         fd: the descriptor, which stays open.
-        required: the first write that fails raises an OSError that names standard output. If False,
-            and after that one, what cannot be written is dropped.
+        required: the first failed write raises an OSError that names standard output. Later ones,
+            and all if False, are dropped.
     """
 
     def __init__(self, fd: int, required: bool):
@@ -107,8 +106,8 @@ def _open_stream(fd: int, encoding: str, required: bool) -> TextIO:
 
 
 def _take_over_streams(output_is_result: bool) -> None:
-    # A descriptor closed by the caller would become that of the next file opened, into which
-    # libraries then write what is meant for standard error. Writing to these still fails.
+    # The next file opened would take a descriptor that the caller closed, and libraries would write
+    # into it what is meant for standard error. Writing to /dev/null opened for reading fails.
     while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 from e88_jax import mixers
 from e88_jax.checks import (
@@ -27,13 +27,13 @@ DecayMode = Literal["mamba", "simple", "constant", "none"]
 HeadMix = Literal["concat", "weighted_sum", "per_head", "input_weighted", "sum"]
 
 MATMUL_FLOPS = 6
-"""Operations of training for each weight of a matmul and token: 2 forward, 4 backward
-(https://arxiv.org/abs/2001.08361, section 2.1)."""
+"""FLOPs of training per weight of a matmul and token: 2 forward, 4 backward (Scaling Laws, section
+2.1: `docs/references.md`)."""
 RECURRENCE_FLOPS = 8 + 18
-"""Operations of training for each element of the state and step, a multiply-add being two. Forward:
-the read S^T k (2), decay * S + k d^T (3), tanh (1), the output S^T q (2). Backward: the outer
-product q d_out^T (2), the sums d_q (2), d_k (4), d_decay (2) and d_v (2), (1 - S^2) * dS (3), and
-the gradient of the state before (3). What the backward pass recomputes is not counted."""
+"""FLOPs of training per state element and step; a multiply-add is two. Forward: the read S^T k (2),
+decay * S + k d^T (3), tanh (1), the output S^T q (2). Backward: q d_out^T (2), d_q (2), d_k (4),
+d_decay (2), d_v (2), (1 - S^2) * dS (3), the gradient of the state before (3). Recomputation in the
+backward pass is not counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class E88Config:
     output_gate: OutputGate = "silu"
     """Activation of the gate that multiplies the heads' outputs."""
     decay_mode: DecayMode = "mamba"
-    """Decay from the input and a learned rate (mamba), from the input alone (simple), one learned
-    number a head (constant), or no decay."""
+    """Decay from the input and a learned rate (mamba), from the input alone (simple), from one
+    learned number per head (constant), or 1 (none)."""
     write_gate: bool = False
     """Scale each write by a sigmoid of the input, per head."""
     linear_state: bool = False
@@ -84,11 +84,9 @@ class E88Config:
         check_fields(self, require_number, "expansion")
         check_fields(self, require_bool, "write_gate", "linear_state", "output_norm")
         check_fields(self, require_bool, "value_residual", "tie_kv", "use_silu", "use_l2_norm")
-        check_fields(self, require_choice, "output_gate", choices=("silu", "sigmoid", "none"))
-        decays = ("mamba", "simple", "constant", "none")
-        check_fields(self, require_choice, "decay_mode", choices=decays)
-        mixes = ("concat", "weighted_sum", "per_head", "input_weighted", "sum")
-        check_fields(self, require_choice, "head_mix", choices=mixes)
+        check_fields(self, require_choice, "output_gate", choices=get_args(OutputGate))
+        check_fields(self, require_choice, "decay_mode", choices=get_args(DecayMode))
+        check_fields(self, require_choice, "head_mix", choices=get_args(HeadMix))
         if self.conv_size is not None:
             check_fields(self, require_int, "conv_size", minimum=2)
         n_value = self.n_state * self.expansion
@@ -152,12 +150,13 @@ class E88Config:
         return total
 
     def state_size(self, dim: int) -> int:
-        """Numbers in the recurrent state of one sequence, H * N * V; that of the short convolution
+        """Elements of the recurrent state of one sequence, H * N * V; the short convolution's state
         is not counted."""
         return self.n_heads * self.n_state * self.n_value
 
     def flops_per_token(self, dim: int) -> Flops:
-        """Every parameter counts as a weight of a matmul; all but one in a thousand are."""
+        """FLOPs of training on one token. Every parameter counts as a weight of a matmul; all but
+        one in a thousand are."""
         recurrence = RECURRENCE_FLOPS * self.state_size(dim)
         return Flops(MATMUL_FLOPS * self.count_params(dim), recurrence)
 
@@ -176,13 +175,13 @@ class LMConfig:
     depth: int
     """Number of layers."""
     layers: tuple[MixerConfig, ...]
-    """The layers' mixers: these in turn, again and again, until there are `depth`."""
+    """Mixer configurations, repeated in order over the `depth` layers."""
     vocab_size: int = 256
     """Token ids run from 0 to vocab_size - 1; 256 for bytes."""
     channel_mixer_dim: int | None = None
     """Hidden width of a SwiGLU channel mixer after each layer's mixer; None for none."""
     execution: Execution = Execution()  # noqa: RUF009  (frozen)
-    """How the model is run, which may change from one run to the next."""
+    """Options of running the model, which do not change its parameters."""
 
     def __post_init__(self) -> None:
         check_fields(self, require_int, "dim", "depth", "vocab_size")
@@ -213,9 +212,8 @@ class LMConfig:
     def count_params(self) -> int:
         """Parameters of `LanguageModel(config)`, exactly, without building it.
 
-        At the sizing guide's sizes 0.3 to 0.6 % more than its published formula gives: that leaves
-        out each layer's decay projection, `A_log` and `dt_bias`, and counts norms of two vectors
-        instead of one.
+        The sizing guide's formula (`sizing.calc_e88_params`) gives 0.3 to 0.6 % less: it leaves out
+        the decay projection, `A_log` and `dt_bias` of each layer, and counts two vectors per norm.
         """
         block = self.dim
         if self.channel_mixer_dim is not None:
@@ -224,14 +222,14 @@ class LMConfig:
         return own + sum(mixer.count_params(self.dim) for mixer in self.mixers)
 
     def state_size(self) -> int:
-        """Numbers in the recurrent states of all layers, for one sequence."""
+        """Elements of the recurrent states of all layers, for one sequence."""
         return sum(mixer.state_size(self.dim) for mixer in self.mixers)
 
     def flops_per_token(self) -> Flops:
-        """Operations of training on one token.
+        """FLOPs of training on one token.
 
-        Every parameter counts as a weight of a matmul: the embedding is one, as the logits'
-        transposed weights, and all others but one in a thousand are.
+        Every parameter outside of mixers counts as a weight of a matmul; the embedding is one, as
+        the logits' transposed weights.
         """
         of_mixers = [mixer.flops_per_token(self.dim) for mixer in self.mixers]
         rest = self.count_params() - sum(mixer.count_params(self.dim) for mixer in self.mixers)
@@ -273,10 +271,10 @@ def _read_layer(values: Any, index: int) -> MixerConfig:
     if "kind" not in fields:
         raise ValueError(f"{what} lacks kind.")
     try:
-        kind = mixers.config_type(fields.pop("kind"))
+        config_type = mixers.config_type(fields.pop("kind"))
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-    return _read(kind, fields, what)
+    return _read(config_type, fields, what)
 
 
 def _read(kind: type, values: Any, what: str) -> Any:

@@ -1,4 +1,4 @@
-"""How much of its state a head keeps from one step to the next."""
+"""The decay of a head's state from one step to the next."""
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,15 @@ def _init_a_log(key: Array, n_heads: int) -> Array:
 
 
 def _init_dt_bias(key: Array, n_heads: int) -> Array:
-    """The softplus inverse of steps log-uniform in [1e-3, 1e-1], floored at 1e-4, as Mamba
-    initialises them (https://github.com/state-spaces/mamba, `mamba_ssm/modules/mamba2.py`)."""
+    """The softplus inverse of steps log-uniform in [1e-3, 1e-1], floored at 1e-4, as in Mamba
+    (`docs/references.md`)."""
     low, high = jnp.log(jnp.float32(1e-3)), jnp.log(jnp.float32(1e-1))
     dt = jnp.maximum(jnp.exp(jax.random.uniform(key, (n_heads,), jnp.float32, low, high)), 1e-4)
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
 class Decay(nnx.Module):
-    """The decay of each head and step, in (0, 1], by `config.decay_mode`; `a` is the input's part:
+    """The decay of each head and step, in (0, 1], by `config.decay_mode` and the input's part `a`:
 
     mamba       exp(-exp(A_log) * softplus(a + dt_bias))
     simple      sigmoid(a)

@@ -1,4 +1,4 @@
-"""Rows that hold several documents, or end early: where, and how each is kept from the others."""
+"""Packed documents and right-padded rows: where they begin and end, and how they stay apart."""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
 
 
 class _Spoilt(NamedTuple):
-    """Results that are NaN, as a number that they depend on was not finite."""
+    """Where results are NaN, because an input that they depend on is not finite."""
 
     out: Array  # [B, T, H] bool
     final_state: Array  # [B, H] bool
@@ -34,12 +34,12 @@ def of_rows(
     segment_ids: Array | None,
     lengths: Array | None,
 ) -> tuple[Array, Array]:
-    """The op, by a recurrence that takes what segment ids and lengths come to.
+    """The op on rows of documents, by a recurrence that takes `starts` and `live`.
 
     Args:
         recurrence: from the inputs, `starts` and `live`, `[B, T]` bool or None, to
-            `(out, final_state)`. Where `starts` holds, the step starts from a zero state; where
-            `live` does not, the state stays, inputs are zeros and outputs mean nothing.
+            `(out, final_state)`. A step in `starts` starts from a zero state; a step not in `live`
+            keeps the state, has zeros as inputs, and its outputs mean nothing.
         x, segment_ids, lengths: as `e88_recurrence` takes them.
     """
     if segment_ids is None and lengths is None:
@@ -69,11 +69,11 @@ def live_steps(lengths: Array, time: int) -> Array:
 
 
 def _keep_apart(x: Inputs, starts: Array | None, live: Array | None) -> tuple[Inputs, _Spoilt]:
-    """The inputs, with zeros for what is not finite or past the end of its row.
+    """The inputs with zeros for values that are not finite or past the end of their row.
 
-    A gradient of zero times a NaN is a NaN, and would go on through the border of a document whose
-    state was cleared. So a number that is not finite is taken out before the recurrence, with all
-    that follows it in its document and head; the op puts NaN into the results that depended on it.
+    A zero gradient times NaN is NaN, and would cross the border of a document although the state is
+    cleared there. So a value that is not finite is zeroed before the recurrence, with all that
+    follows in its document and head; the op puts NaN into the results that depend on it.
     """
     steps = jnp.arange(x.q.shape[1], dtype=jnp.int32)[None, :]
     reads_bad = _not_finite(x.q, 3)
@@ -100,15 +100,15 @@ def _keep_apart(x: Inputs, starts: Array | None, live: Array | None) -> tuple[In
 
 
 def _not_finite(x: Array, n_axes: int) -> Array:
-    """Whether any number is not finite, over all axes but the first so many."""
+    """Whether any value is not finite, over all axes but the first `n_axes`."""
     return jnp.any(~jnp.isfinite(x), axis=tuple(range(n_axes, x.ndim)))
 
 
 def _filled(x: Array, where: Array, value: float) -> Array:
-    """x, with `value` where `where`, of its first axes, holds."""
+    """x with `value` where `where` holds, a bool of its first axes."""
 
     def fill(x: Array, where: Array) -> Array:
         where = where.reshape(*where.shape, *(1,) * (x.ndim - where.ndim))
         return jnp.where(where, jnp.asarray(value, x.dtype), x)
 
-    return checkpoint(fill)(x, where)  # keeps `where`, not what it is repeated to
+    return checkpoint(fill)(x, where)  # saves `where`, not its broadcast

@@ -7,10 +7,10 @@ from jax import Array, lax
 from e88_jax.meshes import with_automatic_axes
 
 NOT_FINITE = -2
-"""Stands where a token was to be drawn from logits that are not finite; `ENDED` follows."""
+"""In place of a token whose logits are not finite; `ENDED` follows."""
 
 _MASS_ROUNDING = 1e-6
-"""Error of a float32 sum of probabilities, by which a set may fall short of `top_p`."""
+"""Rounding of a float32 sum of probabilities, by which a set may fall short of `top_p`."""
 
 
 def filter_logits(
@@ -19,8 +19,8 @@ def filter_logits(
     """Logits `[B, vocab]` of the distribution to sample from; -inf where a filter excludes.
 
     top_k keeps the k likeliest tokens; top_p keeps of these the smallest set of likeliest tokens
-    that holds at least that probability (https://arxiv.org/abs/1904.09751), to within 1e-6. Of
-    equal logits the lowest ids count as likelier. The likeliest token always stays.
+    that holds at least that probability (nucleus sampling: `docs/references.md`), to within 1e-6.
+    Among equal logits lower ids count as likelier. The likeliest token always stays.
     """
     temperature = jnp.asarray(temperature, logits.dtype)
     # Not the first of the top k: for a slice of these XLA sorts the whole vocabulary.

@@ -34,27 +34,27 @@ class GPU:
 
     name: str
     key: str
-    """What the command line calls it."""
+    """Name on the command line."""
     device_names: tuple[str, ...]
-    """What the driver calls it."""
+    """Names by the driver."""
     compute_capability: tuple[int, int]
-    multiprocessors: int
+    n_sms: int
     boost_clock_MHz: int
     memory_GB: int
     memory_bandwidth_GBps: int
     bf16_tflops: float
-    """Of the tensor cores, dense, adding in float32."""
+    """Dense rate of the tensor cores with float32 accumulation."""
     shared_memory_KB: int
-    """Of a multiprocessor."""
+    """Shared memory of an SM."""
     source: str
     published: Published | None = None
     measured_n_state: tuple[int, int] | None = None
-    """Where the kernels of this package take at most 6 % more than the least time for an element of
-    the state, forward and backward, from and to: `experiments/results/n_state_scaling_h100/`."""
+    """Range in which the kernels' forward + backward takes at most 6 % more than the least time per
+    state element: `experiments/results/n_state_scaling_h100/`."""
 
     @property
     def formula_n_state(self) -> int:
-        """`optimal_n_state` of the numbers in the scaling document, else of the vendor's."""
+        """`optimal_n_state` from the scaling document's numbers, else from the vendor's."""
         tflops = self.published.tensor_tflops if self.published else self.bf16_tflops
         return optimal_n_state(self.memory_bandwidth_GBps, tflops, self.shared_memory_KB)
 
@@ -83,7 +83,7 @@ GPUS: tuple[GPU, ...] = (
         key="rtx3090",
         device_names=("GeForce RTX 3090",),
         compute_capability=(8, 6),
-        multiprocessors=82,
+        n_sms=82,
         boost_clock_MHz=1695,
         memory_GB=24,
         memory_bandwidth_GBps=936,
@@ -97,7 +97,7 @@ GPUS: tuple[GPU, ...] = (
         key="rtx4090",
         device_names=("GeForce RTX 4090",),
         compute_capability=(8, 9),
-        multiprocessors=128,
+        n_sms=128,
         boost_clock_MHz=2520,
         memory_GB=24,
         memory_bandwidth_GBps=1008,
@@ -111,7 +111,7 @@ GPUS: tuple[GPU, ...] = (
         key="a100-40gb",
         device_names=("A100-SXM4-40GB", "A100-PCIE-40GB"),
         compute_capability=(8, 0),
-        multiprocessors=108,
+        n_sms=108,
         boost_clock_MHz=1410,
         memory_GB=40,
         memory_bandwidth_GBps=1555,
@@ -125,7 +125,7 @@ GPUS: tuple[GPU, ...] = (
         key="a100-80gb",
         device_names=("A100-SXM4-80GB", "A100 80GB PCIe"),
         compute_capability=(8, 0),
-        multiprocessors=108,
+        n_sms=108,
         boost_clock_MHz=1410,
         memory_GB=80,
         memory_bandwidth_GBps=2039,
@@ -139,7 +139,7 @@ GPUS: tuple[GPU, ...] = (
         key="h100",
         device_names=("H100 80GB HBM3",),
         compute_capability=(9, 0),
-        multiprocessors=132,
+        n_sms=132,
         boost_clock_MHz=1980,
         memory_GB=80,
         memory_bandwidth_GBps=3350,
@@ -154,7 +154,7 @@ GPUS: tuple[GPU, ...] = (
         key="h200",
         device_names=("H200",),
         compute_capability=(9, 0),
-        multiprocessors=132,
+        n_sms=132,
         boost_clock_MHz=1980,
         memory_GB=141,
         memory_bandwidth_GBps=4800,
@@ -167,13 +167,13 @@ GPUS: tuple[GPU, ...] = (
         key="b200",
         device_names=("B200",),
         compute_capability=(10, 0),
-        multiprocessors=148,
+        n_sms=148,
         boost_clock_MHz=1965,
         memory_GB=180,
         memory_bandwidth_GBps=7700,
         bf16_tflops=2250.0,
         shared_memory_KB=228,
-        source=f"NVIDIA HGX B200 data sheet (half of the sparse rate; multiprocessors and clock as "
+        source=f"NVIDIA HGX B200 data sheet (half of the sparse rate; SMs and clock as "
         f"its driver tells); {_CUDA_GUIDE}",
     ),
     GPU(
@@ -181,7 +181,7 @@ GPUS: tuple[GPU, ...] = (
         key="rtx5090",
         device_names=("GeForce RTX 5090",),
         compute_capability=(12, 0),
-        multiprocessors=170,
+        n_sms=170,
         boost_clock_MHz=2407,
         memory_GB=32,
         memory_bandwidth_GBps=1792,
@@ -194,7 +194,7 @@ GPUS: tuple[GPU, ...] = (
         key="l40s",
         device_names=("L40S",),
         compute_capability=(8, 9),
-        multiprocessors=142,
+        n_sms=142,
         boost_clock_MHz=2520,
         memory_GB=48,
         memory_bandwidth_GBps=864,
@@ -207,7 +207,7 @@ GPUS: tuple[GPU, ...] = (
         key="rtx6000ada",
         device_names=("RTX 6000 Ada Generation",),
         compute_capability=(8, 9),
-        multiprocessors=142,
+        n_sms=142,
         boost_clock_MHz=2505,
         memory_GB=48,
         memory_bandwidth_GBps=960,
@@ -223,7 +223,7 @@ def optimal_n_state(
 ) -> int:
     """The scaling document's formula, unchanged.
 
-    The room in shared memory that it counts never decides: 100 KB give 107, above both 48 and 64.
+    Its limit by shared memory never decides: 100 KB give 107, above both 48 and 64.
 
     Raises:
         TypeError: an argument that is no number.
@@ -247,7 +247,7 @@ def _plain(name: str) -> str:
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU of a key, a name or a driver's name; case, spaces and dashes do not matter.
+    """The GPU with this key, name or driver's name; case, spaces and dashes do not matter.
 
     Raises:
         TypeError: the name is no string.

@@ -1,4 +1,4 @@
-"""From the heads' outputs to one vector a token: residual, norm, gate, mix, output projection."""
+"""Residual, norm, gate, mix and output projection of the heads' outputs."""
 
 from typing import Any
 
@@ -15,18 +15,18 @@ from e88_jax.typed import einsum
 
 
 class HeadMix(nnx.Module):
-    """The end of the layer. Of the recurrence's outputs `o`, `[B, T, H, V]`:
+    """The end of the layer, from the recurrence's outputs `o`, `[B, T, H, V]`:
 
         o = o + D * v                   value_residual; D `[H, V]`, initially 1
         o = rmsnorm(o)                  output_norm, over V
         o = o * silu(g)                 output_gate; or sigmoid
         y = sum_h W_o[h] o[h]           head_mix concat and per_head, W_o `[H, V, dim]`
-        y = W_o sum_h w[h] o[h]         the others, W_o `[V, dim]`; w = softmax of a learned number
-                                        a head (weighted_sum) or of one read from the input
-                                        (input_weighted), or 1 (sum)
+        y = W_o sum_h w[h] o[h]         the others, W_o `[V, dim]`; w = softmax over heads of
+                                        learned numbers (weighted_sum) or of a projection of the
+                                        input (input_weighted), or 1 (sum)
 
-    concat and per_head differ in the initial weights: xavier-uniform of one matrix `[H * V, dim]`,
-    or of each head's own `[V, dim]`.
+    concat and per_head differ in the initial weights: xavier-uniform for one matrix `[H * V, dim]`,
+    or for each head's `[V, dim]`.
     """
 
     def __init__(self, config: E88Config, dim: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
@@ -54,7 +54,7 @@ class HeadMix(nnx.Module):
         )
 
     def __call__(self, out: Array, v: Array, read: Read) -> Array:
-        """`[B, T, dim]` in the compute dtype, of the outputs and the values `[B, T, H, V]`."""
+        """`[B, T, dim]` in the compute dtype, from outputs and values `[B, T, H, V]`."""
         dtype = out.dtype
         out = wide(out)
         if self.value_residual is not None:
@@ -75,7 +75,7 @@ class HeadMix(nnx.Module):
         return self.projection(out.astype(dtype))
 
     def for_inference(self) -> "HeadMix":
-        """The same with the output projection laid out for decoding."""
+        """The same mix with its output projection laid out for decoding."""
         mix = nnx.clone(self)  # other variables, of the same arrays
         mix.projection = self.projection.for_inference()
         return mix

@@ -1,12 +1,14 @@
 """Weights of the original PyTorch implementation, to and from `E88Mixer`.
 
-Keys and layouts are those of the original project's layer: a linear layer's weight is `[out, in]`,
-a depthwise convolution's `[channels, 1, size]`, and the fused projection's rows are q, k, v in
-turn, head by head. A parameter of ours has its namesake's numbers, most of them transposed.
+Keys and layouts are the original project's: a linear layer's weight is `[out, in]`, a depthwise
+convolution's `[channels, 1, size]`, and the rows of the fused projection are q, then k, then v,
+each head by head.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,8 @@ from e88_jax.typed import params_by_path, params_of, set_params
 Arrays = Mapping[str, np.ndarray]
 
 
-class _Layout(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Layout:
     """A parameter of ours as arrays of a PyTorch state dictionary, and back."""
 
     to_torch: Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -31,38 +34,24 @@ class _Layout(NamedTuple):
 
 
 def _same(key: str) -> _Layout:
-    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
-        return {key: ours}
-
-    def from_torch(theirs: Arrays) -> np.ndarray:
-        return theirs[key]
-
-    return _Layout(to_torch, from_torch)
+    return _Layout(lambda ours: {key: ours}, lambda theirs: theirs[key])
 
 
 def _linear(key: str, in_axes: int, shape: tuple[int, ...]) -> _Layout:
     """`[*in, *out]` and `[out, in]`."""
-
-    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
-        n_in = int(np.prod(ours.shape[:in_axes]))
-        return {key: ours.reshape(n_in, -1).T}
-
-    def from_torch(theirs: Arrays) -> np.ndarray:
-        return theirs[key].T.reshape(shape)
-
-    return _Layout(to_torch, from_torch)
+    n_in = math.prod(shape[:in_axes])
+    return _Layout(
+        lambda ours: {key: ours.reshape(n_in, -1).T}, lambda theirs: theirs[key].T.reshape(shape)
+    )
 
 
 def _of_each_head(key: str, n_heads: int) -> _Layout:
     """`[H, V, dim]` and, for each head, `[dim, V]`."""
-
-    def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
-        return {key.format(head=i): ours[i].T for i in range(n_heads)}
-
-    def from_torch(theirs: Arrays) -> np.ndarray:
-        return np.stack([theirs[key.format(head=i)].T for i in range(n_heads)])
-
-    return _Layout(to_torch, from_torch)
+    keys = [key.format(head=i) for i in range(n_heads)]
+    return _Layout(
+        lambda ours: {key: ours[i].T for i, key in enumerate(keys)},
+        lambda theirs: np.stack([theirs[key].T for key in keys]),
+    )
 
 
 def _streams(config: E88Config) -> dict[str, slice]:
@@ -73,7 +62,7 @@ def _streams(config: E88Config) -> dict[str, slice]:
 
 
 def _qkv(config: E88Config) -> _Layout:
-    """`[dim, H, 2N + V]`, and rows q, k, v in turn, each head by head; tied, a weight each."""
+    """`[dim, H, 2N + V]`, and rows q, then k, then v, each head by head; tied, two weights."""
     heads, streams = config.n_heads, _streams(config)
 
     def to_torch(ours: np.ndarray) -> dict[str, np.ndarray]:
@@ -111,7 +100,7 @@ def _conv(config: E88Config) -> _Layout:
 
 
 def _layouts(config: E88Config, dim: int) -> dict[str, _Layout]:
-    """The layout of each parameter that a layer may have, by its path."""
+    """Layouts of the parameters of a layer with every option, by path."""
     heads, n_value = config.n_heads, config.n_value
     if config.head_mix == "per_head":
         output = _of_each_head("head_projs.{head}.weight", heads)
@@ -152,15 +141,15 @@ def mixer_from_torch(
             `qkv_proj.weight` `[2 * H * N + H * V, dim]`, convolutions `[channels, 1, size]`.
         config: sizes and options of the layer.
         dim: width of its input.
-        execution: how it is run.
+        execution: options of running it.
 
     Returns:
         The layer, its parameters float32 as always.
 
     Raises:
         TypeError: no mapping of arrays, or another config.
-        ValueError: a key that is missing, surplus, misshapen, not of floats or not finite in
-            float32; the message names it, and both shapes.
+        ValueError: a key is missing, surplus, of another shape, not of floats or not finite in
+            float32; the message names it.
     """
     require_instance("state_dict", state_dict, Mapping)
     require_instance("config", config, E88Config)
@@ -231,7 +220,6 @@ def _to_float32(key: str, given: Any) -> np.ndarray:
         array = array.astype(np.float32)
     if not_finite := int(np.sum(~np.isfinite(array))):
         raise ValueError(
-            f"{key} must be finite in float32, got {not_finite} of {array.size} numbers that are "
-            "not."
+            f"{key} must be finite in float32, got {not_finite} of {array.size} that are not."
         )
     return array

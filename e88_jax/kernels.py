@@ -1,8 +1,8 @@
-"""The border to the Pallas kernels: whether they run here, and take a call.
+"""The border to the Pallas kernels: whether they run on the target, and take a call.
 
-An implementation that cannot take a call raises NotImplementedError, and whoever chose it takes the
-next. From version to version JAX renames what kernels import, and checks more of what they do:
-whatever it raises is such a refusal, too.
+An implementation that cannot take a call raises NotImplementedError, and its caller tries the next.
+JAX renames what kernels import and checks more from version to version, so any exception of an
+import or of lowering is a refusal too.
 """
 
 import contextvars
@@ -27,19 +27,21 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
-class NotWorthIt(NotImplementedError):  # noqa: N818  (XLA is meant to be taken: no fault)
-    """A call for which XLA is meant to be taken: no warning."""
+class NotWorthIt(NotImplementedError):  # noqa: N818  (no fault)
+    """A call that is XLA's by design: no warning."""
 
 
 def require(implementation: Implementation | None) -> None:
     """Raises:
-    NotImplementedError: kernels do not run on the target or with this JAX, or are not asked for.
+    NotImplementedError: kernels do not run on the target or with this JAX (not every platform's
+        jaxlib has what they import), or are not asked for.
     """
     if implementation == "scan":
         raise NotWorthIt("is not asked for")
     if refusal := target.kernels_refusal(target.current()):
         raise NotWorthIt(refusal)
-    _require_import()
+    if (failure := _import_refusal()) is not None:
+        raise failure
 
 
 @functools.cache
@@ -57,11 +59,11 @@ def log_fallback(what: str, refusal: NotImplementedError) -> None:
 def call(
     function: Callable[..., Result], *arguments: Any, gradient: bool = True, **options: Any
 ) -> Result:
-    """`function(*arguments, **options)`, once it is known that JAX can lower it for a GPU.
+    """`function(*arguments, **options)`, after a check that JAX can lower it for a GPU.
 
-    Kernels are lowered, and those of a gradient traced, after the call of the function has
-    returned, too late to compute the same without them. So the function is lowered before that,
-    once for each of its arguments' shapes: a few tenths of a second of a CPU core.
+    JAX lowers kernels, and traces those of a gradient, after the function has returned, too late
+    for a fallback. So the function is lowered beforehand, once per set of shapes, in a few tenths
+    of a second of a CPU core.
 
     Args:
         function: a function of the kernels.
@@ -69,11 +71,11 @@ def call(
         gradient: whether its gradient is lowered too.
 
     Raises:
-        NotImplementedError: the kernels do not take the call, or JAX not the kernels.
+        NotImplementedError: the kernels do not take the call, or JAX cannot lower them.
     """
     leaves, tree = jax.tree.flatten((arguments, options))
     abstract = (
-        jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x for x in leaves
+        jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x for x in leaves
     )
     refusal = _lowering_refusal(function, gradient, tree, tuple(abstract), target.current())
     if refusal is not None:
@@ -82,7 +84,7 @@ def call(
 
 
 def head_columns(config: E88Config) -> Any:
-    """The layer's columns of q, k and v in a matmul's output, as the kernels are told."""
+    """The layout of q, k and v in a matmul's output, for the kernels."""
     from pallas_kernels.qkv_activation import HeadColumns
 
     return HeadColumns(
@@ -97,15 +99,6 @@ def _refusal(what: str, error: Exception) -> NotImplementedError:
     )
     refusal.__cause__ = error
     return refusal
-
-
-def _require_import() -> None:
-    """Raises:
-    NotImplementedError: the kernels' modules cannot be imported. Not every platform's jaxlib has
-        what they import.
-    """
-    if (refusal := _import_refusal()) is not None:
-        raise refusal
 
 
 @functools.cache
@@ -152,8 +145,8 @@ def _lowering_refusal(
         except Exception as error:
             refusals.append(_refusal("lowered", error))
 
-    # A thread has none of the caller's transformations and meshes, but its target. Under a mesh,
-    # kernels are not lowered before XLA compiles the program.
+    # A new thread has the caller's target but not its transformations and meshes: under a mesh,
+    # kernels are lowered only when XLA compiles the program.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(lower,))
     thread.start()
     thread.join()

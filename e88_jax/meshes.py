@@ -1,9 +1,8 @@
 """Arrays over Explicit and manual mesh axes (`jax.make_mesh`, `jax.shard_map`).
 
-The op, the layer and the model compute as under automatic axes, where XLA divides the work:
-`with_automatic_axes` takes Explicit axes off what they are called with and puts them on what they
-return. Inside `jax.shard_map` each device computes on its own part; there `varying_alike` gives
-arrays one type.
+The op, the layer and the model compute under Auto axes, where XLA partitions the program:
+`with_automatic_axes` takes Explicit axes off their arguments and puts them on their results. Inside
+`jax.shard_map` each device computes on its shard; there `varying_alike` gives arrays one type.
 """
 
 from collections.abc import Callable
@@ -22,15 +21,15 @@ Tree = TypeVar("Tree")
 def with_automatic_axes(
     function: Callable[..., Any], arguments: tuple[Any, ...], axes: tuple[Any, ...], results: Any
 ) -> Any:
-    """`function(*arguments)`, where Explicit mesh axes are automatic inside.
+    """`function(*arguments)`, in which Explicit mesh axes are Auto.
 
     Args:
         function: of trees of arrays.
-        arguments: what it is called with; leaves may be None.
-        axes: for each argument a string, or a tree prefix of strings, that names the first axes of
-            its arrays: "b" the rows of the batch, "h" the heads, anything else what is not divided.
-        results: the same for what the function returns. Rows and heads of results are divided as
-            the first argument's that are; all else is gathered.
+        arguments: arguments of the function; leaves may be None.
+        axes: names of the first axes of each argument's arrays, a string or a tree prefix of
+            strings: "b" is the batch, "h" the heads; any other axis is not sharded.
+        results: the same names for the results. Their batch and heads are sharded as those of the
+            first argument that are; all else is gathered.
     """
     mesh = explicit_mesh(arguments)
     if mesh is None:
@@ -64,8 +63,8 @@ def call_with_automatic_axes(
     axes: tuple[Any, ...],
     results: Any,
 ) -> Any:
-    """`method(module, *arguments)` by `with_automatic_axes`; the module's parameters are arguments
-    too, wherever they are."""
+    """`method(module, *arguments)` by `with_automatic_axes`, whose arguments include the module's
+    parameters."""
     graphdef, variables = split(module)
 
     def call(variables: Variables, *arguments: Any) -> Any:
@@ -80,7 +79,7 @@ def _mesh_axes(part: Any) -> set[str]:
 
 
 def varying_alike(*trees: Any) -> Any:
-    """The trees, their arrays varying over every manual mesh axis that one of them varies over."""
+    """The trees, each array varying over all manual mesh axes that any of them varies over."""
     axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(trees)))
 
     def varied(x: Array) -> Array:

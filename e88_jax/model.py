@@ -30,8 +30,8 @@ LMState = tuple[MixerState, ...]
 
 
 class ChannelMixer(nnx.Module):
-    """SwiGLU of the normed input, `W_down(silu(W_gate x) * W_up x)`, without biases
-    (https://arxiv.org/abs/2002.05202)."""
+    """SwiGLU (`docs/references.md`) of the normed input, `W_down(silu(W_gate x) * W_up x)`, without
+    biases."""
 
     def __init__(self, config: LMConfig, hidden: int, *, rngs: nnx.Rngs):
         dim, dtype = config.dim, compute_dtype(config.execution.dtype)
@@ -90,9 +90,9 @@ _REMAT_POLICIES = {
 
 
 def _run(block: Block, remat: Remat, *inputs: Any) -> tuple[Array, MixerState]:
-    """`block(*inputs)`, of which the backward pass recomputes what `remat` says.
+    """`block(*inputs)`, recomputed in the backward pass as `remat` says.
 
-    `nnx.remat` would not do: it fails in a loop around which the model was made.
+    Not by `nnx.remat`, which fails where the model was made outside of a loop and is called inside.
     """
     if remat == "none":
         return block(*inputs)
@@ -134,7 +134,7 @@ class LanguageModel(nnx.Module):
         self.norm = nnx.RMSNorm(config.dim, epsilon=NORM_EPSILON, rngs=rngs)
 
     def init_state(self, batch: int) -> LMState:
-        """The state before the first token: zeros for each of `batch` rows.
+        """The state of `batch` rows before the first token.
 
         Raises:
             TypeError, ValueError: batch is no integer, or below 1.
@@ -152,10 +152,10 @@ class LanguageModel(nnx.Module):
         """Next-token logits.
 
         Args:
-            tokens: ids `[B, T]`, integers from 0 to vocab_size - 1. Others are refused where they
-                can be seen for nothing: outside of `jax.jit`, and on a CPU or in a NumPy array.
-                Else the logits are NaN for a larger id, and negative ones count from the
-                vocabulary's end.
+            tokens: ids `[B, T]`, integers from 0 to vocab_size - 1. Others are refused where their
+                values can be read at no cost: outside of `jax.jit`, on a CPU or in a NumPy array.
+                Elsewhere a larger id gives NaN logits, and a negative one counts from the end of
+                the vocabulary.
             state: what the call before returned, or `init_state(B)`; None starts from zeros.
             segment_ids: packed documents, `[B, T]` int32; where the id changes, nothing is carried
                 over. Token 0 continues `state`.
@@ -186,10 +186,10 @@ class LanguageModel(nnx.Module):
         return call_with_automatic_axes(LanguageModel._compute, self, arguments, axes, results)
 
     def check_state(self, state: Any, batch: int) -> LMState:
-        """The state, which is one of this model's for `batch` rows.
+        """The state as a tuple.
 
         Raises:
-            TypeError, ValueError: it is not.
+            TypeError, ValueError: it is no state of this model for `batch` rows.
         """
         is_sequence = type(state) in (tuple, list)
         if not is_sequence or len(state) != len(self.blocks):
@@ -208,7 +208,7 @@ class LanguageModel(nnx.Module):
         segment_ids: Array | None,
         lengths: Array | None,
     ) -> tuple[Array, LMState]:
-        """As `__call__`, of arguments that are checked."""
+        """`__call__` with checked arguments."""
         if lengths is not None:
             # The embedding of an id out of range is NaN.
             tokens = jnp.where(live_steps(lengths, tokens.shape[1]), tokens, 0)
@@ -230,11 +230,11 @@ class LanguageModel(nnx.Module):
         return logits, tuple(new_state)
 
     def for_inference(self) -> "LanguageModel":
-        """A model that computes the same, made to decode; this one stays as it is.
+        """The model laid out for decoding; this one stays as it is.
 
-        What each layer reads from its input is one matmul. Weights of matmuls are in the compute
-        dtype, which halves the bytes that a token reads where that is bfloat16, and on a GPU
-        transposed, which a token reads faster. There a token may be computed by a kernel that
+        Input projections of a layer are one matmul. Weights of matmuls are cast to the compute
+        dtype, which halves the bytes read per token in bfloat16, and on a GPU stored as
+        `[n_out, n_in]`, for faster matrix-vector products. There a token may run by a kernel that
         cannot be differentiated.
         """
         model = nnx.clone(self)  # other variables, of the same arrays

@@ -1,7 +1,6 @@
 """The recurrence and its gradients as loops over time in NumPy, float64, from the formulas alone.
 
-What every implementation is held to, by `selfcheck` and by the tests; it shares nothing with them
-and needs no JAX.
+`selfcheck` and the tests compare every implementation with it. Imports no JAX.
 """
 
 from typing import NamedTuple
@@ -13,7 +12,7 @@ Array = np.ndarray
 
 
 class Inputs(NamedTuple):
-    """What `e88_recurrence` takes; of gradients, those of each array."""
+    """Arguments of `e88_recurrence`, or the gradients of its arrays."""
 
     q: Array  # [B, T, H, N]
     k: Array  # [B, T, H, N]
@@ -26,7 +25,7 @@ class Inputs(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one step reads, or its gradients; of any number of heads and rows."""
+    """Inputs of one step, or their gradients, for any number of heads and rows."""
 
     q: Array  # [..., N]
     k: Array  # [..., N]
@@ -39,11 +38,11 @@ class Result(NamedTuple):
     out: Array  # [B, T, H, V]
     final_state: Array  # [B, H, N, V]
     states: list[tuple[Array, Array]]
-    """Of each step the state `[B, H, N, V]` that it reads, and the one that it leaves."""
+    """The state `[B, H, N, V]` before and after each step."""
 
 
 def step(S: Array, x: Step, linear_state: bool) -> tuple[Array, Array]:
-    """The state `[..., N, V]` after a step from S, and what the query reads from it `[..., V]`."""
+    """The state `[..., N, V]` after a step from S, and its output `[..., V]`."""
     d = x.write_gate[..., None] * (x.v - _read(S, x.k))
     P = x.decay[..., None, None] * S + _outer(x.k, d)
     after = P if linear_state else np.tanh(P)
@@ -53,13 +52,13 @@ def step(S: Array, x: Step, linear_state: bool) -> tuple[Array, Array]:
 def step_gradient(
     before: Array, after: Array, x: Step, linear_state: bool, d_out: Array, dS: Array
 ) -> tuple[Step, Array]:
-    """The gradients of `step` for what it reads, and for the state before it.
+    """The gradients of `step`: of its inputs and of the state before it.
 
     Args:
         before, after: the state before the step, and after it.
-        x, linear_state: as the step had them.
-        d_out: gradient of what the query read.
-        dS: gradient of the state after the step, from the steps behind it.
+        x, linear_state: arguments of the step.
+        d_out: gradient of its output.
+        dS: gradient of the state after the step, from later steps.
     """
     beta = x.write_gate[..., None]
     delta = x.v - _read(before, x.k)
@@ -92,8 +91,8 @@ def run(inputs: Inputs) -> Result:
 
 
 def gradients(inputs: Inputs, d_out: Array, d_final_state: Array) -> Inputs:
-    """Gradients of `sum(out * d_out) + sum(final_state * d_final_state)` for each array of the
-    inputs that is differentiated; None where it is None."""
+    """Gradients of `sum(out * d_out) + sum(final_state * d_final_state)`; None for arrays that are
+    None or not differentiable."""
     states, dS = run(inputs).states, np.asarray(d_final_state, np.float64)
     steps: list[Step] = []
     for t in reversed(range(inputs.q.shape[1])):

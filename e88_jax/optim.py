@@ -1,6 +1,7 @@
-"""Which of a model's parameters an optimizer treats in which way, for Optax."""
+"""Masks of a model's parameters for Optax: weight decay, and the matrices of Muon."""
 
-from typing import Any
+import math
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -54,19 +55,20 @@ def muon_dimensions(params: Any) -> Any:
     _require_tree(params)
 
     def of(path: Any, param: Any) -> MuonDimensionNumbers | None:
-        kernel: Any = param
         if not isinstance(param, nnx.Variable):
             raise TypeError(
                 "params must be nnx.state(model, nnx.Param), whose parameters say which axes are "
                 f"summed over, got {shown(param)}. nnx.Optimizer passes plain arrays: give "
                 "optax.contrib.muon the tree that muon_dimensions returns."
             )
-        if _name(path) != "kernel" or kernel.size == 0:
+        variable = cast(Any, param)  # may hold `optax.partition`'s MaskedNode, which has no shape
+        shape: tuple[int, ...] = getattr(variable, "shape", ())
+        if _name(path) != "kernel" or math.prod(shape) == 0:
             return None
-        n_in: int | None = kernel.get_metadata().get("n_in_axes")
+        n_in: int | None = variable.get_metadata().get("n_in_axes")
         if n_in is None:
-            return MuonDimensionNumbers() if kernel.ndim == 2 else None
-        axes = tuple(range(kernel.ndim))
+            return MuonDimensionNumbers() if len(shape) == 2 else None
+        axes = tuple(range(len(shape)))
         return MuonDimensionNumbers(axes[:n_in], axes[n_in:])
 
     def is_leaf(x: Any) -> bool:
@@ -85,6 +87,6 @@ def _require_tree(params: Any) -> None:
 
 def _name(path: tuple[Any, ...]) -> str:
     """The last name in a parameter's path."""
-    names = [str(entry.key) for entry in path if hasattr(entry, "key")]
+    names = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
     names = [name for name in names if name != "value"]
     return names[-1] if names else ""

@@ -10,7 +10,7 @@ from jax import Array
 from pallas_kernels import target
 
 NORM_EPSILON = 1e-5
-"""Of every RMS norm in the layers and the model, as in the original implementation."""
+"""Epsilon of every RMS norm in the layers and the model, as in the original implementation."""
 
 
 def compute_dtype(configured: str | None) -> jnp.dtype:

@@ -1,4 +1,4 @@
-"""Linear maps without a bias, and the ones that read a layer's input, as few matmuls.
+"""Linear maps without a bias, and the input projections of a layer as few matmuls.
 
 Kernels have their heads' axis apart, `[dim, H, columns]` or `[H, V, dim]`, so that heads can be
 sharded; a matmul sees them as matrices, which copies nothing.
@@ -23,8 +23,8 @@ from e88_jax.typed import jit
 from pallas_kernels import target
 
 COLUMNS_MULTIPLE = 16
-"""Columns of a matmul that joins several projections are a multiple of this: 32 bytes of bfloat16,
-a sector of a GPU's memory, which the columns of a head would straddle otherwise."""
+"""Joined projections have a multiple of this many columns: 32 bytes of bfloat16, a sector of a
+GPU's memory, which the columns of a head would straddle otherwise."""
 
 
 def multiply(x: Array, matrix: Array) -> Array:
@@ -41,9 +41,10 @@ class Projection(nnx.Module):
     """`x @ W` over the last axes.
 
     Args:
-        in_shape, out_shape: those axes before and after; the kernel is `[*in_shape, *out_shape]`.
-        dtype: of the matmul; the kernel is float32.
-        kernel_init: of the kernel as a matrix `[prod(in_shape), prod(out_shape)]`.
+        in_shape, out_shape: sizes of the axes before and after; the kernel is
+            `[*in_shape, *out_shape]`.
+        dtype: compute dtype of the matmul; the kernel is float32.
+        kernel_init: initializer of the kernel as a matrix `[prod(in_shape), prod(out_shape)]`.
         rngs: source of the initial weights (stream `params`).
     """
 
@@ -74,20 +75,20 @@ class Projection(nnx.Module):
         return y.reshape(*leading, *self.out_shape)
 
     def for_inference(self) -> "InferenceProjection":
-        """The same map with the kernel as a matmul reads it."""
+        """The same map with its kernel laid out for decoding."""
         return _for_inference([self], self.out_shape)
 
 
 class InferenceProjection(nnx.Module):
-    """One or several projections of one input as one matmul, by a matrix `[n_in, n_out]` in the
-    compute dtype: half the bytes to read for each token in bfloat16."""
+    """Projections of one input as one matmul with a matrix `[n_in, n_out]` in the compute dtype:
+    half the bytes read per token in bfloat16."""
 
     transposed = False
 
     def __init__(self, projections: Sequence[Projection], out_shape: tuple[int, ...]):
         self.in_shape, self.out_shape = projections[0].in_shape, out_shape
         kernels = tuple(p.kernel[...] for p in projections)
-        # Divided over devices as the kernels' first axis is, and that of one alone as its last is.
+        # Sharded as the kernels' first axis is; a single kernel also as its last axis is.
         last = "h" if len(kernels) == 1 else "-"
         axes = tuple(" ".join(["b", *["-"] * (x.ndim - 2), last]) for x in kernels)
         result = f"{last} b" if self.transposed else f"b {last}"
@@ -112,8 +113,8 @@ class InferenceProjection(nnx.Module):
 
 
 class TransposedProjection(InferenceProjection):
-    """`InferenceProjection` with the matrix as `[n_out, n_in]`, which a GPU multiplies with one row
-    at the speed of memory. On a CPU a matmul of several rows takes longer so."""
+    """`InferenceProjection` with the matrix as `[n_out, n_in]`, for matrix-vector products at the
+    speed of a GPU's memory. On a CPU a matmul of several rows would be slower."""
 
     transposed = True
 
@@ -121,7 +122,7 @@ class TransposedProjection(InferenceProjection):
         matrix = self.kernel[...]
         if x.size != x.shape[-1]:
             return multiply(x, matrix.T)
-        # As the sum that it is: XLA's matmuls of few rows do not reach the speed of memory.
+        # A sum, as XLA's matmuls of few rows do not reach the speed of memory.
         y = jnp.sum(wide(matrix) * wide(x.reshape(1, -1)), axis=1)
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -135,38 +136,35 @@ def _for_inference(
 
 @functools.partial(jit, static_argnums=(1, 2, 3))
 def _laid_out(kernels: tuple[Array, ...], n_in: int, dtype: jnp.dtype, transposed: bool) -> Array:
-    """Kernels side by side as one matrix, by one program: what it works with in between would leave
-    holes in a GPU's memory."""
+    """Kernels side by side as one matrix, by one program: temporary arrays of several would
+    fragment a GPU's memory."""
     matrix = _joined([kernel.astype(dtype).reshape(n_in, -1) for kernel in kernels])
     return matrix.T if transposed else matrix
 
 
 class Read(NamedTuple):
-    """What a layer reads from its input besides q, k and v; None for what its options leave out."""
+    """Projections of a layer's input besides q, k and v, before bias and activation; None for what
+    the layer's options leave out."""
 
-    decay: Array | None
-    """`[B, T, H]`: before its bias and activation, as all of these."""
-    gate: Array | None
-    """`[B, T, H, V]`"""
-    write_gate: Array | None
-    """`[B, T, H]`"""
-    head_weights: Array | None
-    """`[B, T, H]`"""
+    decay: Array | None  # [B, T, H]
+    gate: Array | None  # [B, T, H, V]
+    write_gate: Array | None  # [B, T, H]
+    head_weights: Array | None  # [B, T, H]
 
 
 class InputProjections(nnx.Module):
-    """Everything that an E88 layer reads from its input, as two matmuls.
+    """The input projections of an E88 layer as two matmuls.
 
     The first has the columns of q, k and v, head by head (`[H, 2N + V]`), then the decay's; the
-    second those of the output gate, the write gate and the heads' weights. Alone, a projection of
-    one column a head takes as long to read the input as a wide one. All in one matmul would not do:
-    XLA joins at most 4 gradients well, and computes that of a gate alone together with that of what
-    the gate multiplies.
+    second has those of the output gate, the write gate and the head weights. A projection of one
+    column per head would take as long as a wide one, as both read the whole input. One matmul for
+    all would be slower: XLA joins at most 4 gradients well, and fuses the gradient of a gate that
+    stands alone with the gradient of the gate's operand.
 
     Args:
         config: sizes and options of the layer.
         dim: width of the input.
-        dtype: of the matmuls.
+        dtype: compute dtype of the matmuls.
         rngs: source of the initial weights (stream `params`).
     """
 
@@ -181,7 +179,7 @@ class InputProjections(nnx.Module):
         def tied(
             key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
         ) -> Array:
-            """q and k as the two matrices that they are without v."""
+            """Initial q and k as two matrices, each with its own fan-out."""
             keys = jax.random.split(key)
             q, k = (xavier(key, (dim, heads * n_state), dtype) for key in keys)
             parts = [x.reshape(dim, heads, n_state) for x in (q, k)]
@@ -199,7 +197,7 @@ class InputProjections(nnx.Module):
     def __call__(self, x: Array) -> tuple[Array, ...]:
         """The matmuls `[B, T, columns]` of x `[B, T, dim]`; columns end in padding.
 
-        For few tokens every projection is a matmul of its own: to join kernels copies them.
+        For few tokens every projection is a matmul of its own, as joining kernels copies them.
         """
         x = x.astype(self.qkv.dtype)
         rows = x.shape[0] * x.shape[1]
@@ -220,7 +218,7 @@ class InputProjections(nnx.Module):
         return _n_columns(_shape(self.decay))
 
     def split(self, rest: Array, *others: Array) -> Read:
-        """The parts of what was read.
+        """The projections other than q, k and v.
 
         Args:
             rest: the columns of the first matmul after those of q, k and v.
@@ -237,13 +235,13 @@ class InputProjections(nnx.Module):
         return self.gate, self.write_gate, self.head_weights
 
     def for_inference(self) -> "JoinedInputProjections":
-        """The same with one matmul for all of it."""
+        """The same projections as one matmul."""
         return JoinedInputProjections(self)
 
 
 class JoinedInputProjections(nnx.Module):
-    """`InputProjections` as one matmul, laid out once: for decoding, where its kernels are joined
-    for each token otherwise."""
+    """`InputProjections` as one matmul for decoding, whose kernels are joined once instead of for
+    each token."""
 
     def __init__(self, trained: InputProjections):
         parts = [p for group in trained.groups() for p in group]
@@ -260,7 +258,7 @@ class JoinedInputProjections(nnx.Module):
         return sum(map(_n_columns, self.shapes))
 
     def split(self, rest: Array, *others: Array) -> Read:
-        """The parts of what was read: of the columns after those of q, k and v."""
+        """The projections in the columns after those of q, k and v."""
         assert not others, "all is one matmul"
         columns = _Columns(rest)
         return Read(*(columns.take(shape) for shape in self.shapes))
@@ -297,7 +295,7 @@ class _Columns:
 
 
 def _joined(parts: Sequence[Array]) -> Array:
-    """Arrays side by side along their last axis, several of them with zeros up to a multiple."""
+    """Arrays side by side along their last axis, padded to `COLUMNS_MULTIPLE` if several."""
     if len(parts) == 1:
         return parts[0]
     short = -sum(part.shape[-1] for part in parts) % COLUMNS_MULTIPLE

@@ -1,4 +1,4 @@
-"""Prompts: text, or ids in lists and arrays, as one padded array of ids."""
+"""Prompts, as text or ids in lists and arrays, to one padded array of ids."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -18,7 +18,7 @@ _TEXT = (str, bytes, bytearray, memoryview)
 
 
 def check_prompt(prompt: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray | Array, Any]:
-    """A `Prompt` as int32 `[B, T]`, and as int32 `[B]` its rows' lengths; None for T each."""
+    """A `Prompt` as int32 `[B, T]`, and the lengths of its rows, int32 `[B]`; None if each is T."""
     if isinstance(prompt, _TEXT):
         prompt = [prompt]
     if isinstance(prompt, list | tuple):
@@ -61,10 +61,9 @@ def check_prompt(prompt: Any, lengths: Any, vocab_size: int) -> tuple[np.ndarray
             ids = ids[:, :width]
         lengths = lengths.astype(np.int32)
     if isinstance(ids, np.ndarray):
-        if held is not None:  # past them there may be any numbers
-            _check_ids(ids[np.arange(width)[None, :] < held[:, None]], vocab_size)
-        else:
-            _check_ids(ids, vocab_size)
+        # Padding may hold any numbers.
+        rows = slice(None) if held is None else np.arange(width)[None, :] < held[:, None]
+        _check_ids(ids[rows], vocab_size)
     return ids.astype(np.int32), lengths
 
 
@@ -108,19 +107,19 @@ def _as_array(name: str, value: Any) -> np.ndarray:
 
 
 def padded_length(length: int) -> int:
-    """Tokens that a prompt of `length` is padded to, so that few programs serve all lengths.
+    """Length that a prompt of `length` tokens is padded to, so that few programs serve all lengths.
 
-    The powers of two to 16, then the multiples of a quarter of the power of two below: 4 sizes for
-    each doubling, at most 25 % more than `length`, and a power of two stays what it is.
+    A power of two up to 16, then a multiple of a quarter of the power of two below: 4 sizes per
+    doubling, at most 25 % more than `length`; a power of two stays.
     """
     above = 1 << (length - 1).bit_length()
     return above if length <= 16 else -(-length // (above // 8)) * (above // 8)
 
 
 def pad(tokens: np.ndarray | Array, lengths: Any, sharding: Any) -> tuple[Array, Any]:
-    """`tokens` as `[B, padded_length(T)]` on devices; `lengths`, None if each is all of that.
+    """`tokens` as `[B, padded_length(T)]` on devices, and `lengths`, None if no row is padded.
 
-    Traced tokens stay as they are: they are part of a program for their length.
+    Traced tokens stay as they are: their program is for one length.
     """
     if isinstance(tokens, Array):
         return tokens, lengths
@@ -135,5 +134,5 @@ def pad(tokens: np.ndarray | Array, lengths: Any, sharding: Any) -> tuple[Array,
 
 
 def is_traced(x: object) -> bool:
-    """If `x` is an array whose values a transformation, such as `jax.jit`, does not know yet."""
+    """Whether `x` is an array traced by a transformation such as `jax.jit`."""
     return isinstance(x, core.Tracer)

@@ -118,8 +118,8 @@ def e88_recurrence(
             final state is that after a row's own last step, outputs after it are zeros, and what
             the arrays hold there is not read. None: every row has T.
         linear_state: leave out the tanh.
-        saved_state_interval: steps between the states that are saved for the backward pass, which
-            recomputes those between: memory grows with `T / saved_state_interval`. The GPU kernel
+        saved_state_interval: steps between states saved for the backward pass, which recomputes
+            those between: memory grows with `T / saved_state_interval`. The GPU kernel
             rounds it up to a multiple of 32 and saves bfloat16 states for bfloat16 inputs. Up to 32
             it saves one every 8 steps instead, and the delta `v - S^T k` in float32 in place of v,
             which makes the backward pass faster.
@@ -169,7 +169,7 @@ def e88_recurrence(
 
 
 def _run(implementation: Implementation | None, *arrays: Array | None, **options: Any) -> Any:
-    """By the implementation named, or the fastest that takes the call."""
+    """The recurrence by the named implementation, or by the fastest that takes the call."""
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](*arrays, **options)
     *faster, last = _fastest_first()

@@ -1,7 +1,7 @@
 """The recurrence in plain JAX: the definition that every other implementation is held to.
 
-`_step` is one step. `_steps` writes out a few in a row; `_in_pieces` runs any number of them piece
-by piece, keeping the states in between. Derivatives are JAX's own, of any order and in both modes.
+`_step` is one step. `_steps` unrolls a few; `_in_pieces` runs any number piece by piece and keeps
+the states in between. Derivatives are JAX's own, of any order and in both modes.
 """
 
 import functools
@@ -17,14 +17,14 @@ from e88_jax.precision import wide_dtype
 from e88_jax.typed import checkpoint, einsum
 
 MAX_WRITTEN_OUT = 8
-"""Most steps written out in a row. Within them the backward pass has each step's state at hand,
-where a loop would copy every one into a stack and out again; more make longer programs."""
+"""Most steps unrolled in a row. Their states stay at hand for the backward pass, where a loop would
+copy each to a stack and back; more steps make longer programs."""
 
 Tree = TypeVar("Tree")
 
 
 class Inputs(NamedTuple):
-    """What one step reads; with a time axis after B, what a piece of time reads."""
+    """Inputs of one step; with a time axis after B, inputs of several."""
 
     q: Array  # [B, H, N]
     k: Array  # [B, H, N]
@@ -38,8 +38,8 @@ class Inputs(NamedTuple):
 _Run = Callable[[Array, Inputs], tuple[Array, Array]]
 """`(state [B, H, N, V], inputs of L steps) -> (state, out [B, L, H, V])`."""
 
-# Outer products too: XLA on a CPU takes up to four times as long for the gradient of a broadcast
-# product.
+# Outer products are einsums too: on a CPU the gradient of a broadcast multiplication takes up to
+# four times as long.
 _einsum = functools.partial(einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -53,7 +53,7 @@ def _in_rows(rows: Array, x: Array, otherwise: Array) -> Array:
 
 
 def _step(state: Array, x: Inputs, linear_state: bool) -> tuple[Array, Array]:
-    """The state after a step and what the query reads from it."""
+    """The state after a step, and its output."""
     before = state
     if x.starts is not None:
         before = _in_rows(x.starts, jnp.zeros_like(state), state)
@@ -93,9 +93,9 @@ def _piece(start: Array | int, length: int, inputs: Tree) -> Tree:
 
 
 def _in_pieces(run: _Run, length: int, state: Array, inputs: Inputs) -> tuple[Array, Array]:
-    """The `_Run` that does `run` on `length` steps at a time, then on those left over.
+    """The `_Run` that applies `run` to `length` steps at a time, then to the remainder.
 
-    The backward pass keeps the state before each piece and runs the piece again.
+    The backward pass keeps the state before each piece and recomputes the piece.
     """
     time: Any = inputs.q.shape[1]
     if not isinstance(time, int):  # symbolic, of `jax.export`: pieces of one step divide it
@@ -132,8 +132,8 @@ def scan_recurrence(
 ) -> tuple[Array, Array]:
     """`e88_recurrence` by `lax.scan`; arguments as there, already checked.
 
-    `starts` and `live`, `[B, T]` bool, are what its `segment_ids` and `lengths` come to: where a
-    document starts, and where a row has not ended. Outputs past the end of a row mean nothing.
+    `starts` and `live`, `[B, T]` bool, stand for its `segment_ids` and `lengths`: where a document
+    starts, and where a row has not ended. Outputs past the end of a row mean nothing.
     """
     batch, _, heads, n_state = q.shape
     wide = wide_dtype(q.dtype)

@@ -1,7 +1,7 @@
-"""Sampling from a model with its state carried along: constant memory in the length.
+"""Sampling from a model that carries its state: memory does not grow with the length.
 
-`prefill` reads the prompt and draws the first token, `decode` draws a block of tokens;
-`generate` and `generate_stream` check what they are given and run them.
+`prefill` reads the prompt and draws the first token, `decode` draws a block of tokens; `generate`
+and `generate_stream` check their arguments and run both.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from e88_jax.sampling_options import check_sampling_options
 from e88_jax.typed import Variables, jit, split
 
 BLOCK = 32
-"""Tokens that a stream draws in one program."""
+"""Tokens drawn per program."""
 
 ENDED = -1
-"""Stands where a row has no token, as its stop token came before."""
+"""In place of tokens after a row's stop token."""
 
 
 def read(
@@ -38,7 +38,7 @@ def read(
     tokens: Array,
     lengths: Array | None = None,
 ) -> tuple[LMState, Array]:
-    """Reads `tokens` `[B, T]` from `state`; of row b the first `lengths[b]`, where given.
+    """Reads `tokens` `[B, T]` from `state`: the first `lengths[b]` of row b, or all.
 
     Returns:
         The state after each row's last token, and the logits `[B, vocab]` there.
@@ -101,10 +101,11 @@ def decode(
     greedy: bool,
     length: int,
 ) -> tuple[LMState, Array, Array]:
-    """Draws `length` tokens one after the other, of which `token` `[B]` is the one before.
+    """Draws `length` tokens one after the other, after `token` `[B]`.
 
-    One program, so that the device does not wait for the host at each; otherwise as `prefill`, the
-    state included. After one of `stop` `[n]` int32, or `NOT_FINITE`, a row's tokens are `ENDED`.
+    One program, so that the device does not wait for the host at each token; otherwise like
+    `prefill`, which also consumes the state. After one of `stop` `[n]` int32, or `NOT_FINITE`, a
+    row's tokens are `ENDED`.
 
     Returns:
         The state, the tokens drawn `[B, length]` int32 and the key for those to come.
@@ -145,7 +146,7 @@ def generate_stream(
     state: LMState | None = None,
     stop: int | Iterable[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Draws tokens without end; the memory used does not grow.
+    """Draws tokens without end, in constant memory.
 
     Arguments are those of `generate`.
 
@@ -153,7 +154,7 @@ def generate_stream(
         The next token of each row, `[B]` int32; with `stop`, until every row has ended.
 
     Raises:
-        TypeError, ValueError: as `generate`; by the call, for logits when they are drawn from.
+        TypeError, ValueError: as `generate`, at the call; for logits, when they are drawn from.
     """
     call = _Call(model, prompt, key, temperature, top_k, top_p, lengths, state, stop)
     state, token, key = call.prefill()
@@ -179,11 +180,11 @@ def generate(
     """Continues each row of `prompt` by `length` tokens.
 
     Each row is continued as if it were alone, to within rounding of the logits. Row b's random
-    numbers are of `key` and b, and the first n tokens are the same for every length of at least n.
-    The defaults of the options are those of the original implementation.
+    numbers depend on `key` and b only, and the first n tokens are the same for every length of at
+    least n. Defaults are those of the original implementation.
 
-    Under `jax.jit` everything but model, prompt, key, lengths and state is static. The result is a
-    JAX array then, values of traced arguments are not checked, and the whole length is computed.
+    Under `jax.jit` everything but model, prompt, key, lengths and state is static, the result is a
+    JAX array, values of traced arguments are not checked, and the whole length is computed.
 
     Args:
         model: the language model.
@@ -197,9 +198,9 @@ def generate(
         top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
         lengths: `[B]` integers, for a padded prompt: the first `lengths[b]` tokens of row b are
             its prompt.
-        state: what the prompt continues, of as many rows; None for nothing.
+        state: state of as many rows that the prompt continues; None starts from zeros.
         stop: an id or several: a row ends with the first of them that it draws.
-        return_state: also return the state after the tokens returned.
+        return_state: also return the state after the tokens.
 
     Returns:
         tokens `[B, length]` int32; after a row's stop token they are `ENDED`, -1. With
@@ -252,13 +253,13 @@ class _Call:
         self.stop = _check_stop(stop, vocab_size)
         self.state = None if state is None else model.check_state(state, self.batch)
         self.graphdef, self.params = split(model.for_inference())
-        # What a user has put on devices stays there; the rest goes where the parameters are.
+        # A committed prompt stays on its devices; any other goes where the parameters are.
         self.sharding = None
         if isinstance(prompt, Array) and not is_traced(prompt) and prompt.committed:
             self.sharding = prompt.sharding
 
     def prefill(self) -> tuple[LMState, Array, Array]:
-        """Reads the prompt; the state, the first token drawn `[B]` and the key for the next."""
+        """The state after the prompt, the first token drawn `[B]` and the key for the next."""
         state = None if self.state is None else _copy(self.state)  # the caller keeps theirs
         tokens, lengths = pad(self.prompt, self.lengths, self.sharding)
         return prefill(
@@ -296,9 +297,9 @@ class _Call:
             block = queued
 
     def read(self, state: LMState, tokens: np.ndarray | Array) -> LMState:
-        """The state after the `tokens` `[B, T]` that were drawn from `state`, which it consumes.
+        """The state after the `tokens` `[B, T]` that were drawn from `state`, which is consumed.
 
-        They are read again, as the blocks in which they were drawn went past them.
+        Tokens are read again, as the blocks in which they were drawn went on past them.
         """
         if tokens.shape[1] == 0:
             return state
@@ -321,7 +322,7 @@ def _check_key(key: Any) -> Array:
 
 
 def _check_options(temperature: Any, top_k: Any, top_p: Any, vocab_size: int) -> dict[str, Any]:
-    """Options of `read_and_draw`; those that change nothing are left out, as is their program."""
+    """Options of `read_and_draw`; one that changes nothing is None, so that programs are shared."""
     temperature, top_k, top_p = check_sampling_options(temperature, top_k, top_p)
     greedy = temperature < np.finfo(np.float32).tiny  # smaller is 0 to a device
     return {
@@ -347,7 +348,7 @@ def _check_stop(stop: Any, vocab_size: int) -> np.ndarray | None:
             f"stop must be ids from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}."
         )
     ids = np.unique(ids).astype(np.int32)
-    # A power of two of them, so that few programs serve all numbers.
+    # Padded to a power of two, so that few programs serve all numbers of ids.
     return np.pad(ids, (0, (1 << (ids.size - 1).bit_length()) - ids.size), mode="edge")
 
 

@@ -1,4 +1,4 @@
-"""The options by which a token is drawn, checked without JAX."""
+"""Sampling options, checked without JAX."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ from e88_jax.checks import require_int, require_number
 
 
 class SamplingOptions(NamedTuple):
-    """See `e88_jax.sampling.generate`."""
+    """Options of `e88_jax.sampling.generate`."""
 
     temperature: float
     top_k: int | None
@@ -14,7 +14,7 @@ class SamplingOptions(NamedTuple):
 
 
 def check_sampling_options(temperature: Any, top_k: Any, top_p: Any) -> SamplingOptions:
-    """The options as Python's numbers.
+    """The options as Python numbers.
 
     Raises:
         TypeError: one is of another type.

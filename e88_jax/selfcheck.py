@@ -1,6 +1,6 @@
-"""Is every implementation of the recurrence right on this machine? `python -m e88_jax.selfcheck`
+"""Check of every implementation of the recurrence on this machine: `python -m e88_jax.selfcheck`.
 
-Run it first on a new GPU, and after a change of driver or JAX: a wrong gradient is easy to see here
+To be run on a new GPU, and after a change of driver or JAX: a wrong gradient is easy to see here
 and hard to see in a loss.
 """
 
@@ -22,8 +22,8 @@ from e88_jax.typed import jit, vjp
 from pallas_kernels import target
 
 BOUNDS = {"float32": 2e-5, "bfloat16": 4e-3}
-"""By the dtype of q, k and v: the largest ||x - reference|| / ||reference|| that passes. Rounding
-a result to bfloat16 alone makes 1.7e-3."""
+"""Largest ||x - reference|| / ||reference|| that passes, by the dtype of q, k and v. Rounding a
+result to bfloat16 alone gives 1.7e-3."""
 
 Arrays = dict[str, np.ndarray]
 Extreme = Literal["decay 0 and 1", "zero keys", "inputs of 1e4"]
@@ -36,9 +36,9 @@ class Case:
     shape: tuple[int, int, int, int, int]
     """B, T, H, N, V."""
     dtype: str
-    """Of q, k and v."""
+    """Dtype of q, k and v."""
     options: tuple[str, ...] = ()
-    """Which of write_gate, initial_state, segment_ids and linear_state it uses."""
+    """Options used, among write_gate, initial_state, segment_ids and linear_state."""
     saved_state_interval: int = 32
     extreme: Extreme | None = None
 
@@ -51,18 +51,18 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of one case on one implementation."""
+    """Outcome of one case on one implementation."""
 
     implementation: str
     case: Case
     refusal: str | None = None
-    """Why the implementation does not take this call; then nothing else is set."""
+    """Reason for which the implementation does not take the call; then nothing else is set."""
     worst: str = ""
     """The result, or `d_x` for the gradient of an input x, whose ratio is largest."""
     ratio: float | None = None
-    """Its ||x - reference|| / ||reference||; None where only NaN and inf are looked for."""
+    """||x - reference|| / ||reference|| of the worst; None if only NaN and inf are looked for."""
     failures: tuple[str, ...] = ()
-    """What is wrong, in words."""
+    """Findings, in words."""
 
 
 _EVERY = ("write_gate", "initial_state", "segment_ids")
@@ -75,7 +75,7 @@ _SHORT = {
 _SMALL = (2, 67, 5, 12, 20)
 _EXTREMES: tuple[Extreme, ...] = ("decay 0 and 1", "zero keys", "inputs of 1e4")
 
-# One step, short of a checkpoint and past one; states not square, not of whole multiples of 8.
+# T of one step, short of a saved state and past one; N and V that differ or are no multiples of 8.
 FULL = (
     Case((1, 1, 1, 4, 4), "float32"),
     *(Case((3, 1, 5, 36, 20), dtype, _EVERY) for dtype in BOUNDS),
@@ -87,11 +87,11 @@ FULL = (
     Case((2, 129, 1, 50, 100), "bfloat16", _EVERY),
     *(Case((1, 67, 1, 128, 128), dtype) for dtype in BOUNDS),
     Case((1, 31, 1, 128, 4), "float32", _EVERY),
-    # Many heads: blocks that share a thread block.
+    # Many heads, so that blocks share a thread block.
     Case((3, 67, 67, 32, 32), "bfloat16", _EVERY),
     *(Case(_SMALL, "float32", (option,), 16) for option in _SHORT),
     *(Case(_SMALL, dtype, (*_EVERY, "linear_state"), 16) for dtype in BOUNDS),
-    # These share a compilation for each dtype.
+    # Cases that share a compilation for each dtype.
     *(Case(_SMALL, dtype, _EVERY, 16) for dtype in BOUNDS),
     *(Case(_SMALL, dtype, _EVERY, 16, extreme) for dtype in BOUNDS for extreme in _EXTREMES),
 )
@@ -108,15 +108,13 @@ def run_checks(
     quick: bool = False,
     report: Callable[[str], object] = print,
 ) -> list[Result]:
-    """Checks each implementation on each case.
-
-    Results and gradients against `reference`, two runs for the same bits, everything for NaN and
-    inf.
+    """Checks each implementation on each case: results and gradients against `reference`, bitwise
+    equality of two runs, NaN and inf.
 
     Args:
         implementations: names in `e88_jax.recurrence`; None is all of them.
         quick: a few cases instead of all.
-        report: gets the table, a line at a time, as soon as it is known.
+        report: called with each line of the table as soon as it is known.
 
     Returns:
         One result for each implementation and case. `Result.refusal` tells what an implementation
@@ -185,7 +183,7 @@ def _columns(result: Result) -> tuple[str, ...]:
 
 
 def _summary(results: list[Result]) -> str:
-    """How each implementation fared, in one line."""
+    """Counts of each implementation, in one line."""
     parts: list[str] = []
     for name in dict.fromkeys(result.implementation for result in results):
         own = [result for result in results if result.implementation == name]
@@ -197,10 +195,10 @@ def _summary(results: list[Result]) -> str:
 
 
 def make_inputs(case: Case) -> Arrays:
-    """Random inputs of the case and the gradients of its results, `d_out` and `d_final_state`.
+    """Random inputs of the case, and cotangents `d_out` and `d_final_state`, in float64.
 
-    Float64, but q, k, v and d_out hold values of the case's dtype and the rest float32's. They are
-    small enough to keep the tanh away from saturation, where gradients vanish and errors hide.
+    q, k, v and d_out are rounded to the case's dtype, the rest to float32. Values are small enough
+    to keep the tanh away from saturation, where gradients vanish and errors hide.
     """
     batch, time_, heads, n_state, n_value = case.shape
     rng = np.random.default_rng(case.shape)
@@ -217,7 +215,7 @@ def make_inputs(case: Case) -> Arrays:
         "decay": rng.uniform(0.8, 1.0, per_step),
         "write_gate": rng.uniform(0.3, 1.0, per_step),
         "initial_state": rng.uniform(-0.6, 0.6, (batch, heads, n_state, n_value)),
-        # Ids come back: that is a new document all the same.
+        # An id that comes back starts a new document all the same.
         "segment_ids": np.cumsum(rng.random((batch, time_)) < 0.1, axis=1) % 3,
         "d_out": rng.normal(size=(*per_step, n_value)),
         "d_final_state": rng.normal(size=(batch, heads, n_state, n_value)),

@@ -1,4 +1,4 @@
-"""Causal depthwise short convolution with a decoding state."""
+"""Causal depthwise short convolution with a state for decoding."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -70,7 +70,7 @@ class ShortConv(nnx.Module):
         return jnp.asarray(y).astype(x.dtype), new_state
 
     def _last(self, padded: Array, lengths: Array | None) -> Array:
-        """The last `size - 1` inputs of each row, or those before its end."""
+        """The last `size - 1` inputs before each row's end."""
         if lengths is None:
             return padded[:, padded.shape[1] - (self.size - 1) :]
         rows = lengths[:, None] + jnp.arange(self.size - 1, dtype=lengths.dtype)[None, :]

@@ -1,4 +1,4 @@
-"""One token of an E88 layer between its two matmuls, by one kernel: for inference on a GPU."""
+"""The decode kernel: one token of an E88 layer between its two matmuls, for inference on a GPU."""
 
 from jax import Array
 
@@ -9,7 +9,7 @@ from e88_jax.mixers.base import Implementation
 
 def require(config: E88Config, implementation: Implementation | None) -> None:
     """Raises:
-    NotImplementedError: the kernel does not run here, or not for a layer of these options.
+    NotImplementedError: the kernel does not run on the target, or not with these options.
     """
     kernels.require(implementation)
     if config.tie_kv or config.conv_size or config.value_residual or config.output_norm:
@@ -32,15 +32,15 @@ def decode(
         config: sizes and options that `require` takes.
         y: `[B, 1, columns]`: q, k and v of each head, `[H, 2N + V]`, and from `gate_start` on the
             output gate, `[H, V]`, if there is one.
-        gate_start: its first column.
+        gate_start: first column of the output gate.
         decay, write_gate: `[B, 1, H]` float32.
-        state: `[B, H, N, V]` float32; updated where it lies if nothing else reads it.
+        state: `[B, H, N, V]` float32; updated in place if nothing else reads it.
 
     Returns:
         The gated outputs `[B, 1, H, V]` in y's dtype, and the state after the token.
 
     Raises:
-        NotImplementedError: the kernel does not take these sizes, or JAX not the kernel.
+        NotImplementedError: the kernel does not take these sizes, or JAX cannot lower it.
     """
     from pallas_kernels.decode import DecodeConfig, decode_layer
 

@@ -1,4 +1,4 @@
-"""Times the layer against n_state at constant d_inner, beside what was published."""
+"""Times the layer against n_state at constant d_inner, beside the published numbers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import RunStopped, UsageError
 from experiments.harness import run_directory
+from pallas_kernels.limits import SIZE_MULTIPLE
 
 if TYPE_CHECKING:
     from experiments.scaling.measure import Measurement, Setting
@@ -61,10 +62,10 @@ def _require_a_head(n_states: tuple[int, ...], d_inner: int) -> None:
 
 
 def resolve(config: ScalingConfig) -> "Setting":
-    """The sizes to time: those of `config`, the rest by the device.
+    """The setting of `config`, with defaults for the device.
 
     Raises:
-        UsageError: sizes or an implementation that cannot be.
+        UsageError: sizes that do not fit each other, or an implementation that does not run here.
     """
     from experiments.harness import devices
     from experiments.scaling.measure import Setting, refusal
@@ -79,10 +80,10 @@ def resolve(config: ScalingConfig) -> "Setting":
         raise UsageError(why)
     if implementation == "mosaic_gpu":
         for n_state in n_states:
-            if n_state % 4:
+            if n_state % SIZE_MULTIPLE:
                 raise UsageError(
-                    f"--n-state must be multiples of 4 for mosaic_gpu, got {n_state}; "
-                    "--implementation scan takes any."
+                    f"--n-state must be multiples of {SIZE_MULTIPLE} for mosaic_gpu, got "
+                    f"{n_state}; --implementation scan takes any."
                 )
     d_inner = config.d_inner or (2304 if on_gpu else 384)
     try:
@@ -102,7 +103,7 @@ def resolve(config: ScalingConfig) -> "Setting":
 
 
 def run(setting: "Setting", out: Path) -> "list[Measurement]":
-    """Times one n_state after the other; what is measured so far is always in `out`."""
+    """Times one n_state after the other; `out` always holds the measurements so far."""
     from benchmarks.measure.timing import ClockSampler
     from experiments.harness.progress import Report
     from experiments.scaling import report as results

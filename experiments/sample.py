@@ -48,11 +48,10 @@ class SampleConfig:
 
 
 def main(args: Sequence[str]) -> None:
-    """Parses, then writes to standard output as the bytes come."""
+    """Parses, then writes each byte to standard output as it is drawn."""
     config = cli.parse(SampleConfig, args)
-    run_directory.load_config(
-        config.run, ByteLMConfig
-    )  # before the seconds that JAX takes to start
+    # Checks the run before the seconds that JAX takes to start.
+    run_directory.load_config(config.run, ByteLMConfig)
 
     import jax
 

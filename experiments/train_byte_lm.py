@@ -8,7 +8,7 @@ from experiments.tasks.bytes import ByteLMConfig
 
 
 def main(args: Sequence[str]) -> None:
-    """Parses, looks at the directory and the data, then trains."""
+    """Parses, checks the directory, opens the data, trains."""
     program.main(ByteLMConfig, args)
 
 

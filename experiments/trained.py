@@ -1,4 +1,4 @@
-"""The model of a run, finished or still going, to sample from."""
+"""The model of a finished or running run."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from experiments.harness.step import TrainState, init_state
 def load_trained(
     directory: Path, kind: type[TrainConfig], *, latest: bool
 ) -> tuple[LanguageModel, int]:
-    """The model of the run in `directory` and the step it is from.
+    """The model of the run in `directory`, and the step of its checkpoint.
 
     Args:
         directory: of the run.

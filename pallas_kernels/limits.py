@@ -1,4 +1,4 @@
-"""What the kernels take, and which states they save. Imports no JAX."""
+"""Limits of the kernels: sizes, dtypes, GPUs, intervals of saved states. Imports no JAX."""
 
 SIZE_MULTIPLE = 4
 """N and V are multiples of it: a row of float32 is then whole pieces of 16 bytes, as bulk copies
@@ -23,6 +23,11 @@ faster than recomputing it: `pallas_kernels/README.md`, log. Larger intervals ar
 multiple of it, which every chunk divides."""
 
 
+def takes_size(size: int) -> bool:
+    """Whether the kernels take an N or V of this size."""
+    return size % SIZE_MULTIPLE == 0 and size <= MAX_SIZE
+
+
 class UnsupportedError(NotImplementedError):
     """A call that a kernel does not take; its text is a clause without subject."""
 
@@ -36,7 +41,7 @@ def require_supported(n_state: int, n_value: int, dtype: str) -> None:
     if dtype not in DTYPES:
         raise UnsupportedError(f"takes {' and '.join(DTYPES)}, got {dtype}")
     for name, size in (("N", n_state), ("V", n_value)):
-        if size % SIZE_MULTIPLE or size > MAX_SIZE:
+        if not takes_size(size):
             raise UnsupportedError(
                 f"takes {name} a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}, got {size}"
             )

@@ -1,6 +1,6 @@
 """The device that programs are built for: one answer for every part that asks.
 
-It is the local device, unless `use` says otherwise: for compiling without the GPU, and in tests.
+The default is the local device; `use` sets another, to compile without the GPU and in tests.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pallas_kernels.limits import COMPUTE_CAPABILITY_BELOW, MIN_COMPUTE_CAPABILI
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A device; None for what its platform has not, or JAX does not tell.
+    """A device; None for what its platform lacks or JAX does not know.
 
     Attributes:
         platform: "cpu", "gpu" or "tpu".
@@ -47,7 +47,7 @@ Programming Guide, technical specifications of compute capability 9.0 (shared me
 
 
 class Device(Protocol):
-    """What every `jax.Device` has; NVIDIA GPUs have more."""
+    """Attributes of every `jax.Device`; NVIDIA GPUs have more."""
 
     @property
     def platform(self) -> str: ...
@@ -83,7 +83,7 @@ def current() -> Target:
 
 
 def of_device(device: Device) -> Target:
-    """What JAX tells of a device."""
+    """The target of a JAX device."""
     version: str = getattr(device, "compute_capability", "")
     major, _, minor = version.partition(".")
     is_nvidia = major.isdecimal() and minor.isdecimal()

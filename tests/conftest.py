@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 
 # Four CPU devices, so that sharded programs run anywhere. Where there is no GPU, code that LLVM
-# does not optimise, and in JAX 0.10, as later ones have no such flag, the older code for fusions,
+# does not optimize, and in JAX 0.10, as later ones have no such flag, the older code for fusions,
 # which is compiled in half the time: most of the tests' time is the compiler's. A GPU's programs
 # are tested as they are used. A caller's own flags are kept.
 _WANTED = ["--xla_force_host_platform_device_count=4"]

@@ -27,7 +27,7 @@ from e88_jax.recurrence import e88_recurrence
 BOUNDS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 4e-3}
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
-"""For programs that run once or twice: JAX's own optimisations, without those of LLVM."""
+"""For programs that run once or twice: JAX's own optimizations, without those of LLVM."""
 
 EVERY_OPTION = ("write_gate", "initial_state", "segment_ids")
 OPTIONS = [
@@ -39,7 +39,7 @@ OPTIONS = [
     EVERY_OPTION,
     (*EVERY_OPTION, "linear_state"),
 ]
-# (T, N, V): one step, across and short of a checkpoint, non-square states, prime lengths.
+# (T, N, V): one step, across and short of a saved state, non-square states, prime lengths.
 SIZES = [(1, 4, 7), (2, 12, 4), (31, 4, 4), (33, 12, 20), (67, 32, 8)]
 
 Tensors = dict[str, Any]
@@ -155,7 +155,7 @@ class RecurrenceContract:
     supports_sharding: bool = True
     # float64 is for the formulas; what users run is compiled as they compile it.
     quick_to_compile: tuple[str, ...] = ("float64",)
-    checkpoint_intervals: tuple[int, ...] = (1, 5, 32, 1000)
+    saved_state_intervals: tuple[int, ...] = (1, 5, 32, 1000)
     kept_every: Mapping[int, int] = MappingProxyType({16: 16, 64: 64})
     """Steps between the states that are kept where `saved_state_interval` is so many."""
     uses_xla_memory: bool = True
@@ -178,7 +178,7 @@ class RecurrenceContract:
         self, inputs: Inputs, cotangents: tuple[Any, Any], dtype: str, **options: Any
     ) -> Tensors:
         """`out`, `final_state` and the gradient `d_x` of each input, in NumPy."""
-        # Few steps between checkpoints: implementations may write those out, and compile longer.
+        # Few steps between saved states: implementations may write those out, and compile longer.
         options = {"linear_state": inputs.linear_state, "saved_state_interval": 4, **options}
         run = _evaluator(type(self), tuple(sorted(options.items())), dtype)
         wide = "float64" if dtype == "float64" else "float32"
@@ -286,7 +286,7 @@ class RecurrenceContract:
                 loss, tuple(arrays.values()), order=1, atol=atol, rtol=1e-7, modes=("rev",)
             )
 
-    # Time: splits, documents, checkpoints.
+    # Time: splits, documents, saved states.
 
     def test_whole_run_equals_split_runs(self) -> None:
         inputs = self.inputs(33, EVERY_OPTION)
@@ -463,7 +463,7 @@ class RecurrenceContract:
         cotangents = make_cotangents(inputs)
         bound = 1e-13 if self.best_dtype == "float64" else 1e-6
         with jax.enable_x64(self.best_dtype == "float64"):
-            first, *others = self.checkpoint_intervals
+            first, *others = self.saved_state_intervals
             expected = self.evaluate(
                 inputs, cotangents, self.best_dtype, saved_state_interval=first
             )
@@ -638,12 +638,12 @@ class RecurrenceContract:
             twice = temporary(2 * time, saved_state_interval)
             return (twice - temporary(time, saved_state_interval)) / time
 
-        # All states would be state_bytes a step. Checkpoints are a fraction of that, and copies of
+        # All states would be state_bytes a step. Saved states are a fraction of that, and copies of
         # the inputs and gradients in the order that the implementation wants come on top.
         states = {every: state_bytes / kept for every, kept in self.kept_every.items()}
         for every, of_step in states.items():
             assert per_step(every) < of_step + 3 * step_bytes < state_bytes
-        # Checkpoints may be kept in bfloat16: half of what float32 takes.
+        # Saved states may be bfloat16: half of what float32 takes.
         close, far = [*states][-2:]
         saved = (per_step(close) - per_step(far)) / (states[close] - states[far])
         assert 0.45 < saved < 1.2

@@ -60,8 +60,8 @@ def test_vendors_numbers() -> None:
         assert "NVIDIA" in gpu.source
         if gpu.published is not None:  # the two agree on bandwidth
             assert gpu.memory_bandwidth_GBps == gpu.published.memory_bandwidth_GBps
-        # The tensor cores' rate, from multiprocessors, clock and operations a cycle.
-        per_cycle = gpu.bf16_tflops * 1e6 / gpu.multiprocessors / gpu.boost_clock_MHz
+        # The tensor cores' rate, from SMs, clock and operations a cycle.
+        per_cycle = gpu.bf16_tflops * 1e6 / gpu.n_sms / gpu.boost_clock_MHz
         rates = {(8, 0): 2048, (8, 6): 512, (9, 0): 4096, (10, 0): 8192, (12, 0): 512}
         rate = rates.get(gpu.compute_capability, 512 if "RTX 4090" in gpu.name else 1024)
         assert 0.9 * rate < per_cycle < 1.02 * rate, gpu.name

@@ -11,7 +11,7 @@ PARTS = {
     "recurrence forward": re.compile("e88_forward"),
     "recurrence backward": re.compile("e88_backward"),
     # cuBLAS, CUTLASS, and GEMMs that XLA compiles.
-    "matrix products": re.compile("nvjet|gemm|gemv|cutlass|cublas|xmma|splitK", re.IGNORECASE),
+    "matmuls": re.compile("nvjet|gemm|gemv|cutlass|cublas|xmma|splitK", re.IGNORECASE),
 }
 """Kernels of each part by name, first match first. The rest is `ELSE`."""
 ELSE = "everything else"

@@ -1,7 +1,7 @@
-"""What the model, the trainer and sizing ask of a mixer, and of its configuration. No JAX here."""
+"""Protocols of mixers and their configurations, and options of execution. Imports no JAX."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args
 
 from e88_jax.checks import check_fields, require_choice, require_int
 
@@ -27,7 +27,7 @@ def _dtype_name(dtype: object) -> object:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a model is run. Its parameters do not depend on it, its results only by rounding.
+    """Options of running a model: parameters do not depend on them, results only by rounding.
 
     Raises:
         TypeError: a field of another type.
@@ -42,16 +42,16 @@ class Execution:
     saved_state_interval: int = 32
     """Steps between the recurrence's states that are saved for the backward pass."""
     remat: Remat = "none"
-    """What the backward pass recomputes instead of keeping it: nothing, everything but matmuls
-    (the recurrence with its saved states and what surrounds it), or whole layers."""
+    """Recomputed in the backward pass instead of kept: nothing, everything but matmuls (the
+    recurrence with its saved states among it), or whole layers."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
-        dtypes = (None, "float32", "bfloat16", "float64")
-        check_fields(self, require_choice, "dtype", choices=dtypes)
-        check_fields(self, require_choice, "implementation", choices=(None, "scan", "mosaic_gpu"))
+        choices = (None, *get_args(Implementation))
+        check_fields(self, require_choice, "dtype", choices=(None, *get_args(Dtype)))
+        check_fields(self, require_choice, "implementation", choices=choices)
         check_fields(self, require_int, "saved_state_interval")
-        check_fields(self, require_choice, "remat", choices=("none", "recurrence", "layer"))
+        check_fields(self, require_choice, "remat", choices=get_args(Remat))
 
 
 class Flops(NamedTuple):
@@ -59,7 +59,7 @@ class Flops(NamedTuple):
 
     matmul: int
     recurrence: int
-    """Of the state's update and reads, which run outside of matmuls."""
+    """FLOPs of the state's update and reads, which run outside of matmuls."""
 
     @property
     def total(self) -> int:
@@ -85,11 +85,11 @@ class MixerConfig(Protocol):
         ...
 
     def state_size(self, dim: int) -> int:
-        """Numbers in the state of one sequence."""
+        """Elements of the state of one sequence."""
         ...
 
     def flops_per_token(self, dim: int) -> Flops:
-        """Operations of training on one token."""
+        """FLOPs of training on one token."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The call of a mixer: arguments checked, and computed under automatic mesh axes."""
+"""The call of a mixer: checks of arguments, and Explicit mesh axes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,20 +22,19 @@ def call_checked(
     segment_ids: Array | None,
     lengths: Array | None,
 ) -> tuple[Array, Any]:
-    """`compute(mixer, x, state, segment_ids, lengths)`, with a state and checked arguments.
+    """`compute(mixer, x, state, segment_ids, lengths)` with checked arguments; state is never None.
 
     Args:
         compute: a method of the mixer's class.
         mixer: a `Mixer`.
         dim: width of x.
-        state_axes: a tree prefix of the state that names the first axes of its arrays: "b" the
-            rows of the batch, "b h" these and the heads.
+        state_axes: names of the first axes of the state's arrays, as a tree prefix of the state:
+            "b" is the batch, "b h" the batch and the heads.
         x, state, segment_ids, lengths: as `Mixer.__call__` takes them.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: x is not `[B, T, dim]` or empty, or the state, the ids or the lengths do not go
-            with it.
+        ValueError: x is empty or not `[B, T, dim]`, or state, ids or lengths do not fit it.
     """
     x = as_array("x", x, f"[B, T, {dim}]")
     if x.ndim != 3 or x.shape[-1] != dim or x.size == 0:
@@ -59,8 +58,8 @@ def call_checked(
 
 def check_state(name: str, state: Any, mixer: Any, batch: int) -> None:
     """Raises:
-    TypeError: the state is no tree like the mixer's.
-    ValueError: it is none of the mixer for a batch of so many rows.
+    TypeError: the state is of another type than the mixer's.
+    ValueError: its shapes or dtypes are not the mixer's for a batch of so many rows.
     """
     fresh: object = shapes_of(lambda: mixer.init_state(batch))
     if not same_structure(fresh, 0):  # else it is one array
@@ -72,6 +71,6 @@ def check_state(name: str, state: Any, mixer: Any, batch: int) -> None:
 
 
 def _described(array: Any) -> str:
-    """dtype and shape; of what is no array, its type."""
+    """dtype and shape of an array; the type of anything else."""
     dtype = getattr(array, "dtype", type(array).__name__)
     return f"{dtype} {getattr(array, 'shape', '')}"

@@ -23,7 +23,7 @@ from e88_jax.short_conv import ShortConv
 
 
 class E88State(NamedTuple):
-    """What a layer carries from one call to the next."""
+    """The state of a layer between calls."""
 
     recurrent: Array
     """The heads' states, `[B, H, N, V]` float32."""
@@ -56,7 +56,7 @@ class E88Mixer(nnx.Module):
     Args:
         config: sizes and options.
         dim: width of x.
-        execution: dtype of the matmuls, implementation of the recurrence, its saved states.
+        execution: compute dtype, implementation of the recurrence, interval of its saved states.
         rngs: source of the initial weights (stream `params`).
 
     Raises:
@@ -119,7 +119,7 @@ class E88Mixer(nnx.Module):
                 the state is that after a row's own last token, and y after it is zeros. None: T.
 
         Returns:
-            `(y, state)`: y `[B, T, dim]` in the dtype of the matmuls.
+            `(y, state)`: y `[B, T, dim]` in the compute dtype.
 
         Raises:
             TypeError: an argument of another type.
@@ -132,7 +132,7 @@ class E88Mixer(nnx.Module):
     def _mix(
         self, x: Array, state: E88State, segment_ids: Array | None, lengths: Array | None
     ) -> tuple[Array, E88State]:
-        """As `__call__`, of arguments that are checked."""
+        """`__call__` with checked arguments."""
         config, implementation = self.config, self.execution.implementation
         if lengths is not None:
             x = jnp.where(live_steps(lengths, x.shape[1])[..., None], x, jnp.zeros_like(x))
@@ -143,7 +143,8 @@ class E88Mixer(nnx.Module):
         else:
             y, rest = jnp.split(y, [config.n_heads * config.head_columns], axis=2)
             y = y.reshape(*y.shape[:2], config.n_heads, config.head_columns)
-            y, conv = self.conv(y, _given(state.conv), segment_ids, lengths)
+            assert state.conv is not None, "the state is checked"
+            y, conv = self.conv(y, state.conv, segment_ids, lengths)
             q, k, v, _ = activate_qkv(config, y.reshape(*y.shape[:2], -1), 0, implementation)
         read = self.inputs.split(rest, *others)
         decay, write_gate = self._scalars(read, x.shape[:2])
@@ -169,9 +170,8 @@ class E88Mixer(nnx.Module):
         return decay, None if gate is None else jax.nn.sigmoid(wide(gate))
 
     def for_inference(self) -> "E88InferenceMixer":
-        """The layer made for decoding: what reads the input is one matmul; weights are in the
-        compute dtype and on a GPU transposed; there a token may be computed by a kernel that cannot
-        be differentiated. This layer stays as it is."""
+        """The layer laid out for decoding, as `LanguageModel.for_inference` says; this one stays as
+        it is."""
         return E88InferenceMixer(self)
 
 
@@ -197,10 +197,10 @@ class E88InferenceMixer(E88Mixer):
         return super()._mix(x, state, segment_ids, lengths)
 
     def _token(self, x: Array, state: E88State) -> tuple[Array, E88State]:
-        """`_mix` of one token, by one kernel between its two matmuls.
+        """`_mix` for T = 1, with one kernel between the two matmuls.
 
         Raises:
-            NotImplementedError: there is no such kernel for this layer, here.
+            NotImplementedError: the kernel does not run on the target, or not for this layer.
         """
         config, inputs = self.config, self.inputs
         token_kernel.require(config, self.execution.implementation)
@@ -213,8 +213,3 @@ class E88InferenceMixer(E88Mixer):
             config, y, gate_start, decay, write_gate, state.recurrent
         )
         return self.heads.projection(out), E88State(recurrent, None)
-
-
-def _given(x: Array | None) -> Array:
-    assert x is not None, "the state is checked"
-    return x

@@ -1,4 +1,4 @@
-"""Parameters, state, memory, operations and balance of models; from a budget to a configuration.
+"""Parameters, state, memory and balance of models; from a budget to a configuration.
 
 `python -m e88_jax.sizing --help` does the same on the command line. Nothing here imports JAX.
 """

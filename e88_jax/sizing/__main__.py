@@ -6,10 +6,10 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from e88_jax import command, hardware
-from e88_jax.config import E88Config, LMConfig
+from e88_jax.config import E88Config, LMConfig, OutputGate
 from e88_jax.mixers.base import Execution
 from e88_jax.sizing.guide import calc_e88_params, d_inner_of, e88_layer
 from e88_jax.sizing.memory import implementation_on, training_memory
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def describe(config: LMConfig, gpu: hardware.GPU | None, batch: int, length: int) -> Row:
-    """The numbers of a configuration, plain data."""
+    """Numbers of a configuration, for JSON."""
     layer = e88_layer(config)
     implementation = implementation_on(gpu, layer)
     memory = training_memory(config, batch, length, implementation=implementation)
@@ -61,7 +61,7 @@ _COLUMNS = {
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first of which is the header, under each other."""
+    """Cells in aligned columns, header first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -70,7 +70,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _configurations(rows: Sequence[Row]) -> str:
-    """A table of what `describe` returned, and under it what is to be said of each row."""
+    """A table of rows of `describe`, and their findings below it."""
     header = ["#", *_COLUMNS, "training GB"]
     cells = [
         [
@@ -131,7 +131,7 @@ def _presets(options: argparse.Namespace) -> str:
 
 
 def preset_row(name: str) -> Row:
-    """The numbers of a preset, plain data."""
+    """Numbers of a preset, for JSON."""
     preset = PRESETS[name]
     dim = preset.corrected_dim
     return {
@@ -179,7 +179,7 @@ _FOR_A_MODEL = ("gpu", "batch_size", "seq_len")
 
 def _refuse_what_is_not_read(options: argparse.Namespace) -> None:
     """Raises:
-    ValueError: an option is given that what was asked for does not read.
+    ValueError: an option is given that the task asked for does not read.
     """
     if options.params is not None:
         return
@@ -200,7 +200,7 @@ def _parse_value(name: str, text: str, kind: Any) -> Any:
             raise ValueError(f"{name} must be true or false, got {text!r}.")
         return text.lower() == "true"
     if kind not in (int, int | None, float):
-        return text  # the configuration knows what it takes
+        return text  # checked by the configuration
     try:
         return float(text) if kind is float else int(text)
     except ValueError:
@@ -209,7 +209,7 @@ def _parse_value(name: str, text: str, kind: Any) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence."""
+    """A parser whose errors are one sentence."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}.")
@@ -232,9 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--depth", type=int, help="layers; by default near the usual number")
     parser.add_argument("--n-state", type=int, help="by default what suits the GPU")
     parser.add_argument("--vocab-size", type=int, default=256, help="token ids (256: bytes)")
-    parser.add_argument(
-        "--gate", default="silu", choices=("silu", "sigmoid", "none"), help="output gate"
-    )
+    parser.add_argument("--gate", default="silu", choices=get_args(OutputGate), help="output gate")
     parser.add_argument(
         "--batch-size", type=int, default=8, help="sequences of a step, for the memory (8)"
     )
@@ -256,10 +254,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> str:
-    """What is to be printed.
+    """The text to print.
 
     Raises:
-        ValueError: what was asked for cannot be had.
+        ValueError: options that contradict each other, or no such configuration.
     """
     if sum([options.params is not None, options.check is not None, options.presets]) != 1:
         raise ValueError("give a budget such as 500M, or --check, or --presets.")
@@ -306,7 +304,7 @@ def _about(gpu: hardware.GPU | None, options: argparse.Namespace) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Prints the answer, or one sentence to stderr and returns 2."""
+    """Prints the answer; for a mistake prints one sentence to stderr and returns 2."""
     words = sys.argv[1:] if args is None else args
     # A word with a space is no flag: a negative budget is to be refused as a budget.
     words = [f" {word}" if re.match(r"-\d", word) else word for word in words]

@@ -1,7 +1,4 @@
-"""The sizing guide's terms: its formula, and the E88 layers that it speaks of.
-
-Source: E88 Matrix State Model Sizing Guide.
-"""
+"""The sizing guide's formula and terms (`docs/references.md`), for models of equal E88 layers."""
 
 from e88_jax.checks import require_instance, require_int
 from e88_jax.config import E88Config, LMConfig
@@ -30,7 +27,7 @@ def e88_layer(config: LMConfig) -> E88Config:
 
     Raises:
         TypeError: no LMConfig.
-        ValueError: a model of other layers, which the guide says nothing of.
+        ValueError: a model of other layers, which the guide does not cover.
     """
     require_instance("config", config, LMConfig)
     layers = set(config.layers)

@@ -2,18 +2,13 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from e88_jax.checks import require_choice, require_instance, require_int
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.hardware import GPU
 from e88_jax.mixers.base import Implementation, MixerConfig, Remat
-from pallas_kernels.limits import (
-    MAX_GROUPED_INTERVAL,
-    MAX_SIZE,
-    SAVED_STATE_GROUP,
-    SIZE_MULTIPLE,
-)
+from pallas_kernels.limits import MAX_GROUPED_INTERVAL, SAVED_STATE_GROUP, takes_size
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _FLOAT = 4
@@ -35,31 +30,27 @@ def _bytes_of(dtype: str) -> int:
 
 
 def implementation_on(gpu: GPU | None, layer: E88Config) -> Implementation:
-    """What runs the layer's recurrence there; where no GPU is given, the kernels if they can."""
-    sizes = layer.n_state, layer.n_value
-    fits = all(n % SIZE_MULTIPLE == 0 and n <= MAX_SIZE for n in sizes)
+    """Implementation of the layer's recurrence on the GPU; without one, the kernels if they can."""
+    fits = takes_size(layer.n_state) and takes_size(layer.n_value)
     return "mosaic_gpu" if fits and (gpu is None or gpu.has_kernels) else "scan"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that one training step needs on one GPU, when it needs most.
-
-    That is where the backward pass begins, with all activations, or where it ends, with all
-    gradients.
-    """
+    """Peak bytes of one training step on one GPU: at the start of the backward pass, with all
+    activations, or at its end, with all gradients."""
 
     parameters: int
     optimizer: int
     gradients: int
-    """Those of matmuls' weights in the compute dtype."""
+    """Gradients; those of matmuls' weights are in the compute dtype."""
     activations: int
-    """What the backward pass reads, but for saved states; copies of weights in the compute
-    dtype."""
+    """Arrays that the backward pass reads, without saved states but with copies of weights in the
+    compute dtype."""
     saved_states: int
     """The recurrence's."""
     working: int
-    """For the moment: logits, gradients of activations, and what is recomputed."""
+    """Temporary arrays: logits, gradients of activations, recomputed arrays."""
 
     @property
     def total(self) -> int:
@@ -100,7 +91,7 @@ def training_memory(
     require_instance("config", config, LMConfig)
     batch, length = require_int("batch", batch), require_int("length", length)
     moments = require_int("moments", moments, minimum=0)
-    require_choice("implementation", implementation, ("scan", "mosaic_gpu"))
+    require_choice("implementation", implementation, get_args(Implementation))
     narrow, tokens, n_params = _bytes_of(dtype), batch * length, config.count_params()
     remat, interval = config.execution.remat, config.execution.saved_state_interval
     activations, saved_states, recomputed = 0, 0, 0
@@ -112,7 +103,7 @@ def training_memory(
             saved_states += states
         else:
             recomputed = max(recomputed, tokens * (whole - kept) + states)
-    # Of the weights, a copy in bfloat16, or side by side in float32.
+    # The weights once more: cast to bfloat16, or joined in float32.
     copies = narrow * n_params if remat == "none" else 0
     working = tokens * (3 * narrow + _FLOAT) * config.dim + 2 * _FLOAT * tokens * config.vocab_size
     return TrainingMemory(

@@ -1,7 +1,7 @@
-"""The configurations that the sizing guide recommends, and the baselines that it compares with.
+"""The sizing guide's presets and baselines (`docs/references.md`).
 
-Source: E88 Matrix State Model Sizing Guide. Dimensions are as published, mistakes and all: the
-guide's own formula gives its counts at 500M, but not at 100M and 1B.
+Dimensions are as published, mistakes included: the guide's formula gives its counts at 500M, but
+not at 100M and 1B.
 """
 
 import dataclasses
@@ -41,20 +41,20 @@ class Preset:
 
     @property
     def formula_params(self) -> int:
-        """By the guide's own formula."""
+        """Parameters by the guide's formula."""
         return calc_e88_params(self.dim, self.n_heads, self.n_state, self.depth)
 
     @property
     def agrees(self) -> bool:
-        """Whether the guide's formula gives what it printed, to the digits printed."""
+        """Whether the guide's formula gives the printed count, to its digits."""
         unit = 1e6 if self.published.endswith("M") else 1e7
         return round(self.formula_params / unit) == round(self.published_params / unit)
 
     @property
     def corrected_dim(self) -> int | None:
-        """A dim that does give the published count, exactly counted, to 1 %; None where it agrees.
+        """A dim whose exact count is the published one to 1 %; None where the guide agrees.
 
-        The multiple of 64 that comes nearest, or of 32 or less if none comes near enough.
+        The nearest multiple of 64, or of 32 or less if none is near enough.
         """
         if self.agrees:
             return None

@@ -10,7 +10,7 @@ from e88_jax.hardware import GPU, require_gpu
 from e88_jax.mixers.base import Remat
 from e88_jax.sizing.guide import d_inner_of, e88_layer
 from e88_jax.sizing.memory import implementation_on, training_memory
-from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE
+from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE, takes_size
 
 Band = Literal[
     "severe bottleneck", "mild bottleneck", "balanced", "over-provisioned d_inner", "wasteful"
@@ -45,7 +45,7 @@ class Finding:
 
     problem: str
     change: str
-    """What would mend it."""
+    """The remedy."""
 
     def __str__(self) -> str:
         return f"{self.problem}: {self.change}."
@@ -54,7 +54,7 @@ class Finding:
 def check(
     config: LMConfig, gpu: GPU | None = None, *, batch: int = 1, length: int = 2048
 ) -> list[Finding]:
-    """What the sizing guide's anti-patterns, the kernels' limits and a GPU's memory say of it.
+    """Findings by the sizing guide's anti-patterns, the kernels' limits and a GPU's memory.
 
     Args:
         config: the model.
@@ -94,7 +94,7 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
         findings.append(Finding(f"{gpu.name} runs the recurrence by lax.scan", needs))
     else:
         for name, size in (("n_state", layer.n_state), ("n_value", layer.n_value)):
-            if size > MAX_SIZE or size % SIZE_MULTIPLE:
+            if not takes_size(size):
                 findings.append(
                     Finding(
                         f"{name} {size} is not for the kernels, so lax.scan runs it",
@@ -110,13 +110,12 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
             )
         )
 
+    implementation = implementation_on(gpu, layer)
+
     def needed_gb(remat: Remat) -> float:
         execution = dataclasses.replace(config.execution, remat=remat)
-        recomputing = dataclasses.replace(config, execution=execution)
-        implementation = implementation_on(gpu, layer)
-        return (
-            training_memory(recomputing, batch, length, implementation=implementation).total / 1e9
-        )
+        model = dataclasses.replace(config, execution=execution)
+        return training_memory(model, batch, length, implementation=implementation).total / 1e9
 
     needed = needed_gb(config.execution.remat)
     if needed > gpu.memory_GB:

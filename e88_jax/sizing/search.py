@@ -5,19 +5,20 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from typing import get_args
 
 from e88_jax.checks import require_choice, require_instance, require_int, require_number, shown
 from e88_jax.config import E88Config, LMConfig, OutputGate
 from e88_jax.hardware import GPU, require_gpu
 from e88_jax.sizing.guide import d_inner_of, e88_layer
-from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE
+from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE, takes_size
 
 SMALLEST, LARGEST = 1_000_000, 10_000_000_000
 TOLERANCE = 0.01
-"""Of the budget."""
+"""Relative distance from the budget that is accepted."""
 DIM_MULTIPLE = 64
 ANY_GPU = (32, 64)
-"""n_state, from and to, where no GPU is given: the guide's for consumer and datacenter cards."""
+"""Range of n_state where no GPU is given: the sizing guide's for consumer and datacenter cards."""
 _WIDEST = 2.0  # dim / d_inner, and its inverse
 
 
@@ -102,13 +103,13 @@ def solve(
     require_gpu(gpu)
     if n_state is not None:
         n_state = require_int("n_state", n_state, minimum=SIZE_MULTIPLE)
-        if n_state % SIZE_MULTIPLE or n_state > MAX_SIZE:
+        if not takes_size(n_state):
             raise ValueError(
                 f"n_state must be a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}, got {n_state}."
             )
     depth = None if depth is None else require_int("depth", depth)
     vocab_size = require_int("vocab_size", vocab_size)
-    require_choice("gate", gate, ("silu", "sigmoid", "none"))
+    require_choice("gate", gate, get_args(OutputGate))
     usual, (low, high) = usual_depth(params), gpu.n_state_range if gpu else ANY_GPU
     found: list[Solution] = []
     usual_depths = range(math.ceil(0.75 * usual), math.floor(1.25 * usual) + 1)

@@ -32,11 +32,11 @@ FLOAT32_LIMIT = 1e38
 
 
 def parse(config: type[Config], args: Sequence[str], default: Config | None = None) -> Config:
-    """A `config` from command-line `args`; what they do not name is as in `default`.
+    """A `config` from command-line `args`; other fields are those of `default`.
 
     Raises:
         UsageError: an unknown flag, or a value that does not fit.
-        SystemExit: after printing the help that `--help` asks for.
+        SystemExit: after printing the help for `--help`.
     """
     _refuse_empty_paths(config, args)
     printed = io.StringIO()
@@ -75,23 +75,11 @@ def _wide_enough() -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def require_writable(path: Path | None) -> None:
-    """Raises UsageError if no file can be written there; None is no file."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UsageError(f"{path} cannot be written: it is a directory.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{path} cannot be written: {path.parent} is not a directory.")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UsageError(f"{path} cannot be written: permission denied.")
-
-
 def _first_sentence(box: str) -> str:
-    """The message in what tyro printed, on one line: it ends at a ruled line.
+    """The message printed by tyro, on one line; a ruled line ends it.
 
-    Tyro draws a box around it; where the encoding has no lines to draw with, it prints a title
-    and a line of dashes before it instead.
+    Tyro draws a box around it, or, in an encoding without box characters, prints a title and a line
+    of dashes before it.
     """
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     rows = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
@@ -102,7 +90,7 @@ def _first_sentence(box: str) -> str:
 
 
 def _refuse_empty_paths(config: Any, args: Sequence[str]) -> None:
-    """Raises UsageError for an empty path, as an unset shell variable gives."""
+    """Raises UsageError for an empty path, as from an unset shell variable."""
     for flag, value in itertools.pairwise((*args, "--")):
         flag, equals, given = flag.partition("=")
         if (given if equals else value) == "" and Path in _types(_flags(config).get(flag)):
@@ -120,7 +108,7 @@ def field_types(config: Any) -> dict[str, Any]:
 
 
 def _flags(config: Any, mixer: str = "e88") -> dict[str, Any]:
-    """The type of each flag, where a model's are those of a kind of mixer."""
+    """The type of each flag, with a model's flags for this kind of mixer."""
     types = model_flags.flag_types(mixer) if config is LMConfig else field_types(config)
     flags: dict[str, Any] = {}
     for name, kind in types.items():

@@ -19,13 +19,13 @@ class ModelFlags:
     """The flags of a model whose layers all have one mixer; `LMConfig` without its tuple."""
 
     mixer: str
-    """Kind of the layers' mixer; its own flags, below, are others for another kind."""
+    """Kind of the layers' mixer; its flags, below, depend on it."""
     dim: int
     """Width of the residual stream."""
     depth: int
     """Number of layers."""
     layer: E88Config
-    """Replaced by the configuration of the mixer."""
+    """Stands for the configuration of the mixer."""
     vocab_size: int
     """Token ids run from 0 to vocab_size - 1; 256 for bytes."""
     channel_mixer_dim: int | None
@@ -37,7 +37,7 @@ def registry(args: Sequence[str]) -> ConstructorRegistry:
     """Tyro's rules that read an `LMConfig` from flags.
 
     Args:
-        args: the command line, for the mixer that it names.
+        args: the command line, which names the mixer.
     """
     rules = ConstructorRegistry()
 
@@ -86,6 +86,6 @@ def named_mixer(args: Sequence[str]) -> str | None:
 
 
 def flag_types(kind: str) -> dict[str, Any]:
-    """Name and type of the model's own flags, those of the mixer and the execution among them."""
+    """Types of the model's flags by name, with those of the mixer and of execution."""
     types = {field.name: field.type for field in dataclasses.fields(ModelFlags)}
     return {**types, "layer": config_type(kind)}

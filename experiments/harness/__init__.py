@@ -1,1 +1,1 @@
-"""The trainer: command line, step, optimisers, runs, checkpoints, metrics."""
+"""The trainer: command line, step, optimizers, runs, checkpoints, metrics."""

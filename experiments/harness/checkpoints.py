@@ -34,17 +34,16 @@ CHECKSUMS = "checksums.json"
 class Checkpoints:
     """The checkpoints in a directory, by step.
 
-    A checkpoint is committed together with the checksums of its files, and they are compared
-    before it is restored. One that is damaged is moved to `unreadable/` with a warning that names
-    the file, and the one before it counts as the newest. A file that cannot be read for any other
-    reason is an error, and nothing is moved. A checkpoint without checksums, as earlier versions
-    wrote them, is restored with a warning.
+    A checkpoint is committed with the checksums of its files, which are compared before it is
+    restored. A damaged one is moved to `unreadable/` with a warning that names the file, and the
+    one before it counts as the newest. A file that cannot be read for any other reason is an error,
+    and nothing is moved. A checkpoint without checksums is restored with a warning.
 
     Args:
         directory: created with the first checkpoint.
         metric: decides which checkpoint is the best.
-        keep: how many of the newest stay, besides the best. None only reads, as another process may
-            be writing: nothing is moved or cleaned up.
+        keep: number of the newest kept, besides the best. None only reads and moves nothing, as
+            another process may be writing.
 
     Raises:
         UsageError: a file cannot be read, though it is not damaged.
@@ -67,7 +66,7 @@ class Checkpoints:
     @property
     def best(self) -> float | None:
         """The best value of the metric among the checkpoints; None if none was evaluated."""
-        step = self._best([*self._values])  # one may still be being written
+        step = self._best([*self._values])  # also of a checkpoint that is still being written
         return None if step is None else self._values[step]
 
     def _steps(self) -> list[int]:
@@ -85,9 +84,8 @@ class Checkpoints:
 
     def _best(self, steps: Sequence[int]) -> int | None:
         """The step with the best value, the newest of equal ones."""
-        sign = 1 if self._metric.better == "lower" else -1
         evaluated = (step for step in sorted(steps, reverse=True) if step in self._values)
-        return min(evaluated, key=lambda step: sign * self._values[step], default=None)
+        return min(evaluated, key=lambda x: self._metric.rank(self._values[x]), default=None)
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -96,7 +94,7 @@ class Checkpoints:
                 best_fn=lambda metrics: metrics[self._metric.name],  # else metrics are not stored
                 preservation_policy=_Preserve(self._preserved),
                 cleanup_tmp_directories=True,
-                lightweight_initialize=True,  # `_values` has what matters of earlier steps
+                lightweight_initialize=True,  # `_values` has the metrics of earlier steps
                 async_options=ocp.options.AsyncOptions(
                     post_finalization_callback=self._write_checksums
                 ),
@@ -112,7 +110,7 @@ class Checkpoints:
         return self._directory / f"{step}.orbax-checkpoint-tmp"
 
     def _write_checksums(self) -> None:
-        """Called in Orbax's thread, when all is written and before the checkpoint counts."""
+        """Called in Orbax's thread, after all is written and before the checkpoint is committed."""
         directory = self._partial(self._saving)
         # The files beside the items are still written to, and are not read again.
         files = [path for path in directory.glob("*/**/*") if path.is_file()]
@@ -151,7 +149,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits for what is being written; raises RunStopped if it could not be."""
+        """Waits for a checkpoint in progress; raises RunStopped if it could not be written."""
         if self._manager is not None:
             with self._stops_if_not_written():
                 self._manager.wait_until_finished()
@@ -211,7 +209,7 @@ class Checkpoints:
         return self.restore_latest(like)
 
     def _restore(self, step: int, like: Tree) -> tuple[str | None, tuple[Tree, Meta] | None]:
-        """The damage, or else state and meta; neither if the checkpoint is gone meanwhile."""
+        """`(damage, None)`, `(None, (state, meta))`, or Nones if the checkpoint was deleted."""
         directory = self._directory / str(step)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
@@ -219,7 +217,7 @@ class Checkpoints:
         )
         if why := _damage(directory):
             if self._keep is None:
-                time.sleep(0.5)  # it may be old, and its owner deleting it
+                time.sleep(0.5)  # its owner may be deleting it
             return (why, None) if directory.exists() else (None, None)
         checked = (directory / CHECKSUMS).exists()
         if not checked:
@@ -258,14 +256,14 @@ class Checkpoints:
         warn(f"checkpoint {step} is damaged: {why}; it is now {target}.")
 
     def close(self) -> None:
-        """Waits for what is being written; raises RunStopped if it could not be."""
+        """Waits as `wait` does, and ends Orbax's threads."""
         self.wait()
         if self._manager is not None:
             self._manager.close()
 
 
 class _Preserve:
-    """Orbax's policy: of the steps that there are, which stay."""
+    """Orbax's policy: which steps stay."""
 
     def __init__(self, preserved: Callable[[Sequence[int]], set[int | None]]):
         self._preserved = preserved
@@ -281,7 +279,7 @@ class _Preserve:
 
 
 def _damage(checkpoint: Path, only: str | None = None) -> str | None:
-    """Which file of a checkpoint (or the one named) is not as it was written; None if all are."""
+    """The first file of a checkpoint (or the file named) that is damaged; None if none is."""
     path = checkpoint / CHECKSUMS
     if (content := _read(path)) is None:
         return None
@@ -332,7 +330,7 @@ def _read(path: Path) -> bytes | None:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Passes over a file that is missing; what else keeps it from being read is a UsageError."""
+    """Ignores a missing file; any other failure to read is a UsageError."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -345,7 +343,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The system's words for what went wrong, if they are in it; else its first line."""
+    """The operating system's message in the error, else the error's first line."""
     code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
     if code is not None:
         return os.strerror(int(code[1]))
@@ -354,10 +352,10 @@ def _reason(error: Exception) -> str:
 
 
 def _print_no_errors_of_threads() -> None:
-    """Failures to save are raised as one error; its echoes are left out.
+    """Silences echoes of a failure to save, which is raised as one error.
 
-    Orbax also logs it, and asyncio and TensorStore print a traceback for each array whose writing
-    ends after that of another failed.
+    Orbax logs it too, and asyncio and TensorStore print a traceback for each array that was still
+    being written.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -366,7 +364,7 @@ def _print_no_errors_of_threads() -> None:
 
 
 class _UnraisableHook:
-    """`sys.unraisablehook` without what TensorStore says to a loop of asyncio that has ended."""
+    """`sys.unraisablehook` without TensorStore's errors about a closed asyncio loop."""
 
     def __init__(self, before: Callable[["sys.UnraisableHookArgs"], object]):
         self._before = before

@@ -12,7 +12,7 @@ from experiments.cli import FLOAT32_LIMIT, INT32_LIMIT, field_types, require
 from experiments.cli.errors import UsageError
 from experiments.tasks.base import Task, TaskConfig
 
-# Memory is no matter at this size, and more saved states make the backward pass recompute less.
+# The backward pass recomputes less with more saved states, whose memory is small at this size.
 DEFAULT_MODEL = LMConfig(
     dim=256,
     depth=4,
@@ -24,7 +24,7 @@ DEFAULT_MODEL = LMConfig(
 _BELOW_ONE = 1 - 2**-24
 """The largest number below 1 in float32."""
 MOST_PARAMETERS = 10**10
-"""Limit of one machine: each device holds weights and optimiser state, 12 bytes a parameter."""
+"""Limit of one machine: each device holds weights and optimizer state, 12 bytes per parameter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimiser, learning rate and clipping."""
+    """Optimizer, learning rate and clipping."""
 
     optimizer: Literal["adamw", "schedule_free", "muon"] = "adamw"
     """AdamW or Muon with warm-up and cosine decay, or schedule-free AdamW at a constant rate."""
@@ -123,7 +123,7 @@ class TrainConfig:
     """Take the best model of so many parameters, such as 25M, for --gpu. Flags of the model change
     it."""
     gpu: str | None = None
-    """What --params is for, such as h100 or rtx4090; by default the GPU in this machine."""
+    """GPU for --params, such as h100 or rtx4090; by default the one in this machine."""
     task: TaskConfig
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -143,10 +143,10 @@ class TrainConfig:
             )
 
     def open_task(self) -> Task:
-        """The task of a run, which is that of the run in `out` if it is resumed.
+        """The task; of a resumed run, with the data of the run in `out`.
 
         Raises:
-            UsageError: its data will not do, or it has another vocabulary than the model.
+            UsageError: its data cannot be used, or its vocabulary is not the model's.
         """
         task = self.task.open(self.batch, self.out if self.resume else None)
         if self.model.vocab_size != task.vocab_size:
@@ -174,11 +174,11 @@ class TrainConfig:
 
 
 def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:
-    """A `kind` (a type of a field of `TrainConfig`) from the plain data that stands for it."""
+    """A value of type `kind` (of a field of `TrainConfig`) from plain data."""
     if kind is LMConfig:
         try:
             return LMConfig.from_dict(value)
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         types = field_types(kind)
@@ -206,7 +206,7 @@ _MAY_CHANGE = {
     *("out", "resume", "steps", "log_every", "eval_every", "save_every", "keep"),
     "optimizer.max_skipped_steps",
 }
-"""Flags that may be others when a run is resumed, besides the task's and those of execution."""
+"""Flags that may change when a run is resumed, besides the task's and those of execution."""
 
 
 def _flatten(values: Any, path: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The devices of one machine: which are used, for what, and where compiled programs are kept."""
+"""The devices of one machine: settings of JAX, and shardings of a run's arrays."""
 
 import contextlib
 import os
@@ -25,20 +25,20 @@ _MEMORY_SETTINGS = tuple(
 _CPU_LIMITS = "PJRT_NPROC", "PYTHON_CPU_COUNT"
 """Variables by which users limit the CPU cores of XLA and of Python."""
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""A container's limit: microseconds of CPU time in each so many."""
+"""A container's limit: microseconds of CPU time per period of microseconds."""
 
 
 def set_up() -> None:
-    """Settings of JAX for models, unless the user or JAX has others already.
+    """Sets up JAX, except where the user has chosen or JAX has started.
 
-    - Each CPU core that the process may use is a JAX device: XLA's threads gain nothing on
-      operations as small as a step of the recurrence; rows of the batch on cores of their own do.
+    - Each CPU core of the process is a JAX device: XLA's threads gain nothing on operations as
+      small as a step of the recurrence; rows of the batch on separate cores do.
     - JAX may use nearly all of a GPU's memory.
-    - A GPU's compiled programs outlive the process, in `$XDG_CACHE_HOME/e88_jax` (of `~/.cache`). A
-      CPU's take seconds, and might not run on another that shares the directory.
+    - Programs compiled for a GPU are cached in `$XDG_CACHE_HOME/e88_jax` (or `~/.cache`). Those for
+      a CPU compile in seconds, and might not run on another CPU that shares the directory.
 
     Raises:
-        UsageError: JAX has no device of the kind that the user asks for.
+        UsageError: JAX has no device of the kind that the user chose.
     """
     if not any(os.environ.get(name) for name in _MEMORY_SETTINGS):
         os.environ[_MEMORY_SETTINGS[0]] = GPU_MEMORY_FRACTION
@@ -59,7 +59,7 @@ def platform() -> str:
     """Kind of the devices that JAX computes on: "cpu", "gpu" or "tpu".
 
     Raises:
-        UsageError: JAX has no device of the kind that the user asks for.
+        UsageError: JAX has no device of the kind that the user chose.
     """
     try:
         return target.current().platform
@@ -113,7 +113,7 @@ class Placement(NamedTuple):
         return f"{self.everywhere.num_devices} x {jax.devices()[0].device_kind}"
 
     def put(self, batch: Batch) -> Batch:
-        """The batch on the devices: by row if their number divides the rows, else replicated."""
+        """The batch on the devices: by row if the number of devices divides it, else replicated."""
         divisible = batch.inputs.shape[1] % self.everywhere.num_devices == 0
         where = self.by_row if divisible else self.everywhere
         arrays = jax.device_put(batch[:3], where)
@@ -121,7 +121,7 @@ class Placement(NamedTuple):
 
 
 def placement(rows: int) -> Placement:
-    """Over as many devices as divide `rows` evenly; if these are not all, says so."""
+    """Shardings over as many devices as divide `rows`; warns if these are not all."""
     devices = jax.devices()
     n = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     if n < len(devices):

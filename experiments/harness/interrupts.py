@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and a terminal that closes as a request to stop at the next step."""
+"""SIGTERM, Ctrl-C and a closed terminal as requests to stop at the next step."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""A run's numbers: JSON lines, TensorBoard, a plot, and a clock that counts training alone."""
+"""Metrics of a run: JSON lines, TensorBoard, a plot, and a clock of training steps."""
 
 import contextlib
 import json
@@ -36,8 +36,7 @@ Record = dict[str, Any]
 def read_metrics(path: Path) -> list[Record]:
     """The records of a `metrics.jsonl`.
 
-    A last line cut short, as a killed process leaves it, is left out; so is a line that is no
-    record, with a warning.
+    A last line cut short by a kill is left out; so is a line that is no record, with a warning.
     """
     if not path.exists():
         return []
@@ -68,16 +67,16 @@ def _is_record(line: bytes) -> bool:
 class MetricsLog:
     """Writes records to `metrics.jsonl`, a line each, and their numbers to TensorBoard.
 
-    A line that cannot be written, as the disk is full, is tried again with the next; a warning says
-    so once.
+    A line that cannot be written, as on a full disk, is tried again with the next; one warning
+    says so.
 
     Args:
         directory: of the run.
-        start: step that the run continues from; records of later steps, which a killed run had
-            written past its last checkpoint, are dropped.
+        start: step that the run continues from; records of later steps, from a run killed after
+            its last checkpoint, are dropped.
 
     Raises:
-        UsageError: `metrics.jsonl` cannot be written to begin with.
+        UsageError: `metrics.jsonl` cannot be written at the start.
     """
 
     def __init__(self, directory: Path, *, start: int):
@@ -92,7 +91,7 @@ class MetricsLog:
             self._tensorboard = _TensorBoard(directory / "tensorboard", kept)
 
     def write(self, kind: str, step: int, **values: float) -> None:
-        """Adds a record of `kind` ("train" or "validation"); what is not finite is left out."""
+        """Adds a record of `kind` ("train" or "validation"); others than finite are left out."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         record = {"kind": kind, "step": step, **finite}
         self._unwritten += _line(record)
@@ -114,7 +113,7 @@ class MetricsLog:
             self._failed = True
 
     def close(self) -> None:
-        """Writes what could not be written before, if it can be now."""
+        """Writes the lines that could not be written before, if possible now."""
         self._write_lines()
         self._file.close()
         if self._tensorboard is not None:
@@ -126,14 +125,14 @@ def _line(record: Record) -> bytes:
 
 
 class _TensorBoard:
-    """An event file: each event is in it when `write` returns, whatever becomes of the process.
+    """An event file that holds each event when `write` returns, also if the process is killed.
 
-    `tensorboard.summary.Writer` would write it in a thread, which prints a traceback when the disk
-    is full, and loses two minutes of a killed run.
+    `tensorboard.summary.Writer` writes in a thread, which prints a traceback when the disk is full,
+    and loses two minutes of a killed run.
     """
 
     def __init__(self, directory: Path, earlier: Iterable[Record]):
-        """Holds `earlier` records, and in place of the event files that were there before."""
+        """Starts with `earlier` records, and replaces the event files that were there."""
         self.directory = directory
         directory.mkdir(exist_ok=True)
         before = sorted(directory.glob("events.out.tfevents.*"))
@@ -152,7 +151,7 @@ class _TensorBoard:
             path.unlink()
 
     def write(self, record: Record, wall_time: float | None = None) -> None:
-        """Adds a point of each of the record's numbers, by default with the present time."""
+        """Adds a point per number of the record, by default with the present time."""
         summary = Summary()
         for name, value in record.items():
             if name not in ("kind", "step"):
@@ -169,16 +168,16 @@ class _TensorBoard:
 
 
 class Interval:
-    """Sums over the steps since the last record, which a checkpoint keeps for the next one.
+    """Sums over the steps since the last record, also kept in checkpoints.
 
-    Steps whose loss or gradient was not finite do not count.
+    Steps whose loss or gradient is not finite do not count.
     """
 
     def __init__(self, steps: int = 0, **sums: float):
         self._steps, self._sums = steps, sums
 
     def add(self, steps: "Iterable[StepMetrics]") -> None:
-        """Adds steps in their order, as float64, so that it does not matter in how many calls."""
+        """Adds steps in order, in float64: the sums do not depend on the number of calls."""
         for step in steps:
             if math.isfinite(step.loss) and math.isfinite(step.grad_norm):
                 self._steps += 1
@@ -187,7 +186,7 @@ class Interval:
                         self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
     def sums(self) -> dict[str, float]:
-        """The arguments that make this interval again, for JSON."""
+        """The arguments of an equal interval, for JSON."""
         return {"steps": self._steps, **self._sums}
 
     def means(self) -> dict[str, float]:
@@ -196,7 +195,7 @@ class Interval:
 
 
 class TrainingClock:
-    """Clock of training steps: pauses for evaluation and checkpoints do not count."""
+    """Clock of training steps, without pauses for evaluation and checkpoints."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
@@ -218,15 +217,14 @@ class TrainingClock:
 def plot_metric(directory: Path, metric: Metric) -> None:
     """Draws training and validation over steps from `metrics.jsonl` into `loss.png`.
 
-    Where the machine refuses, a full disk or memory for example, it is a warning: a run does not
-    fail for its plot.
+    A failure, such as a full disk, is a warning.
     """
     image = directory / "loss.png"
     partial = image.with_name(image.name + ".partial")
     try:
         _draw(read_metrics(directory / "metrics.jsonl"), metric, partial)
         partial.replace(image)
-    except Exception as error:  # matplotlib's own ones, too
+    except Exception as error:  # also matplotlib's
         with contextlib.suppress(OSError):
             partial.unlink()
         warn(f"{image} is not drawn: {error}.")
@@ -247,8 +245,7 @@ def _draw(records: list[Record], metric: Metric, image: Path) -> None:
         if points:
             axes.plot([x for x, _ in points], [y for _, y in points], label=kind, marker=marker)
         if points and kind == "validation":
-            choose = min if metric.better == "lower" else max
-            step, best = choose(points, key=lambda point: point[1])
+            step, best = min(points, key=lambda point: metric.rank(point[1]))
             axes.annotate(
                 f"best {best:.3f} at step {step}",
                 (step, best),

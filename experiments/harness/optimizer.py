@@ -1,4 +1,4 @@
-"""Optimisers by name, each with its learning-rate schedule and the weights it evaluates with."""
+"""Optimizers by name, each with its learning-rate schedule and the weights it evaluates with."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,13 +18,13 @@ OptimizerState = Any
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation and what the loop needs to know of it."""
+    """An Optax transformation with its schedule and its weights for evaluation."""
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
-    """Learning rate by number of updates made."""
+    """Learning rate by number of updates."""
     eval_params: Callable[[OptimizerState, Params], Params]
-    """Weights to evaluate and sample with, from optimiser state and trained weights."""
+    """Weights to evaluate and sample with, from optimizer state and trained weights."""
 
 
 def _muon_or_adamw(params: Params) -> Any:
@@ -35,7 +35,7 @@ def _muon_or_adamw(params: Params) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
-    """The optimiser for a run of `steps` updates. Clipping is the training step's."""
+    """The optimizer for a run of `steps` updates. Clipping is the training step's."""
     rate, warmup = config.learning_rate, config.warmup_steps
     first_rate = rate / (warmup + 1)
     if config.optimizer == "schedule_free":

@@ -18,21 +18,21 @@ except ImportError:  # not on Windows
     fcntl = None
 
 LOCK = "lock"
-"""Name of the file, which is there while a process owns the directory or if that was killed."""
+"""Name of the lock file, there while a process owns the directory, or if it was killed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """A process, told apart from any other of the same number."""
+    """A process, distinct from any other with the same pid."""
 
     host: str
     boot: str
-    """Boot id of the host's kernel: one in all containers of a machine, another after a restart."""
+    """Boot id of the host's kernel: the same in all containers, another after a restart."""
     pid: int
     started: int | None
-    """Clock ticks from the kernel's start to that of the process, where /proc tells."""
+    """Clock ticks from boot to the start of the process, if /proc has them."""
     since: str
-    """When it took the directory, for people."""
+    """Time at which it took the directory, for messages."""
 
     @classmethod
     def here(cls) -> "Owner":
@@ -47,8 +47,8 @@ class Owner:
     def has_ended(self, *, locks_work: bool) -> bool | None:
         """Whether the owner's process has ended; None if that cannot be known.
 
-        `locks_work` says that this process has just locked the file that the owner had locked:
-        under one kernel, the owner is gone then.
+        `locks_work`: this process has locked the owner's lock file, so under the same kernel the
+        owner has ended.
         """
         here = Owner.here()
         if self.boot == here.boot:
@@ -67,9 +67,9 @@ def _started(pid: int) -> int | None:
 def owned(directory: Path) -> Iterator[Path]:
     """A context in which this process owns `directory`: the file `lock` in it says so.
 
-    The kernel holds the lock and drops it when the process ends in whatever way. Locks of another
-    machine may not be seen on a shared file system, so the file also names its owner; where that is
-    on another host, it counts until someone deletes the file.
+    The kernel drops the lock when the process ends. A shared file system may not show the locks of
+    another machine, so the file also names its owner; an owner on another host counts until someone
+    deletes the file.
 
     Raises:
         UsageError: another process owns the directory, or the file cannot be written.

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from e88_jax import hardware
 from e88_jax.config import LMConfig
@@ -14,12 +14,11 @@ from . import run_directory
 from .config import TrainConfig, check_resumable
 from .run import Run
 
-Config = TypeVar("Config")
 Training = TypeVar("Training", bound=TrainConfig)
 
 
 def main(kind: type[TrainConfig], args: Sequence[str]) -> None:
-    """Parses, looks at the directory and the data, then trains."""
+    """Parses, checks the directory, opens the data, trains."""
     config = parse_args(kind, args)
     if not config.resume:
         run_directory.check_claimable(config.out, config.task.FILES)
@@ -33,7 +32,7 @@ def main(kind: type[TrainConfig], args: Sequence[str]) -> None:
 
 
 def parse_args(kind: type[Training], args: Sequence[str]) -> Training:
-    """The run that the command line asks for; a resumed run keeps the flags it had.
+    """The configuration of the command line; a resumed run keeps its flags.
 
     Raises:
         UsageError: a flag is wrong, or the run to resume has other flags.
@@ -55,29 +54,8 @@ def _located(config: Training, args: Sequence[str]) -> Training:
     return dataclasses.replace(config, task=config.task.located(args))
 
 
-def parse_with_preset(config_type: type[Config], args: Sequence[str]) -> Config:
-    """A `config_type` from command-line `args`: its `preset`, if any, is what flags of the `model`
-    change.
-
-    Raises:
-        UsageError: as `cli.parse`, or there is no such preset.
-    """
-    config: Any = cli.parse(config_type, args)
-    if config.preset is None:
-        return config
-    default = dataclasses.replace(config, model=_preset(config.preset))
-    return cli.parse(config_type, args, default=default)
-
-
-def _preset(name: str) -> LMConfig:
-    try:
-        return find_preset(name).config
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
 def chosen_model(config: TrainConfig) -> LMConfig | None:
-    """The model that --preset or --params asks for; None without either.
+    """The model of --preset or --params; None without either.
 
     Raises:
         UsageError: there is no such preset, budget or GPU, or flags that contradict each other.
@@ -86,9 +64,9 @@ def chosen_model(config: TrainConfig) -> LMConfig | None:
         raise UsageError("--preset and --params both choose the model: give one of them.")
     if config.gpu is not None and config.params is None:
         raise UsageError(f"--gpu {config.gpu} is for --params, which is not given.")
-    if config.preset is not None:
-        return _preset(config.preset)
     try:
+        if config.preset is not None:
+            return find_preset(config.preset).config
         if config.params is not None:
             gpu = hardware.detect_gpu() if config.gpu is None else hardware.find_gpu(config.gpu)
             return solve(parse_params(config.params), gpu=gpu)[0].config
@@ -98,7 +76,7 @@ def chosen_model(config: TrainConfig) -> LMConfig | None:
 
 
 def describe(model: LMConfig) -> str:
-    """One line about a model's size."""
+    """Sizes of a model, in one line."""
     layer = e88_layer(model)
     return (
         f"dim {model.dim}, {layer.n_heads} heads of {layer.n_state} (d_inner {d_inner_of(model)}), "

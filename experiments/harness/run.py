@@ -27,7 +27,7 @@ class Run:
         task: what to train on.
 
     Raises:
-        UsageError: on entering, if the directory will not do or another process has it.
+        UsageError: on entering, if the directory cannot be used or another process owns it.
     """
 
     def __init__(self, config: TrainConfig, task: Task):
@@ -47,7 +47,7 @@ class Run:
         """Opens the files, and returns the state to train from: `state`, or the last checkpoint.
 
         Raises:
-            UsageError: the run cannot go on with these steps, data or files.
+            UsageError: the run cannot continue with these steps, data or files.
         """
         from .checkpoints import Checkpoints
         from .metrics import Interval, MetricsLog, TrainingClock, plot_metric
@@ -100,13 +100,13 @@ class Run:
         self._report.say(message)
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file that the run can do without: a failure is a warning."""
+        """Writes an optional file: a failure is a warning."""
         with run_directory.optional(self.directory / name):
             (self.directory / name).write_bytes(content)
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Says how long what runs inside took; the clock starts after it."""
+        """A context that reports its duration and starts the clock at its end."""
         began = time.perf_counter()
         yield
         self.say(f"compiled in {time.perf_counter() - began:.1f} s")
@@ -114,7 +114,7 @@ class Run:
 
     @contextlib.contextmanager
     def reading(self, state: "TrainState") -> Iterator[None]:
-        """Ends the run with a checkpoint of `state` if the data cannot be read inside."""
+        """A context that ends the run, with a checkpoint of `state`, on a DataError."""
         try:
             yield
         except DataError as error:
@@ -129,7 +129,7 @@ class Run:
         """Counts a step, and writes a record every `log_every` steps.
 
         Raises:
-            RunStopped: a checkpoint before could not be written.
+            RunStopped: an earlier checkpoint could not be written.
         """
         import jax
 
@@ -162,7 +162,7 @@ class Run:
 
     @property
     def evaluates(self) -> bool:
-        """Whether this step ends with an evaluation."""
+        """Whether an evaluation is due after this step."""
         return self._due(self._config.eval_every)
 
     def _due(self, every: int) -> bool:
@@ -170,7 +170,7 @@ class Run:
 
     @contextlib.contextmanager
     def paused(self, state: "TrainState") -> Iterator[None]:
-        """The clock counts the steps that still run, and nothing that runs inside."""
+        """A context that does not count for the clock, after the steps in flight, which do."""
         import jax
 
         jax.block_until_ready(state)
@@ -178,11 +178,11 @@ class Run:
             yield
 
     def ended_step(self, state: "TrainState", value: float | None) -> None:
-        """Records an evaluation's `value`, writes a checkpoint where one is due.
+        """Records an evaluation's `value`, and writes a checkpoint if one is due.
 
         Raises:
-            RunStopped: a signal came, or too many steps in a row were not finite; a checkpoint was
-                written.
+            RunStopped: after a signal or too many steps in a row that were not finite, with a
+                checkpoint written.
         """
         metric, stop = self._task.metric, self._interrupts.received
         stuck = self._skipped_in_a_row >= self._config.optimizer.max_skipped_steps
@@ -216,7 +216,7 @@ class Run:
             self._checkpoints.save(self.step, state, meta, value)
 
     def finished(self) -> None:
-        """Says what came out."""
+        """Reports the best validation."""
         best, metric = self._checkpoints.best, self._task.metric
         found = "no validation" if best is None else f"best validation {best:.3f} {metric.unit}"
         self.say(

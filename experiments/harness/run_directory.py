@@ -1,4 +1,4 @@
-"""The directory of a run: chosen, claimed and described by `run.json`."""
+"""The directory of a run: its name, its owner and `run.json`."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def newest_run() -> Path:
-    """The run under `runs/` that was started last.
+    """The run under `runs/` that was started or resumed last.
 
     Raises:
         UsageError: there is none.
@@ -44,7 +44,7 @@ def newest_run() -> Path:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether `directory` is a training run's: finished, started or just claimed."""
+    """Whether `directory` belongs to a training run, finished, started or just claimed."""
     marks = (("run.json", {"config", "devices", "versions"}), (LOCK, {"boot", "pid"}))
     for name, keys in marks:
         try:
@@ -62,20 +62,20 @@ def load_config(directory: Path, kind: type[Config]) -> Config:
     """The configuration, of class `kind`, that the run in `directory` was started with.
 
     Raises:
-        UsageError: there is no run, or this version does not know its configuration.
+        UsageError: there is no run, or this version cannot read its configuration.
     """
     values = _read(directory, "config")["config"]
     try:
         return kind.from_dict(values)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+    except ValueError as error:
         raise UsageError(
-            f"the config in {directory / 'run.json'} is none that this version knows: {why}."
+            f"the config in {directory / 'run.json'} is none that this version knows: "
+            f"{str(error).rstrip('.')}."
         ) from None
 
 
 def load_metric(directory: Path) -> Metric:
-    """The name, unit and better side of the metric of the run in `directory`.
+    """The metric of the run in `directory`, without its scale and function.
 
     Raises:
         UsageError: there is no run, or it names no metric.
@@ -99,7 +99,7 @@ _KINDS = {
     "versions": (dict, "an object"),
     "resumed": (list, "a list"),
 }
-"""Keys that are read of `run.json`, each with its type in Python and in JSON."""
+"""Keys read from `run.json`, each with its type in Python and in JSON."""
 
 
 def _read(directory: Path, *needed: str) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def steps_done(directory: Path) -> int:
 
 
 def own(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
-    """The directory to train in, this process's own while entered: see `owned` and `claim`."""
+    """The directory to train in, owned by this process while entered: see `owned` and `claim`."""
     if not config.resume:
         return claim(config.out, config.NAME, config.task.FILES)
     assert config.out is not None, "the command line names the run to resume"
@@ -138,7 +138,7 @@ def own(config: TrainConfig) -> contextlib.AbstractContextManager[Path]:
 
 
 def check_claimable(out: Path | None, files: Sequence[str] = ()) -> None:
-    """Raises UsageError if `claim(out, files=files)` could not make a new run there."""
+    """Raises UsageError if `claim(out, files=files)` could not start a run there."""
     try:
         str(Path.cwd() if out is None else out.absolute()).encode()
     except UnicodeEncodeError:
@@ -162,21 +162,19 @@ def check_claimable(out: Path | None, files: Sequence[str] = ()) -> None:
 
 
 def _holds_nothing(directory: Path, files: Sequence[str]) -> bool:
-    """Whether it is empty, or holds only what a process leaves that was killed as it claimed it."""
+    """Whether it is empty but for files of a process that was killed while claiming it."""
     left = {LOCK, *(f"{name}.partial" for name in ("run.json", *files)), *files}
     return all(path.name in left for path in directory.iterdir())
 
 
 @contextlib.contextmanager
 def claim(out: Path | None, name: str, files: Sequence[str] = ()) -> Iterator[Path]:
-    """A directory for a new run, this process's own while entered.
+    """A directory for a new run, owned by this process while entered; removed at the end if empty.
 
     Args:
         out: the directory; None for a new one under `runs/`, by `name` and the time.
         name: prefix of a directory's name under `runs/`.
         files: names of files, written before `run.json`, that a killed process may have left.
-
-    A directory that is still empty at the end is removed again.
 
     Raises:
         UsageError: `out` is a file, holds something or is in use.
@@ -194,7 +192,7 @@ def claim(out: Path | None, name: str, files: Sequence[str] = ()) -> Iterator[Pa
 
 
 def _make(out: Path | None, name: str) -> tuple[Path, list[Path]]:
-    """The directory of a new run and those made for it, the deepest first."""
+    """The directory of a new run, and the directories created for it, the deepest first."""
     if out is not None:
         made = [path for path in (out, *out.parents) if not path.exists()]
         out.mkdir(parents=True, exist_ok=True)
@@ -211,10 +209,10 @@ def _make(out: Path | None, name: str) -> tuple[Path, list[Path]]:
 
 @contextlib.contextmanager
 def optional(path: Path) -> Iterator[None]:
-    """A context that writes a file that a run can do without: a failure is a warning."""
+    """A context that writes an optional file: a failure is a warning."""
     try:
         yield
-    except Exception as error:  # matplotlib's and TensorBoard's own ones, too
+    except Exception as error:  # also matplotlib's and TensorBoard's
         why = error.strerror if isinstance(error, OSError) else error
         warn(f"{path} could not be written ({why}); the run goes on.")
 
@@ -229,15 +227,15 @@ class Description:
     data: str
     """The data's size in words."""
     metric: dict[str, str]
-    """Its name, unit, and which side is better."""
+    """Name, unit and better side of the metric."""
     parameters: int
     devices: str
 
 
 def check_continues(directory: Path, now: Description) -> None:
-    """Holds the run in `directory` against what would continue it.
+    """Checks that `now` continues the run in `directory`.
 
-    A different machine only gets a warning: sums are then rounded otherwise.
+    Other devices or versions give a warning, as sums are rounded otherwise.
 
     Raises:
         UsageError: the run began with other data.
@@ -257,7 +255,7 @@ def check_continues(directory: Path, now: Description) -> None:
 
 
 def describe(directory: Path, description: Description, *, resumed_at: int | None) -> None:
-    """Writes `run.json`; a resumed run keeps what it said and adds where and how it went on."""
+    """Writes `run.json`; a resumed run keeps its entries and adds step, devices and versions."""
     config = dataclasses.replace(description.config, out=directory, resume=False).to_dict()
     values = {**dataclasses.asdict(description), "config": config, "versions": versions()}
     if resumed_at is not None:
@@ -271,7 +269,7 @@ def write(path: Path, content: bytes) -> None:
     """Writes a file atomically.
 
     Raises:
-        UsageError: the disk is full, say; the file is as it was before.
+        UsageError: it cannot be written, as on a full disk; the file stays as it was.
     """
     partial = path.with_name(path.name + ".partial")
     try:

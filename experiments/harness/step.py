@@ -19,20 +19,20 @@ from .devices import Placement
 from .optimizer import Optimizer, OptimizerState, Params
 
 GPU_OPTIONS: dict[str, str | bool] = {
-    # XLA fuses the concatenation of a matmul's gradients into a Triton GEMM, then finds cuBLAS
-    # faster, and is left with copies.
+    # XLA fuses the concatenation of a matmul's gradients into a Triton GEMM, then prefers cuBLAS
+    # and keeps copies of the parts.
     "xla_gpu_enable_triton_gemm": False,
     # CUDA graphs are updated at every step, as the arrays' addresses change.
     "xla_gpu_enable_command_buffer": "",
-    # XLA merges a layer's two matmuls where they are small, and copies the parts.
+    # XLA merges a layer's two matmuls if they are small, and copies the parts.
     "xla_gpu_dot_merger_threshold_mb": "0",
 }
 """XLA's options for the training step on a GPU; flags of the same name in `XLA_FLAGS` win.
-`benchmarks/README.md` has what each gains."""
+The log in `benchmarks/README.md` has the gain of each."""
 
 
 class TrainState(NamedTuple):
-    """Arrays that a step reads and writes, and a checkpoint holds."""
+    """State of training, read and written by a step and saved in checkpoints."""
 
     params: Params
     optimizer: OptimizerState
@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
     updates: Array
     """Count of updates."""
     skipped: Array
-    """Count of steps that changed nothing, as loss or gradient was not finite."""
+    """Count of steps without effect, as their loss or gradient was not finite."""
     skipped_in_a_row: Array
 
 
@@ -102,7 +102,7 @@ def init_state(
 
 
 def place(state: TrainState, where: Placement) -> TrainState:
-    """The state on the devices of `where`: what is carried divided by row, the rest everywhere."""
+    """The state on the devices of `where`: the carry sharded by row, the rest replicated."""
     carry = jax.device_put(state.carry, where.by_row)
     return jax.device_put(state._replace(carry=None), where.everywhere)._replace(carry=carry)
 
@@ -113,7 +113,7 @@ def make_train_step(
     """The function `(state, batch) -> (state, metrics)`, to be compiled.
 
     The gradients of the passes are averaged. `batch.restart` starts the rows of a stateful run from
-    zero states. A step whose loss or gradient is not finite leaves weights, optimiser and carried
+    zero states. A step whose loss or gradient is not finite leaves weights, optimizer and carried
     state as they were.
     """
     clip = optax.clip_by_global_norm(clip_norm)
@@ -171,10 +171,8 @@ def compile_train_step(
     state: TrainState,
     batch: Batch,
 ) -> jax.stages.Compiled:
-    """`make_train_step` compiled for arguments like these, which are where they are to stay.
-
-    Each call consumes its `state`.
-    """
+    """`make_train_step` compiled for arguments of these shapes and shardings; a call consumes its
+    `state`."""
     shardings = jax.tree.map(lambda x: x.sharding, state), state.updates.sharding
     step = jax.jit(
         make_train_step(graphdef, optimizer, clip_norm, metric),
@@ -200,7 +198,7 @@ def make_evaluate(
     *,
     stateful: bool,
 ) -> Callable[[Params], float]:
-    """The function from weights to the metric on `batches`, state carried if `stateful`."""
+    """The function from weights to the metric on `batches`; the state is carried if `stateful`."""
     rows = batches[0].inputs.shape[1]
 
     @jax.jit

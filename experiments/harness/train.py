@@ -19,10 +19,10 @@ from .step import compile_train_step, init_state, make_evaluate, place
 
 
 def train(config: TrainConfig, task: Task, run: Run) -> None:
-    """Trains, or goes on training, as `config` says.
+    """Trains a new or a resumed run.
 
     Raises:
-        UsageError: the model cannot be built, or the run cannot go on.
+        UsageError: the model cannot be built, or the run cannot continue.
         RunStopped: the run ended early, with its checkpoint written.
     """
     devices.set_up()
@@ -66,7 +66,7 @@ def build(config: TrainConfig, task: Task) -> LanguageModel:
     """The model before training.
 
     Raises:
-        UsageError: the named implementation of the recurrence cannot do it.
+        UsageError: the named implementation of the recurrence does not take the model.
     """
     model = LanguageModel(config.model, rngs=nnx.Rngs(config.batch.seed))
     _, rows, length = task[0].inputs.shape

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """The sizes of n_state to time, and what stays the same meanwhile."""
+    """The sizes of n_state to time, and the sizes and options common to them."""
 
     n_states: tuple[int, ...]
     """Ascending."""
@@ -46,7 +46,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Numbers of one n_state, and why there are none where something could not be timed."""
+    """Timings of one n_state, and reasons for those that are missing."""
 
     shape: Shape
     passes: dict[str, Numbers]
@@ -101,8 +101,8 @@ def _ratio(over: float | None, under: float | None, digits: int) -> float | None
 
 
 def refusal(implementation: Implementation, dtype: str) -> str | None:
-    """Why an implementation takes nothing of `dtype` on the device at hand; None if it does."""
-    shape = Shape("", B=1, T=2, H=1, N=32)  # which each of them takes
+    """Reason for which an implementation does not take `dtype` on this device; None if it does."""
+    shape = Shape("", B=1, T=2, H=1, N=32)  # within the limits of every implementation
     inputs = jax.eval_shape(lambda: make_inputs(shape, dtype, jax.random.key(0)))
     del inputs["d_out"]
     try:
@@ -115,13 +115,13 @@ def refusal(implementation: Implementation, dtype: str) -> str | None:
 def measure(
     setting: Setting, n_state: int, clock: ClockSampler, say: Callable[[str], None]
 ) -> Measurement:
-    """Times one n_state. What is refused or does not fit is missing, and the rest still timed.
+    """Times one n_state; a program that is refused or does not fit is missing from the result.
 
     Args:
-        setting: what stays the same.
+        setting: sizes and options.
         n_state: N = V.
         clock: running.
-        say: hears what was timed or is about to be.
+        say: called with progress.
     """
     shape = setting.shape(n_state)
     missing = {}

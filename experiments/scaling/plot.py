@@ -75,7 +75,7 @@ def _plot_throughput(axes: Axes, rows: list[Row]) -> None:
 
 
 def _plot_published(axes: Axes) -> None:
-    """Ranges as bars, a bound from above as an arrow, and a line through all of them."""
+    """Published ranges as bars, an upper bound as an arrow, and a line through all of them."""
     middles = {}
     for n_state, (low, high, text) in published.TOKENS_PER_SECOND.items():
         is_bound = low is None

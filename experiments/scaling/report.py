@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from benchmarks.measure.timing import ClockSampler
-from experiments.harness.run_directory import versions
+from experiments.harness import run_directory
 
 from . import published
 from .measure import Measurement, Row, Setting
@@ -27,20 +27,20 @@ def describe(setting: Setting, clock: ClockSampler) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "driver": clock.query("driver_version") if device.platform == "gpu" else None,
-        "versions": versions(),
+        "versions": run_directory.versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": dataclasses.asdict(setting),
     }
 
 
 def write(directory: Path, about: dict[str, Any], measured: list[Measurement]) -> None:
-    """Writes what was measured so far into the three files, in place of what they said before."""
+    """Writes the measurements so far into the three files."""
     rows = [measurement.row() for measurement in measured]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _replace(directory / CSV, text.getvalue())
+    run_directory.write(directory / CSV, text.getvalue().encode())
     everything = {
         **about,
         "published": {
@@ -50,14 +50,8 @@ def write(directory: Path, about: dict[str, Any], measured: list[Measurement]) -
         },
         "results": [measurement.to_dict() for measurement in measured],
     }
-    _replace(directory / JSON, json.dumps(everything, indent=2) + "\n")
+    run_directory.write(directory / JSON, json.dumps(everything, indent=2).encode() + b"\n")
     plot_scaling(rows, about, directory / PNG)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def sentence(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""What a training run needs of a task: batches by step, a metric, validation, an end."""
+"""Protocol of tasks: batches by step, a metric, validation, an end."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -24,12 +24,12 @@ class DataError(UsageError):
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """The number that a run is judged by: the weighted mean of one value per target, scaled."""
+    """The figure of merit of a run: the weighted mean of one value per target, scaled."""
 
     name: str
     """Key in `metrics.jsonl`, TensorBoard and the checkpoints."""
     unit: str
-    """Words after the number, such as "bits per byte"; the plot's axis label."""
+    """Unit in reports and the plot's axis label, such as "bits per byte"."""
     better: Literal["lower", "higher"]
     scale: float = 1.0
     """Factor of the mean."""
@@ -41,7 +41,11 @@ class Metric:
         """Whether `value` is better than `best`; any finite one is better than None."""
         if not np.isfinite(value) or best is None:
             return bool(np.isfinite(value))
-        return value < best if self.better == "lower" else value > best
+        return self.rank(value) < self.rank(best)
+
+    def rank(self, value: float) -> float:
+        """Lower for better values."""
+        return value if self.better == "lower" else -value
 
     def of_means(self, means: Mapping[str, float]) -> float:
         """The metric from the means of "loss" and, if the metric is not the loss, "score"."""
@@ -59,7 +63,7 @@ class Batch(NamedTuple):
     """Weight of each target in loss and metric, float32 as `inputs`; None for 1. Only their ratios
     count."""
     restart: "bool | np.bool_ | Array"
-    """Whether these rows do not continue those of the batch before."""
+    """Whether the rows start anew instead of continuing those of the batch before."""
 
 
 class Task(Protocol):
@@ -68,7 +72,7 @@ class Task(Protocol):
     vocab_size: int
     metric: Metric
     tokens: str
-    """Noun for the targets in reports, such as "bytes"."""
+    """Noun for targets in reports, such as "bytes"."""
 
     def __getitem__(self, step: int, /) -> Batch:
         """The batch of a step; raises DataError if it cannot be read any more."""
@@ -87,7 +91,7 @@ class Task(Protocol):
         ...
 
     def write(self, directory: Path) -> None:
-        """Writes to the run's directory what is needed to find the same data on resume."""
+        """Writes the files by which a resumed run finds the same data."""
         ...
 
     def finish(self, model: "LanguageModel", run: "Run") -> None:
@@ -100,12 +104,12 @@ class TaskConfig(ABC):
     """Flags of a task."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
-    """Flags that may be others when a run is resumed."""
+    """Flags that may change when a run is resumed."""
     FILES: ClassVar[tuple[str, ...]] = ()
     """Names of the files that `Task.write` writes."""
 
     def located(self, args: Sequence[str]) -> Self:
-        """The flags with paths that hold in any directory; `args` is the command line.
+        """The flags with absolute paths; `args` is the command line.
 
         Raises:
             UsageError: a path is empty.
@@ -115,12 +119,12 @@ class TaskConfig(ABC):
 
     @abstractmethod
     def open(self, batch: "BatchConfig", resumed: Path | None) -> Task:
-        """The task. Imports no JAX, so that mistakes are told at once.
+        """The task. Imports no JAX, so that mistakes are reported at once.
 
         Args:
             batch: sizes and seed.
             resumed: directory of the run that goes on.
 
         Raises:
-            UsageError: there is no such data, or it is not that of the resumed run.
+            UsageError: there is no such data, or the resumed run began with other data.
         """

@@ -37,9 +37,9 @@ class BytesConfig(TaskConfig):
     eval_bytes: int = 65536
     """Validation bytes that an evaluation reads, the same ones each time."""
     sample_bytes: int = 400
-    """Bytes of text generated at the end."""
+    """Bytes of the sample written at the end."""
     prompt: str = "def "
-    """What that text continues."""
+    """Text that the sample continues."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"data", "sample_bytes", "prompt"})
     FILES: ClassVar[tuple[str, ...]] = (LISTING,)
@@ -133,7 +133,7 @@ class Bytes:
 
 
 def _read(corpus: Corpus, starts: np.ndarray, seq_len: int, *, restart: bool) -> Batch:
-    """The windows of `seq_len` bytes from each position on, and the byte after each of theirs."""
+    """Windows of `seq_len` bytes at these starts, and the byte after each of their bytes."""
     pieces = [corpus.read(start, seq_len + 1) for start in starts.ravel().tolist()]
     windows = np.stack(pieces).reshape(*starts.shape, seq_len + 1)
     return Batch(windows[..., :-1], windows[..., 1:], None, restart)
@@ -141,7 +141,7 @@ def _read(corpus: Corpus, starts: np.ndarray, seq_len: int, *, restart: bool) ->
 
 @dataclasses.dataclass(frozen=True)
 class RandomWindows:
-    """Windows that start anywhere, drawn afresh for each step from (seed, step)."""
+    """Windows at random starts, drawn from (seed, step)."""
 
     corpus: Corpus
     shape: tuple[int, int]
@@ -157,7 +157,7 @@ class RandomWindows:
 
 @dataclasses.dataclass(frozen=True)
 class ConsecutiveWindows:
-    """Consecutive windows: each row reads its own stretch of the corpus, over and over."""
+    """Consecutive windows: each row reads its own stretch of the corpus in a loop."""
 
     corpus: Corpus
     shape: tuple[int, int]
@@ -181,7 +181,7 @@ class ConsecutiveWindows:
 def training_windows(
     corpus: Corpus, shape: tuple[int, int], seq_len: int, *, stateful: bool, seed: int
 ) -> RandomWindows | ConsecutiveWindows:
-    """The batch of every step, by number.
+    """The batches by step.
 
     Raises:
         UsageError: the corpus has no window for each row of a stateful run.

@@ -1,1 +1,1 @@
-"""What the kernels of several ops share: batching and sharding, launch, bulk copies, lane ops."""
+"""Parts that kernels of several ops share: batching and sharding, launch, bulk copies, lane ops."""

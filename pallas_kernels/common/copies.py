@@ -57,7 +57,7 @@ class Input(NamedTuple):
     chunk: Callable[[Index], Ref]
     """From i to chunk i in device memory."""
     slots: Ref
-    """Its double buffer in shared memory."""
+    """Double buffer in shared memory."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pallas_kernels.qkv_activation.columns import HeadColumns
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """What the decode kernel computes from the columns of the first matmul's output.
+    """Columns of the first matmul's output, and options of the layer.
 
     Attributes:
         columns: q, k and v, which come first.

@@ -19,7 +19,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
 class Activation(NamedTuple):
-    """What is done to a row: SiLU of its elements, then division by its length."""
+    """Activation of a row: SiLU of its elements, then division by its length."""
 
     silu: bool
     unit_length: bool

@@ -49,7 +49,7 @@ def gradient_of_rows(w: LaneOps, part: Part, x: Memory, d_y: Memory, d_x: Memory
             a, derivatives = silu_and_derivative(w, silu, x_wide)
             if unit_length:
                 scale, over = inverse_length(w, rows.lanes, a)
-                # Of a (||a|| + e)^-1: d scale - a (a . d) scale^2 / ||a||.
+                # The gradient of a / (||a|| + e) is d scale - a (a . d) scale^2 / ||a||.
                 along = w.fmultiply(w.fmultiply(scale, scale), over)
                 along = w.negative(w.fmultiply(dot(w, rows.lanes, a, d), along))
                 d = [

@@ -31,7 +31,7 @@ Memories: TypeAlias = Mapping[str, Memory]
 
 @dataclasses.dataclass(frozen=True)
 class StepKind:
-    """What a step of the recurrence does, whatever its sizes."""
+    """Options of a step of the recurrence."""
 
     has_write_gate: bool
     has_keep: bool  # a document may start at a step

@@ -25,7 +25,7 @@ from pallas_kernels.recurrence.tuning_config import TuningConfig
 
 
 class Saved(NamedTuple):
-    """What the forward pass saves for the backward pass."""
+    """Arrays that the forward pass saves for the backward pass."""
 
     states: Array  # [B, H, saved states, V, N]
     delta: Array | None  # [B, T, H, V] float32: v - S^T k; None where it is recomputed

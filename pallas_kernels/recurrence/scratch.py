@@ -56,7 +56,7 @@ def backward_scratch(
         "states": plgpu.SMEM(
             ((1 + config.pipelined) * SAVED_STATE_GROUP, heads, values, keys), dtype
         ),
-        # Of q and of k; the rows past the chunk are never read.
+        # Axis 0: gradients of q, of k. Rows past the chunk are never read.
         "d_keys_rows": plgpu.SMEM((2, chunk + MMA_STEPS * config.pipelined, heads, keys), dtype),
         "d_v_rows": plgpu.SMEM((chunk, heads, values), dtype),
         "partial_scalars": plgpu.SMEM((1 + has_write_gate, chunk, WARPS, 4), jnp.float32),

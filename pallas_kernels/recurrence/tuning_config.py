@@ -84,5 +84,5 @@ class TuningConfig:
 
 
 def column_multiple(heads: int) -> int:
-    """What the columns of each head are a multiple of in a warpgroup of so many heads."""
+    """Multiple of columns per head in a warpgroup of so many heads."""
     return COLUMN_LANES * WARPS // heads

@@ -37,7 +37,7 @@ def test_kernels_and_the_bytes_they_move() -> None:
     y, workspace = 16 * 100 * 2, 64
     assert product == (
         "call",
-        "matrix products",
+        "matmuls",
         16 * 8 * 2 + 8 * 100 * 2 + y + workspace,
         product[3],
     )

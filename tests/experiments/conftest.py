@@ -1,4 +1,4 @@
-"""Optax's optimisers raise floats to integer powers, which strict dtype promotion refuses."""
+"""Optax's optimizers raise floats to integer powers, which strict dtype promotion refuses."""
 
 from collections.abc import Iterator
 

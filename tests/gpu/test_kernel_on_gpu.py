@@ -53,7 +53,7 @@ KERNELS_TAKE = [size for size in SIZES if size[1] % 4 == size[2] % 4 == 0]
 class TestMosaicGpu(RecurrenceContract):
     implementation = "mosaic_gpu"
     dtypes = ("float32", "bfloat16")
-    checkpoint_intervals = (32, 33, 1000)
+    saved_state_intervals = (32, 33, 1000)
     kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     sizes = KERNELS_TAKE
     n_value = 8
@@ -64,7 +64,7 @@ class TestTheKernelsAlone(RecurrenceContract):
 
     implementation = "kernels"
     dtypes = ("float32", "bfloat16")
-    checkpoint_intervals = (32, 33, 1000)
+    saved_state_intervals = (32, 33, 1000)
     kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     n_value = 8
     sizes = KERNELS_TAKE

@@ -29,6 +29,6 @@ def test_every_part_takes_time() -> None:
     kernels = profile(lambda: jax.block_until_ready(gradient(model, tokens)))
     ms = breakdown(kernels, steps=1)
     assert set(ms) == {
-        "recurrence forward", "recurrence backward", "matrix products", ELSE, "idle",
+        "recurrence forward", "recurrence backward", "matmuls", ELSE, "idle",
     }  # fmt: skip
     assert all(x > 0 for part, x in ms.items() if part != "idle")

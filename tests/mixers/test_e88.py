@@ -155,7 +155,7 @@ class TestAgainstNumpy:
 
     @pytest.mark.parametrize("options", [{}, E88_OPTIONS[-1]], ids=name_of)
     def test_bfloat16(self, options: dict[str, Any]) -> None:
-        """Products in bfloat16; parameters, their gradients and the state in float32."""
+        """Matmuls in bfloat16; parameters, their gradients and the state in float32."""
         layer = e88_layer(**options, dtype="bfloat16")
         config = layer.config
         weights = numpy_layer.random_weights(config, layer.dim)

@@ -18,10 +18,10 @@ KERNELS = [
     [
         ("e88_forward_mosaic_gpu_kernel", "recurrence forward"),
         ("e88_backward_mosaic_gpu_kernel", "recurrence backward"),
-        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
-        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matrix products"),
-        ("void cublasLt::splitKreduce_kernel<32, 16>", "matrix products"),
-        ("gemm_fusion_dot_general_12", "matrix products"),
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "matmuls"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matmuls"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>", "matmuls"),
+        ("gemm_fusion_dot_general_12", "matmuls"),
         ("loop_convert_fusion_8", ELSE),
         ("MemcpyD2D", ELSE),
     ],
@@ -36,7 +36,7 @@ def test_breakdown() -> None:
         {
             "recurrence forward": 0.0005,
             "recurrence backward": 0.001,
-            "matrix products": 0.002,
+            "matmuls": 0.002,
             ELSE: 0.0005,
             "idle": 0.00125,  # 2000 ns before the backward kernel, 500 before the last
         }
@@ -46,7 +46,7 @@ def test_breakdown() -> None:
 
 def test_longest() -> None:
     first, second, *others = longest(KERNELS, steps=2, n=4)
-    assert first == {**first, "name": KERNELS[0].name, "calls": 0.5, "part": "matrix products"}
+    assert first == {**first, "name": KERNELS[0].name, "calls": 0.5, "part": "matmuls"}
     assert second["name"] == "e88_backward_mosaic_gpu_kernel"
     assert {row["name"]: row["calls"] for row in others} == {
         "e88_forward_mosaic_gpu_kernel": 0.5,

@@ -1,4 +1,4 @@
-"""The training step: accumulation, clipping, skipping, carried state; optimisers; evaluation."""
+"""The training step: accumulation, clipping, skipping, carried state; optimizers; evaluation."""
 
 import dataclasses
 from typing import Any

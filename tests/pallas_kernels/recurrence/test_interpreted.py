@@ -37,7 +37,7 @@ class TestInterpreted(RecurrenceContract):
     n_value = 8
     rows = MappingProxyType({"batch": 1, "heads": 1})
     quick_to_compile = dtypes
-    checkpoint_intervals = (32, 33)
+    saved_state_intervals = (32, 33)
     supports_sharding = False  # `test_op.py` does that
     uses_xla_memory = False
 

@@ -46,7 +46,7 @@ def _forget_traced_calls() -> None:
 class TestAroundTheKernels(RecurrenceContract):
     implementation = "kernels in plain JAX"
     dtypes = ("float32", "bfloat16")
-    checkpoint_intervals = (32, 33, 1000)
+    saved_state_intervals = (32, 33, 1000)
     kept_every = MappingProxyType({16: 8, 64: 64, 128: 128})
     quick_to_compile = dtypes
 
