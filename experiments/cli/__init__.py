@@ -31,8 +31,21 @@ FLOAT32_LIMIT = 1e38
 """Rates and norms are kept in float32."""
 
 
-def parse(config: type[Config], args: Sequence[str], default: Config | None = None) -> Config:
+def parse(
+    config: type[Config],
+    args: Sequence[str],
+    default: Config | None = None,
+    *,
+    complete: bool = True,
+) -> Config:
     """A `config` from command-line `args`; other fields are those of `default`.
+
+    Args:
+        config: a dataclass.
+        args: the command line.
+        default: None for the defaults of the class.
+        complete: refuse unknown flags. Without, they are left to a parse with another default,
+            whose model may have other flags.
 
     Raises:
         UsageError: an unknown flag, or a value that does not fit.
@@ -54,8 +67,8 @@ def parse(config: type[Config], args: Sequence[str], default: Config | None = No
         if not exit_.code:
             raise
         raise UsageError(_first_sentence(printed.getvalue())) from None
-    if unknown:
-        kind = model_flags.named_mixer(args) or "e88"
+    if unknown and complete:
+        kind = model_flags.kind_of(parsed, args)
         known = list(_flags(config, kind))
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags."

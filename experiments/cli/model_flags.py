@@ -1,6 +1,7 @@
 """A model's flags on the command line: those of its mixer, its sizes and its execution, flat."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ def registry(args: Sequence[str]) -> ConstructorRegistry:
         if info.type is not LMConfig:
             return None
         default: LMConfig = info.default
+        layers = default.layers if named_mixer(args) is None else default.layers[:1]
         kind, layer = named_mixer(args) or default.layers[0].kind, default.layers[0]
         same = (x.name for x in dataclasses.fields(LMConfig) if x.name != "layers")
         values = {name: getattr(default, name) for name in same}
@@ -58,7 +60,11 @@ def registry(args: Sequence[str]) -> ConstructorRegistry:
             "mixer": {"type": Literal[tuple(MIXERS)]},
             "layer": {"type": config_type(kind), "default": own},
         }
-        fields = (dataclasses.replace(x, **changed.get(x.name, {})) for x in spec.fields)
+        fields = [dataclasses.replace(x, **changed.get(x.name, {})) for x in spec.fields]
+        if len(layers) > 1:  # several mixers, as a stored model may have, have no flags
+            own_flags = [x for x in fields if x.name not in changed]
+            several = functools.partial(LMConfig, layers=layers)
+            return StructConstructorSpec(several, tuple(own_flags))
         return StructConstructorSpec(_build, tuple(fields))
 
     return rules
@@ -83,6 +89,13 @@ def named_mixer(args: Sequence[str]) -> str | None:
     if kind is not None and kind not in MIXERS:
         raise UsageError(f"--mixer must be one of {', '.join(MIXERS)}, got {kind!r}.")
     return kind
+
+
+def kind_of(config: Any, args: Sequence[str]) -> str:
+    """The kind of mixer that a command line names, else that of the model of `config`."""
+    model = getattr(config, "model", None)
+    default = model.layers[0].kind if isinstance(model, LMConfig) else E88Config.kind
+    return named_mixer(args) or default
 
 
 def flag_types(kind: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from e88_jax import hardware
-from e88_jax.config import LMConfig
-from e88_jax.sizing import d_inner_of, e88_layer, find_preset, parse_params, solve
+from e88_jax.config import E88Config, LMConfig
+from e88_jax.sizing import find_preset, parse_params, solve
 from experiments import cli
 from experiments.cli.errors import UsageError
 
@@ -37,10 +37,13 @@ def parse_args(kind: type[Training], args: Sequence[str]) -> Training:
     Raises:
         UsageError: a flag is wrong, or the run to resume has other flags.
     """
-    config = cli.parse(kind, args)
+    config = cli.parse(kind, args, complete=False)
     if not config.resume:
+        default = None
         if (model := chosen_model(config)) is not None:
-            config = cli.parse(kind, args, default=dataclasses.replace(config, model=model))
+            default = dataclasses.replace(config, model=model)
+        config = cli.parse(kind, args, default=default)
+        if model is not None:
             print(f"{config.preset or config.params}: {describe(config.model)}")
         return _located(config, args)
     directory = config.out if config.out is not None else run_directory.newest_run()
@@ -77,8 +80,9 @@ def chosen_model(config: TrainConfig) -> LMConfig | None:
 
 def describe(model: LMConfig) -> str:
     """Sizes of a model, in one line."""
-    layer = e88_layer(model)
-    return (
-        f"dim {model.dim}, {layer.n_heads} heads of {layer.n_state} (d_inner {d_inner_of(model)}), "
-        f"depth {model.depth}: {model.count_params():,} parameters"
-    )
+    layer = model.layers[0]
+    mixers = ", ".join(dict.fromkeys(layer.kind for layer in model.layers))
+    if len(model.layers) == 1 and isinstance(layer, E88Config):
+        d_inner = layer.n_heads * layer.n_state
+        mixers = f"{layer.n_heads} heads of {layer.n_state} (d_inner {d_inner})"
+    return f"dim {model.dim}, {mixers}, depth {model.depth}: {model.count_params():,} parameters"

@@ -8,10 +8,13 @@ import jax
 import pytest
 from flax import nnx
 
-from e88_jax import LanguageModel, LMConfig
+from e88_jax import E88Config, LanguageModel, LMConfig
 from e88_jax.mixers import MIXERS
 from e88_jax.optim import muon_dimensions
 from experiments import sample, train_byte_lm
+from experiments.cli.errors import UsageError
+from experiments.harness.program import parse_args
+from experiments.tasks.bytes import ByteLMConfig
 from tests.reference.configs import n_params
 from tests.reference.toy_mixer import TOY, ToyConfig
 
@@ -75,6 +78,10 @@ def test_it_trains_resumes_and_samples(
     train_byte_lm.main([*flags, *model, "--out", str(whole), "--steps", "8"])
     train_byte_lm.main([*flags, *model, "--out", str(parts), "--steps", "4"])
     train_byte_lm.main(["--out", str(parts), "--resume", "--steps", "8"])
+    with pytest.raises(UsageError, match=r"another configuration, --width 7 \(not 9\)"):
+        train_byte_lm.main(["--out", str(parts), "--resume", "--width", "9"])
+    with pytest.raises(UsageError, match="unknown argument --widht: did you mean --width"):
+        train_byte_lm.main(["--out", str(parts), "--resume", "--widht", "9"])
     layers = json.loads((parts / "run.json").read_text())["config"]["model"]["layers"]
     assert layers == [{"kind": "toy", "width": 7}]
     losses = [
@@ -90,3 +97,19 @@ def test_it_trains_resumes_and_samples(
     capfdbinary.readouterr()
     sample.main([str(parts), "--prompt", "abc", "--length", "9"])
     assert len(capfdbinary.readouterr().out.removeprefix(b"abc").rstrip(b"\n")) >= 9
+
+
+def test_a_preset_of_another_mixer_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--preset", "h72n32-500m", "--mixer", "toy", "--width", "5"]
+    config = parse_args(ByteLMConfig, args)
+    assert config.model.layers == (ToyConfig(width=5),)
+    assert "h72n32-500m: dim 2176, toy, depth 20: " in capsys.readouterr().out
+
+
+def test_a_stored_model_of_several_mixers_keeps_them(tmp_path: Path) -> None:
+    layers = E88Config(n_heads=2, n_state=4), ToyConfig(width=5)
+    stored = ByteLMConfig(model=LMConfig(dim=16, depth=4, layers=layers), out=tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"config": stored.to_dict()}))
+    resumed = parse_args(ByteLMConfig, ["--resume", "--out", str(tmp_path), "--remat", "layer"])
+    assert resumed.model.layers == layers
+    assert resumed.model.execution.remat == "layer"
