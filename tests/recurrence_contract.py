@@ -1,4 +1,4 @@
-"""What every implementation of the recurrence must do, as one class to inherit.
+"""Contract of every implementation of the recurrence, as one class to inherit.
 
 A test class names its implementation, sets the capability flags that differ, and inherits the rest:
 
@@ -90,7 +90,7 @@ def make_cotangents(inputs: Inputs, seed: int = 1) -> tuple[np.ndarray, np.ndarr
 
 
 def tensors(inputs: Inputs, dtype: str) -> Tensors:
-    """What is differentiated, as JAX arrays: q, k, v in dtype, the rest float32 or float64."""
+    """Differentiated inputs as JAX arrays: q, k, v in dtype, the rest float32 or float64."""
     wide = "float64" if dtype == "float64" else "float32"
     dtypes = {"q": dtype, "k": dtype, "v": dtype}
     names = ("q", "k", "v", "decay", "write_gate", "initial_state")

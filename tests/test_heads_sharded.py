@@ -26,7 +26,7 @@ HEADS_AXIS = {
     "value_residual": 0,
     "projection": 0,
 }
-"""Of a parameter, by its name or that of what it is the kernel of."""
+"""Axis of a parameter, by its name or that of the module whose kernel it is."""
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 16)).astype(np.int32)
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -38,7 +38,7 @@ def spec_of(path: tuple[Any, ...]) -> P:
 
 
 def collectives(compiled: Any) -> dict[str, int]:
-    """How many of each kind the program has."""
+    """Count of each kind in the program."""
     text = compiled.as_text()
     return {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
 
@@ -58,7 +58,7 @@ class Program(NamedTuple):
     compiled: Any
     actual: Any
     expected: Any
-    """Those of one device."""
+    """Results on one device."""
 
 
 @functools.cache

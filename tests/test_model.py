@@ -55,7 +55,7 @@ def run(model: LanguageModel, tokens: Any, state: Any = None, segment_ids: Any =
 
 
 def loss_of(model: LanguageModel, tokens: Any) -> Any:
-    """Of a text that begins again where it ends."""
+    """Loss of a text that begins again where it ends."""
     logits, _ = model(tokens)
     targets = jnp.roll(tokens, -1, axis=1)
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
@@ -168,7 +168,7 @@ class TestDtypes:
 
 
 class TestFlax:
-    """What a Flax user expects to work."""
+    """Transformations of Flax and JAX over the model."""
 
     def test_value_and_grad_reaches_every_parameter(self, model: LanguageModel) -> None:
         loss, grads = nnx.jit(nnx.value_and_grad(loss_of))(model, jnp.asarray(TOKENS))
@@ -255,7 +255,7 @@ class TestRemat:
         tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
 
         def kept_bytes(remat: Any) -> int:
-            """Of what the forward pass leaves to the backward pass."""
+            """Bytes that the forward pass leaves to the backward pass."""
             options: dict[str, Any] = {"dtype": "float32", "remat": remat}
             config = lm_config(dim=64, n_heads=4, n_state=16, depth=6, **options)
             graphdef, params = nnx.split(

@@ -43,7 +43,7 @@ def test_wide(dtype: str, wider: str, x64: None) -> None:
 
 
 _WIDE = {"exp", "log", "log1p", "tanh", "logistic", "sqrt", "rsqrt", "div", "reduce_sum"}
-"""What norms, gates, decay, softmax and the recurrence are made of."""
+"""Primitives of norms, gates, decay, softmax and the recurrence."""
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -54,7 +54,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def equations_of(module: Callable[[], Any], *inputs: Any) -> list[Any]:
-    """What a module computes of inputs, both given as shapes."""
+    """Equations of a module over inputs, both given as shapes."""
     graphdef, params = nnx.split(nnx.eval_shape(module))
 
     def call(params: Any, *inputs: Any) -> Any:

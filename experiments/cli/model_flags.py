@@ -47,8 +47,8 @@ def registry(args: Sequence[str]) -> ConstructorRegistry:
         if info.type is not LMConfig:
             return None
         default: LMConfig = info.default
-        layers = default.layers if named_mixer(args) is None else default.layers[:1]
-        kind, layer = named_mixer(args) or default.layers[0].kind, default.layers[0]
+        named, layer = named_mixer(args), default.layers[0]
+        kind = named or layer.kind
         same = (x.name for x in dataclasses.fields(LMConfig) if x.name != "layers")
         values = {name: getattr(default, name) for name in same}
         flags = ModelFlags(mixer=kind, layer=E88Config(n_heads=1), **values)
@@ -61,9 +61,9 @@ def registry(args: Sequence[str]) -> ConstructorRegistry:
             "layer": {"type": config_type(kind), "default": own},
         }
         fields = [dataclasses.replace(x, **changed.get(x.name, {})) for x in spec.fields]
-        if len(layers) > 1:  # several mixers, as a stored model may have, have no flags
+        if named is None and len(default.layers) > 1:  # as of a stored model; these have no flags
             own_flags = [x for x in fields if x.name not in changed]
-            several = functools.partial(LMConfig, layers=layers)
+            several = functools.partial(LMConfig, layers=default.layers)
             return StructConstructorSpec(several, tuple(own_flags))
         return StructConstructorSpec(_build, tuple(fields))
 

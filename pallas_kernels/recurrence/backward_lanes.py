@@ -183,7 +183,7 @@ def _backpropagate(
     n: int,
     between: Callable[[int], None],
 ) -> tuple[State, State, Accumulators]:
-    """What `backpropagate` returns, and this warp's partial sums of the gradients of q and k.
+    """`backpropagate`'s results, and this warp's partial sums of the gradients of q and k.
 
     `between(i)` emits independent work that hides the latency of the reduction over keys of the
     i-th step from the end.

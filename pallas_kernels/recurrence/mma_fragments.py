@@ -155,7 +155,7 @@ class Fragments:
         return self._load_columns(memory, True, *index)
 
     def own_columns(self, both: Columns) -> Columns:
-        """What `load_columns` returns, from what `load_both_columns` returned."""
+        """Columns as `load_columns` returns them, from those of `load_both_columns`."""
         return both if self.exact else [[self.w.select(self.is_odd, b, a)] for a, b in both]
 
     def _load_columns(self, memory: Memory, both: bool, *index: Reg) -> Columns:

@@ -37,7 +37,7 @@ class PreviousConfig(TaskConfig):
     until: int = 60
     """Step from which on the target is the token itself."""
     note: str = "done"
-    """What is written at the end."""
+    """Text of the file that is written at the end."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"note"})
     FILES: ClassVar[tuple[str, ...]] = ("rule.txt",)

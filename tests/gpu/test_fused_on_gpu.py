@@ -169,7 +169,7 @@ def test_a_model_for_inference(options: dict[str, Any], batch: int) -> None:
 
 @pytest.mark.parametrize("n_heads", [5, 8])
 def test_gradients_of_a_layer(n_heads: int) -> None:
-    """Of weights and inputs, with kernels for all between the matmuls, against the scan."""
+    """Those of weights and inputs, with kernels between the matmuls, are those of the scan."""
     x = jax.random.normal(jax.random.key(0), (3, 50, 64))
 
     def gradients(implementation: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What every mixer must do, as one class to inherit.
+"""Contract of every mixer, as one class to inherit.
 
 A test class names its layers and inherits the rest:
 
@@ -193,7 +193,7 @@ class MixerContract:
         chex.assert_trees_all_equal(run(twice, x, before), run(again, x, before))
 
     def test_gradients_are_slopes(self, mixer: Mixer, x: jax.Array, before: Any) -> None:
-        """Of every parameter, the input and the state, through both results."""
+        """Every parameter, the input and the state, through both results."""
         graphdef, params = nnx.split(mixer)
         arguments = params, x, before
         rng = np.random.default_rng(3)

@@ -1,7 +1,7 @@
 """The whole E88 layer as float64 NumPy, from weights as the original PyTorch layer keeps them.
 
 Written from the description of the layer, with loops where they are clearest, and sharing nothing
-with `e88_jax` but the configuration.
+with `e88_jax` but the configuration and the recurrence of `e88_jax.naive`.
 """
 
 from typing import NamedTuple

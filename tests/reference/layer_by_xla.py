@@ -1,4 +1,4 @@
-"""What the kernels of qkv_activation and decode compute, by XLA."""
+"""Results of the kernels of qkv_activation and decode, by XLA."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def decoded(
     write_gate: jax.Array | None,
     state: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """What `decode_layer` computes."""
+    """Results of `decode_layer`."""
     q, k, v, _ = activated(layer.columns, 0, x[:, None])
     out, state = single_step(
         q,

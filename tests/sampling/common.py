@@ -1,4 +1,4 @@
-"""What the tests of sampling draw from, and with."""
+"""Prompt, draws and counts of programs that the tests of sampling share."""
 
 from typing import Any
 

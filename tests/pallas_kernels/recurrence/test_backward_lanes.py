@@ -77,7 +77,7 @@ def make_inputs(n: int, heads: int, values: int, keys: int, kind: StepKind, dtyp
 
 
 def expected(inputs: Arrays, kind: StepKind) -> Arrays:
-    """What the programs compute; states before each step in the dtype that they are stored in."""
+    """Correct results; states before each step in the dtype that they are stored in."""
     x = {name: value.astype(np.float64) for name, value in inputs.items()}
     n = len(x["k"])
     scalars = list(x["scalars"].transpose(1, 2, 0)[..., None])  # of each [n, heads, 1]
@@ -144,7 +144,7 @@ def places_of(f: Fragments, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int, pipelined: bool) -> Arrays:
-    """What the programs compute, called as the kernel does.
+    """Results of the programs, called as the kernel does.
 
     If `pipelined`, the same steps are replayed again during backpropagation, into other memory.
     """
