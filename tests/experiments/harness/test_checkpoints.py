@@ -128,7 +128,7 @@ def assert_passes_over_damage(
     assert restored[2] == {"data": {"next_index": restored[0]}}
     if restored[0] == 2:
         return False
-    assert re.search(rf"checkpoint 2 is damaged: \S+ {what}; it is now ", warnings)
+    assert re.search(rf"checkpoint 2 is damaged: .+ {what}; it is now ", warnings)
     assert (directory / "unreadable" / "2").is_dir()
     return True
 
