@@ -15,7 +15,7 @@ from e88_jax.checks import (
     require_number,
     shown,
 )
-from e88_jax.mixers.base import Execution, Flops, MixerConfig
+from e88_jax.mixers.base import MATMUL_FLOPS, Execution, Flops, MixerConfig
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -26,9 +26,6 @@ OutputGate = Literal["silu", "sigmoid", "none"]
 DecayMode = Literal["mamba", "simple", "constant", "none"]
 HeadMix = Literal["concat", "weighted_sum", "per_head", "input_weighted", "sum"]
 
-MATMUL_FLOPS = 6
-"""FLOPs of training per weight of a matmul and token: 2 forward, 4 backward (Scaling Laws, section
-2.1: `docs/references.md`)."""
 RECURRENCE_FLOPS = 8 + 18
 """FLOPs of training per state element and step; a multiply-add is two. Forward: the read S^T k (2),
 decay * S + k d^T (3), tanh (1), the output S^T q (2). Backward: q d_out^T (2), d_q (2), d_k (4),

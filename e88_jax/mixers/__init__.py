@@ -8,6 +8,10 @@ from e88_jax.mixers.base import MixerConfig
 
 MIXERS: dict[str, str] = {
     "e88": "e88_jax.config:E88Config",
+    "gated_deltanet": "e88_jax.mixers.baselines:GatedDeltaNetConfig",
+    "mamba2": "e88_jax.mixers.baselines:Mamba2Config",
+    "attention": "e88_jax.mixers.baselines:AttentionConfig",
+    "lstm": "e88_jax.mixers.baselines:LSTMConfig",
 }
 """`module:name` of each kind's configuration. A new mixer is a file of its own and a line here."""
 

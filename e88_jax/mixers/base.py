@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 Remat = Literal["none", "recurrence", "layer"]
-Implementation = Literal["scan", "mosaic_gpu"]
+Implementation = Literal["scan", "chunked", "mosaic_gpu"]
 
 MixerState = Any
 """A tree of arrays whose first axis is the batch; each mixer has its own."""
@@ -52,6 +52,11 @@ class Execution:
         check_fields(self, require_choice, "implementation", choices=choices)
         check_fields(self, require_int, "saved_state_interval")
         check_fields(self, require_choice, "remat", choices=get_args(Remat))
+
+
+MATMUL_FLOPS = 6
+"""FLOPs of training per weight of a matmul and token: 2 forward, 4 backward (Scaling Laws, section
+2.1: `docs/references.md`)."""
 
 
 class Flops(NamedTuple):
