@@ -11,12 +11,13 @@ from e88_jax.typed import checkpoint
 
 
 class Inputs(NamedTuple):
-    """The arrays of the op that are differentiated."""
+    """The arrays of an op that are differentiated. q and k may have fewer heads than v, G of them,
+    each shared by H / G in a row."""
 
-    q: Array  # [B, T, H, N]
-    k: Array  # [B, T, H, N]
+    q: Array  # [B, T, G, N]
+    k: Array  # [B, T, G, N]
     v: Array  # [B, T, H, V]
-    decay: Array  # [B, T, H]
+    decay: Array  # [B, T, H]; its logarithm, of an op that takes that
     write_gate: Array | None  # [B, T, H]
     initial_state: Array | None  # [B, H, N, V]
 
@@ -76,25 +77,42 @@ def _keep_apart(x: Inputs, starts: Array | None, live: Array | None) -> tuple[In
     follows in its document and head; the op puts NaN into the results that depend on it.
     """
     steps = jnp.arange(x.q.shape[1], dtype=jnp.int32)[None, :]
-    reads_bad = _not_finite(x.q, 3)
-    written = (y for y in (x.k, x.v, x.decay, x.write_gate) if y is not None)
-    writes_bad = functools.reduce(jnp.logical_or, (_not_finite(y, 3) for y in written))
-    past_end = jnp.zeros_like(writes_bad) if live is None else ~live[:, :, None]
-    reads_bad, writes_bad = reads_bad & ~past_end, writes_bad & ~past_end
+    heads = x.v.shape[2]
+    begins = jnp.zeros_like(steps) if starts is None else jnp.where(starts, steps, 0)
+    ended = None if live is None else ~live[:, :, None]
+
+    def since(bad: Array) -> Array:
+        """Where a step is bad, and from there to the end of its document."""
+        latest = lax.cummax(jnp.where(bad, steps[:, :, None], -1), axis=1)
+        return latest >= lax.cummax(begins, axis=1)[:, :, None]
+
+    def within(bad: Array) -> Array:
+        return bad if ended is None else bad & ~ended
+
+    def of_heads(bad: Array) -> Array:
+        """From the heads of q or k to those of v."""
+        return jnp.repeat(bad, heads // bad.shape[2], axis=2)
+
+    def cleared(y: Array | None, bad: Array) -> Array | None:
+        return None if y is None else _filled(y, bad if ended is None else bad | ended, 0)
+
+    q_bad, k_bad = within(_not_finite(x.q, 3)), within(_not_finite(x.k, 3))
+    written = (y for y in (x.v, x.decay, x.write_gate) if y is not None)
+    writes_bad = functools.reduce(jnp.logical_or, (within(_not_finite(y, 3)) for y in written))
+    writes_bad |= of_heads(k_bad)
     initial_state = x.initial_state
     if initial_state is not None:
         bad = _not_finite(initial_state, 2)
         writes_bad = jnp.concatenate([writes_bad[:, :1] | bad[:, None], writes_bad[:, 1:]], axis=1)
         initial_state = _filled(initial_state, bad, 0)
 
-    latest_bad = lax.cummax(jnp.where(writes_bad, steps[:, :, None], -1), axis=1)
-    begins = jnp.zeros_like(steps) if starts is None else jnp.where(starts, steps, 0)
-    state_bad = latest_bad >= lax.cummax(begins, axis=1)[:, :, None]
-    out_bad = state_bad | reads_bad
-    k, v, decay, write_gate = (
-        None if y is None else _filled(y, state_bad | past_end, 0) for y in x[1:5]
-    )
-    q = _filled(x.q, out_bad | past_end, 0)
+    state_bad = since(writes_bad)
+    out_bad = state_bad | of_heads(q_bad)
+    # A key that others share stays where it is finite: their documents go on.
+    shared = x.k.shape[2] != heads
+    q = cleared(x.q, q_bad if shared else out_bad)
+    k = cleared(x.k, since(k_bad) if shared else state_bad)
+    v, decay, write_gate = (cleared(y, state_bad) for y in x[2:5])
     inputs = Inputs(q, k, v, decay, write_gate, initial_state)  # pyright: ignore[reportArgumentType]
     return inputs, _Spoilt(out_bad, state_bad[:, -1])
 

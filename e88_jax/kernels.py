@@ -36,7 +36,7 @@ def require(implementation: Implementation | None) -> None:
     NotImplementedError: kernels do not run on the target or with this JAX (not every platform's
         jaxlib has what they import), or are not asked for.
     """
-    if implementation == "scan":
+    if implementation not in (None, "mosaic_gpu"):
         raise NotWorthIt("is not asked for")
     if refusal := target.kernels_refusal(target.current()):
         raise NotWorthIt(refusal)

@@ -11,13 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from e88_jax import kernels
+from e88_jax import implementations, kernels
 from e88_jax.checks import (
     as_array,
     as_integers,
     as_lengths,
     require_bool,
-    require_choice,
     require_int,
 )
 from e88_jax.documents import Inputs, of_rows
@@ -40,28 +39,21 @@ def _mosaic_gpu(
     linear_state: bool,
     saved_state_interval: int,
 ) -> tuple[Array, Array]:
-    try:
-        kernels.require("mosaic_gpu")
-        from pallas_kernels.recurrence import recurrence, single_step
+    kernels.require("mosaic_gpu")
+    from pallas_kernels.recurrence import recurrence, single_step
 
-        if q.shape[1] == 1:
-            return single_step(
-                q, k, v, decay, write_gate, initial_state, live, linear_state=linear_state
-            )
-        return kernels.call(
-            recurrence,
-            *(q, k, v, decay, write_gate, initial_state, starts, live),
-            linear_state=linear_state,
-            saved_state_interval=saved_state_interval,
+    if q.shape[1] == 1:
+        return single_step(
+            q, k, v, decay, write_gate, initial_state, live, linear_state=linear_state
         )
-    except NotImplementedError as refusal:
-        raise NotImplementedError(
-            f"implementation='mosaic_gpu' {refusal}; use implementation='scan', which takes every "
-            "size and dtype on every platform."
-        ) from refusal
+    return kernels.call(
+        recurrence,
+        *(q, k, v, decay, write_gate, initial_state, starts, live),
+        linear_state=linear_state,
+        saved_state_interval=saved_state_interval,
+    )
 
 
-# An implementation raises NotImplementedError for a call that it cannot take.
 IMPLEMENTATIONS: dict[Implementation, Callable[..., tuple[Array, Array]]] = {
     "mosaic_gpu": _mosaic_gpu,
     "scan": scan_recurrence,
@@ -151,14 +143,17 @@ def e88_recurrence(
         lengths = as_lengths(lengths, batch, time)
     linear_state = require_bool("linear_state", linear_state)
     saved_state_interval = require_int("saved_state_interval", saved_state_interval)
-    require_choice("implementation", implementation, (None, *IMPLEMENTATIONS))
+    implementations.check("e88_recurrence", IMPLEMENTATIONS, implementation)
     inputs = Inputs(q, k, v, decay, write_gate, initial_state)
     axes = Inputs("b t h n", "b t h n", "b t h v", "b t h", "b t h", "b h n v")  # pyright: ignore[reportArgumentType]
 
     def run(*arrays: Any) -> tuple[Array, Array]:
         recurrence = functools.partial(
-            _run,
+            implementations.run,
+            "e88_recurrence",
+            IMPLEMENTATIONS,
             implementation,
+            _fastest_first(),
             linear_state=linear_state,
             saved_state_interval=saved_state_interval,
         )
@@ -166,19 +161,6 @@ def e88_recurrence(
 
     arrays = inputs, segment_ids, lengths
     return with_automatic_axes(run, arrays, (axes, "b t", "b"), (axes.v, axes.initial_state))
-
-
-def _run(implementation: Implementation | None, *arrays: Array | None, **options: Any) -> Any:
-    """The recurrence by the named implementation, or by the fastest that takes the call."""
-    if implementation is not None:
-        return IMPLEMENTATIONS[implementation](*arrays, **options)
-    *faster, last = _fastest_first()
-    for name in faster:
-        try:
-            return IMPLEMENTATIONS[name](*arrays, **options)
-        except NotImplementedError as error:
-            kernels.log_once(f"e88_recurrence falls back to {last!r}: {error}")
-    return IMPLEMENTATIONS[last](*arrays, **options)
 
 
 def _validate(

@@ -1,7 +1,8 @@
 """The recurrence in plain JAX: the definition that every other implementation is held to.
 
-`_step` is one step. `_steps` unrolls a few; `_in_pieces` runs any number piece by piece and keeps
-the states in between. Derivatives are JAX's own, of any order and in both modes.
+`_step` is one step. `scan_steps` runs any recurrence by its step: `_steps` unrolls a few, and
+`_in_pieces` runs any number piece by piece and keeps the states in between. Derivatives are JAX's
+own, of any order and in both modes.
 """
 
 import functools
@@ -35,7 +36,10 @@ class Inputs(NamedTuple):
     live: Array | None  # [B] bool: False past the end of a row, where its state stays
 
 
-_Run = Callable[[Array, Inputs], tuple[Array, Array]]
+Step = Callable[[Array, Any], tuple[Array, Array]]
+"""`(state [B, H, N, V], inputs of a step) -> (state, out [B, H, V])`."""
+
+_Run = Callable[[Array, Any], tuple[Array, Array]]
 """`(state [B, H, N, V], inputs of L steps) -> (state, out [B, L, H, V])`."""
 
 # Outer products are einsums too: on a CPU the gradient of a broadcast multiplication takes up to
@@ -52,7 +56,7 @@ def _in_rows(rows: Array, x: Array, otherwise: Array) -> Array:
     return jnp.where(rows[:, None, None, None], x, otherwise)
 
 
-def _step(state: Array, x: Inputs, linear_state: bool) -> tuple[Array, Array]:
+def _step(linear_state: bool, state: Array, x: Inputs) -> tuple[Array, Array]:
     """The state after a step, and its output."""
     before = state
     if x.starts is not None:
@@ -68,19 +72,24 @@ def _step(state: Array, x: Inputs, linear_state: bool) -> tuple[Array, Array]:
     return after, _read(after, x.q)
 
 
-def _steps(linear_state: bool, state: Array, inputs: Inputs) -> tuple[Array, Array]:
-    """A `_Run` that writes all its steps out."""
+def _steps(step: Step, dtype: jnp.dtype, state: Array, inputs: Any) -> tuple[Array, Array]:
+    """A `_Run` that writes all its steps out, for outputs of this dtype."""
     out: list[Array] = []
-    for t in range(inputs.q.shape[1]):
+    wide = state.dtype
+    for t in range(_length(inputs)):
 
         def at_step(x: Array, t: int = t) -> Array:
-            return x[:, t]
+            x = x[:, t]
+            return x.astype(wide) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-        x = jax.tree.map(at_step, inputs)
-        x = Inputs(*(y.astype(state.dtype) for y in x[:4]), *x[4:])
-        state, read = _step(state, x, linear_state)
+        state, read = step(state, jax.tree.map(at_step, inputs))
         out.append(read)
-    return state, jnp.stack(out, axis=1).astype(inputs.v.dtype)
+    return state, jnp.stack(out, axis=1).astype(dtype)
+
+
+def _length(inputs: Any) -> Any:
+    """Steps of arrays `[B, T, ...]`; symbolic under `jax.export`."""
+    return jax.tree.leaves(inputs)[0].shape[1]
 
 
 def _piece(start: Array | int, length: int, inputs: Tree) -> Tree:
@@ -92,12 +101,12 @@ def _piece(start: Array | int, length: int, inputs: Tree) -> Tree:
     return jax.tree.map(of, inputs)
 
 
-def _in_pieces(run: _Run, length: int, state: Array, inputs: Inputs) -> tuple[Array, Array]:
+def _in_pieces(run: _Run, length: int, state: Array, inputs: Any) -> tuple[Array, Array]:
     """The `_Run` that applies `run` to `length` steps at a time, then to the remainder.
 
     The backward pass keeps the state before each piece and recomputes the piece.
     """
-    time: Any = inputs.q.shape[1]
+    time = _length(inputs)
     if not isinstance(time, int):  # symbolic, of `jax.export`: pieces of one step divide it
         length = 1
     elif time <= length:
@@ -115,6 +124,28 @@ def _in_pieces(run: _Run, length: int, state: Array, inputs: Inputs) -> tuple[Ar
         state, rest = run(state, _piece(whole, left_over, inputs))
         out = jnp.concatenate([out, rest], axis=1)
     return state, out
+
+
+def scan_steps(
+    step: Step, state: Array, inputs: Any, dtype: jnp.dtype, saved_state_interval: int
+) -> tuple[Array, Array]:
+    """A recurrence over all steps.
+
+    Args:
+        step: one step; its inputs' floats are in the state's dtype.
+        state: `[B, H, N, V]`, the state before the first step.
+        inputs: a tree of arrays `[B, T, ...]`.
+        dtype: dtype of the outputs.
+        saved_state_interval: steps between states that are saved for the backward pass.
+
+    Returns:
+        `(out [B, T, H, V], final_state)`.
+    """
+    run = functools.partial(_steps, step, dtype)
+    if saved_state_interval > MAX_WRITTEN_OUT:
+        run = functools.partial(_in_pieces, run, MAX_WRITTEN_OUT)
+    state, out = _in_pieces(run, saved_state_interval, state, inputs)
+    return out, state
 
 
 def scan_recurrence(
@@ -140,9 +171,6 @@ def scan_recurrence(
     state = initial_state
     if state is None:
         state, q = varying_alike(jnp.zeros((batch, heads, n_state, v.shape[-1]), wide), q)
-    run = functools.partial(_steps, linear_state)
-    if saved_state_interval > MAX_WRITTEN_OUT:
-        run = functools.partial(_in_pieces, run, MAX_WRITTEN_OUT)
+    step = functools.partial(_step, linear_state)
     inputs = Inputs(q, k, v, decay, write_gate, starts, live)
-    state, out = _in_pieces(run, saved_state_interval, state.astype(wide), inputs)
-    return out, state
+    return scan_steps(step, state.astype(wide), inputs, v.dtype, saved_state_interval)

@@ -148,7 +148,7 @@ def test_an_implementation_that_the_machine_lacks_is_no_failure(
     assert selfcheck.main(["--quick"]) == 0
     output = capsys.readouterr().out
     assert output.count("needs a GPU") == 1
-    assert "not available here: needs a GPU" in output
+    assert "not available here: implementation='missing' needs a GPU; use" in output
     assert "missing not available here; scan 2 passed" in output.splitlines()[-1]
 
 
@@ -176,7 +176,7 @@ def test_single_refusals_are_listed_and_no_failure(
     assert passed.endswith("OK")
     for row in (before, after):
         assert str(other) in row
-        assert row.endswith("refused: takes T = 5, got 1")
+        assert "refused: implementation='picky' takes T = 5, got 1; use" in row
     assert "picky 1 passed, 0 failed, 2 refused" in summary
 
 

@@ -1,0 +1,112 @@
+"""What the linear recurrences share: checks of arguments, documents and rows, mesh axes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from e88_jax.checks import as_array, as_integers, as_lengths
+from e88_jax.documents import Inputs, of_rows
+from e88_jax.meshes import varying_alike, with_automatic_axes
+from e88_jax.mixers.base import Implementation
+from pallas_kernels import target
+
+_AXES = Inputs("b t h n", "b t h n", "b t h v", "b t h", "b t h", "b h n v")  # pyright: ignore[reportArgumentType]
+
+
+def fastest_first(time: Any) -> tuple[Implementation, ...]:
+    """Implementations in the order in which they are tried, for so many steps.
+
+    A single step has no chunks; a number that is symbolic, of `jax.export`, cannot be divided.
+    """
+    if not isinstance(time, int) or time == 1:
+        return ("scan",)
+    on_gpu = target.current().platform == "gpu"
+    return ("mosaic_gpu", "chunked") if on_gpu else ("chunked",)
+
+
+def checked(
+    arrays: Mapping[str, Array], initial_state: Any, segment_ids: Any, lengths: Any
+) -> tuple[Inputs, Array | None, Array | None]:
+    """The arguments of a linear recurrence as arrays.
+
+    Args:
+        arrays: by the names that errors give them: q and k `[B, T, G, K]`, v `[B, T, H, V]`,
+            log_decay and write_gate `[B, T, H]`.
+        initial_state, segment_ids, lengths: as `gated_delta_rule` takes them.
+
+    Raises:
+        TypeError, ValueError: as `gated_delta_rule`.
+    """
+    forms = ("[B, T, G, K]", "[B, T, G, K]", "[B, T, H, V]", "[B, T, H]", "[B, T, H]")
+    (q_name, q), (k_name, k), (v_name, v), decay, gate = (
+        (name, as_array(name, x, form))
+        for (name, x), form in zip(arrays.items(), forms, strict=True)
+    )
+    of_heads = decay, gate
+    for name, x in ((q_name, q), (v_name, v)):
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must have four axes, none empty, got shape {x.shape}.")
+    batch, time, groups, n_key = q.shape
+    heads = v.shape[2]
+    if heads % groups:
+        raise ValueError(
+            f"heads of {v_name} must be a multiple of those of {q_name}, {groups}, got {heads}."
+        )
+    shapes = {
+        k_name: (k, q.shape),
+        v_name: (v, (batch, time, *v.shape[2:])),
+        **{name: (x, (batch, time, heads)) for name, x in of_heads},
+    }
+    if initial_state is not None:
+        initial_state = as_array("initial_state", initial_state, "[B, H, K, V]")
+        shapes["initial_state"] = initial_state, (batch, heads, n_key, v.shape[-1])
+    for name, (x, shape) in shapes.items():
+        if x.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} to go with {q_name} of shape {q.shape} and "
+                f"{v_name} of {v.shape}, got {x.shape}."
+            )
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"{q_name} must be float32, bfloat16 or float64, got {q.dtype}.")
+    for name, x in ((k_name, k), (v_name, v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must have {q_name}'s dtype {q.dtype}, got {x.dtype}.")
+    # bfloat16 would round a decay of 0.998 to 1.
+    wide = (jnp.float32, jnp.float64) if q.dtype == jnp.float64 else (jnp.float32,)
+    for name, x in (*of_heads, ("initial_state", initial_state)):
+        if x is not None and x.dtype not in wide:
+            allowed = " or ".join(jnp.dtype(dtype).name for dtype in wide)
+            raise ValueError(f"{name} must be {allowed}, got {x.dtype}.")
+    if segment_ids is not None:
+        segment_ids = as_integers("segment_ids", segment_ids, "[B, T]", (batch, time))
+    if lengths is not None:
+        lengths = as_lengths(lengths, batch, time)
+    return Inputs(q, k, v, decay[1], gate[1], initial_state), segment_ids, lengths
+
+
+def run_checked(
+    recurrence: Callable[..., tuple[Array, Array]],
+    inputs: Inputs,
+    segment_ids: Array | None,
+    lengths: Array | None,
+) -> tuple[Array, Array]:
+    """A recurrence on rows of documents, under any mesh axes.
+
+    Args:
+        recurrence: from q, k, v, log_decay, write_gate, initial_state and `starts`, `[B, T]` bool
+            or None, to `(out, final_state)`.
+        inputs, segment_ids, lengths: as `checked` returns them.
+    """
+
+    def of_live_rows(*arrays: Any) -> tuple[Array, Array]:
+        # Steps past the end of a row are zeros, which leave the state as it is.
+        return recurrence(*arrays[:-1])
+
+    def run(*arrays: Any) -> tuple[Array, Array]:
+        return of_rows(of_live_rows, *varying_alike(*arrays))
+
+    axes = _AXES, "b t", "b"
+    arguments = inputs, segment_ids, lengths
+    return with_automatic_axes(run, arguments, axes, (_AXES.v, _AXES.initial_state))

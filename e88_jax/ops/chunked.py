@@ -1,0 +1,152 @@
+"""Linear recurrences of a matrix state by chunks of steps: matmuls within a chunk, a scan over
+chunks.
+
+The chunk form of state-space duality and, for the delta rule, its WY representation with decay
+(Mamba2, DeltaNet and Gated DeltaNet: `docs/references.md`).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from e88_jax.meshes import varying_alike
+from e88_jax.precision import wide_dtype
+from e88_jax.typed import einsum
+
+CHUNK = 64
+"""Steps of a chunk: those of the kernels, and near the best for heads of 64 to 256."""
+_FORGOTTEN = -1e5
+"""Logarithm of a decay that leaves nothing, in place of -inf, which no matmul takes."""
+
+
+def chunked(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    write_gate: Array,
+    initial_state: Array | None,
+    starts: Array | None,
+    *,
+    delta_rule: bool,
+    chunk: int = CHUNK,
+) -> tuple[Array, Array]:
+    """`sequential`, whose arguments and results these are, by chunks.
+
+    With S the state before a chunk, t and s its steps, and D[t, s] the product of the decays after
+    s up to t (E[t] of all up to t, L[s] of all after s):
+
+        U = T (beta V) - W S          T = (I + tril(beta D (K K^T), -1))^-1 by the delta rule,
+        W = T (beta E K)              else T = I and W = 0
+        O = E Q S + (D Q K^T) U
+        S = E[last] S + (L K)^T U
+
+    Matmuls of float32 inputs are exact to float32; of bfloat16 inputs, in the GPU's TF32.
+
+    Raises:
+        NotImplementedError: the number of steps is symbolic, of `jax.export`.
+    """
+    batch, groups, n_key = q.shape[0], *q.shape[2:]
+    time: Any = q.shape[1]
+    if not isinstance(time, int):
+        raise NotImplementedError("takes no symbolic number of steps")
+    heads, n_value = v.shape[2:]
+    wide, dtype = wide_dtype(q.dtype), v.dtype
+    precision = lax.Precision.DEFAULT if q.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    dot = functools.partial(einsum, precision=precision)
+    chunk = min(chunk, time)
+
+    def split(x: Array, *axes: int) -> Array:
+        """`[chunks, B, G, (R,) steps, ...]` of `[B, T, ...]`, whose heads are `axes`. A step of
+        zeros at the end leaves the state as it is."""
+        past = jnp.zeros((batch, -time % chunk, *x.shape[2:]), wide)
+        x = jnp.concatenate([x.astype(wide), past], axis=1)
+        x = x.reshape(batch, -1, chunk, *axes, *x.shape[3:])
+        return jnp.moveaxis(x, (1, 2), (0, 2 + len(axes)))
+
+    if starts is not None:
+        log_decay = jnp.where(starts[:, :, None], _FORGOTTEN, log_decay)
+    repeats = heads // groups
+    keys, queries = split(k, groups), split(q, groups)
+    values = split(v, groups, repeats)
+    log_decay = jnp.maximum(split(log_decay, groups, repeats), _FORGOTTEN)
+    beta = split(write_gate, groups, repeats)
+
+    sums = _sums_between(log_decay)
+    seen = jnp.tril(jnp.ones((chunk, chunk), bool))
+    decay_between = jnp.where(seen, jnp.exp(sums), 0)  # D
+    decay_after = decay_between[..., -1, :]  # L
+    decay_before = jnp.exp(jnp.cumsum(log_decay, axis=-1))  # E
+
+    writes = beta[..., None] * values
+    weights = None
+    if delta_rule:
+        overlap = dot("nbgtk,nbgsk->nbgts", keys, keys)[:, :, :, None]
+        lower = beta[..., None] * decay_between * overlap
+        solved = _inverse(jnp.where(jnp.tril(seen, -1), lower, 0))
+        writes = dot("nbgrts,nbgrsv->nbgrtv", solved, writes)
+        scale = beta * decay_before
+        weights = dot("nbgrts,nbgrsk->nbgrtk", solved, scale[..., None] * keys[:, :, :, None])
+    kept = decay_after[..., None] * keys[:, :, :, None]
+
+    state = initial_state
+    if state is None:
+        state, writes = varying_alike(jnp.zeros((batch, heads, n_key, n_value), wide), writes)
+    state = state.astype(wide).reshape(batch, groups, repeats, n_key, n_value)
+
+    def one(
+        state: Array, x: tuple[Array, Array | None, Array, Array]
+    ) -> tuple[Array, tuple[Array, Array]]:
+        writes, weights, kept, whole = x
+        if weights is not None:
+            writes -= dot("bgrtk,bgrkv->bgrtv", weights, state)
+        after = whole[..., None, None] * state + dot("bgrtk,bgrtv->bgrkv", kept, writes)
+        return after, (state, writes)
+
+    xs = writes, weights, kept, decay_before[..., -1]
+    final, (before, writes) = lax.scan(one, state, xs)
+
+    scores = decay_between * dot("nbgtk,nbgsk->nbgts", queries, keys)[:, :, :, None]
+    out = dot("nbgrts,nbgrsv->nbgrtv", scores, writes)
+    out += decay_before[..., None] * dot("nbgtk,nbgrkv->nbgrtv", queries, before)
+    out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(batch, -1, heads, n_value)[:, :time]
+    return out.astype(dtype), final.reshape(batch, heads, n_key, n_value)
+
+
+def _sums_between(x: Array) -> Array:
+    """Sums of x `[..., C]` over the elements after s up to t, `[..., t, s]`; 0 where t <= s.
+
+    A difference of two cumulative sums would cancel: after one decay near 0 the others would be
+    lost. As one matmul with ones and zeros, exact but for the sum.
+    """
+    n = x.shape[-1]
+    step = jnp.arange(n, dtype=jnp.int32)
+    upto = step[:, None, None] <= step[None, :, None]
+    between = upto & (step[:, None, None] > step[None, None, :])  # [l, t, s]
+    matrix = between.astype(x.dtype).reshape(n, n * n)
+    sums = einsum("...l,lm->...m", x, matrix, precision=lax.Precision.HIGHEST)
+    return sums.reshape(*x.shape[:-1], n, n)
+
+
+@jax.custom_jvp
+def _inverse(lower: Array) -> Array:
+    """`(I + lower)^-1` of strictly lower triangular matrices `[..., C, C]`, by substitution.
+
+    A Neumann series would need fewer steps, but its terms grow to (2 C)^C where keys repeat.
+    """
+    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
+    return lax.linalg.triangular_solve(
+        eye + lower, eye, left_side=True, lower=True, unit_diagonal=True
+    )
+
+
+@_inverse.defjvp
+def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    inverse = _inverse(*primals)
+    return inverse, -_matmul(_matmul(inverse, *tangents), inverse)
+
+
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,120 @@
+"""The GPU kernels of jax-linear-attention (`docs/references.md`), for Hopper GPUs.
+
+An optional package: the extra `baselines`. Its version and JAX's are pinned to each other.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax.numpy as jnp
+from jax import Array
+
+from e88_jax import kernels
+
+PACKAGE = "jla"
+"""The package's name for imports."""
+
+
+def gated_delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    write_gate: Array,
+    initial_state: Array | None,
+    starts: Array | None,
+) -> tuple[Array, Array]:
+    """`sequential` by the delta rule, by the kernels.
+
+    Raises:
+        NotImplementedError: they are not installed, or do not take the call.
+    """
+    return _call(_gated_delta_rule, q, k, v, log_decay, write_gate, initial_state, starts)
+
+
+def ssd(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    write_gate: Array,
+    initial_state: Array | None,
+    starts: Array | None,
+) -> tuple[Array, Array]:
+    """`sequential` without the delta rule, by the kernels.
+
+    Raises:
+        NotImplementedError: they are not installed, or do not take the call.
+    """
+    return _call(_ssd, q, k, v, log_decay, write_gate, initial_state, starts)
+
+
+def _call(op: Callable[..., tuple[Array, Array]], *arrays: Array | None) -> tuple[Array, Array]:
+    kernels.require("mosaic_gpu")
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise NotImplementedError(
+            "needs jax-linear-attention (pip install 'e88_jax[baselines]', Python 3.12)"
+        )
+    q, *_ = arrays
+    assert q is not None
+    if q.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"takes bfloat16, got {q.dtype}")
+    return kernels.call(op, *arrays)
+
+
+def _segments(starts: Array | None) -> Array | None:
+    return None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+
+
+def _gated_delta_rule(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    write_gate: Array,
+    initial_state: Array | None,
+    starts: Array | None,
+) -> tuple[Array, Array]:
+    run = _kernel("gated_delta_rule", "gated_delta_rule")
+    return run(
+        *(q, k, v, log_decay, write_gate),
+        scale=1.0,
+        initial_state=initial_state,
+        output_final_state=True,
+        segment_ids=_segments(starts),
+    )
+
+
+def _ssd(
+    q: Array,
+    k: Array,
+    v: Array,
+    log_decay: Array,
+    write_gate: Array,
+    initial_state: Array | None,
+    starts: Array | None,
+) -> tuple[Array, Array]:
+    written = (write_gate[..., None] * v.astype(write_gate.dtype)).astype(v.dtype)
+    options = {
+        "scale": 1.0,
+        "initial_state": initial_state,
+        "output_final_state": True,
+        "segment_ids": _segments(starts),
+    }
+    if reason := _kernel("scalar_gate", "unsupported_reason")(
+        q, k, written, (log_decay,), options, delta=False
+    ):
+        raise ValueError(reason)
+    run = _kernel("scalar_gate", "run")
+    return run(q, k, written, log_decay, None, delta=False, grouped_key_grads=True, **options)
+
+
+@functools.cache
+def _kernel(module: str, name: str) -> Callable[..., Any]:
+    return cast(
+        "Callable[..., Any]",
+        getattr(importlib.import_module(f"{PACKAGE}.ops.mosaic_gpu.{module}"), name),
+    )
