@@ -297,17 +297,19 @@ def main(args: Sequence[str]) -> None:
             f"{part:20} {len(own):5} kernels {sum(own) / 1e9:9.2f} GB, {ms:7.2f} ms at "
             f"{bandwidth:,} GB/s"
         )
-    estimate = training_memory(
-        model,
-        config.batch_size,
-        config.seq_len,
-        dtype=execution.dtype,
-        implementation=execution.implementation,
-    )
-    print(
-        f"memory: {planned_bytes(compiled) / 1e9:.2f} GB; e88_jax.sizing says "
-        f"{estimate.total / 1e9:.2f}"
-    )
+    planned = f"memory: {planned_bytes(compiled) / 1e9:.2f} GB"
+    try:
+        estimate = training_memory(
+            model,
+            config.batch_size,
+            config.seq_len,
+            dtype=execution.dtype,
+            implementation=execution.implementation,
+        )
+    except ValueError as error:
+        print(f"{planned}; {error}")
+    else:
+        print(f"{planned}; e88_jax.sizing says {estimate.total / 1e9:.2f}")
 
 
 if __name__ == "__main__":
