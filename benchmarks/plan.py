@@ -173,6 +173,18 @@ def planned_bytes(compiled: Any) -> int:
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
+def memory_line(model: LMConfig, batch: int, length: int, planned: int) -> str:
+    """The bytes of XLA's plan beside the estimate, which not every layer has."""
+    execution: Any = model.execution
+    sizes = {"dtype": execution.dtype, "implementation": execution.implementation}
+    try:
+        estimate = training_memory(model, batch, length, **sizes)
+        says = f"e88_jax.sizing says {estimate.total / 1e9:.2f}"
+    except ValueError as error:
+        says = str(error)
+    return f"memory: {planned / 1e9:.2f} GB; {says}"
+
+
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _FREE = ("parameter", "constant", "bitcast", "get-tuple-element", "tuple")
@@ -297,17 +309,7 @@ def main(args: Sequence[str]) -> None:
             f"{part:20} {len(own):5} kernels {sum(own) / 1e9:9.2f} GB, {ms:7.2f} ms at "
             f"{bandwidth:,} GB/s"
         )
-    estimate = training_memory(
-        model,
-        config.batch_size,
-        config.seq_len,
-        dtype=execution.dtype,
-        implementation=execution.implementation,
-    )
-    print(
-        f"memory: {planned_bytes(compiled) / 1e9:.2f} GB; e88_jax.sizing says "
-        f"{estimate.total / 1e9:.2f}"
-    )
+    print(memory_line(model, config.batch_size, config.seq_len, planned_bytes(compiled)))
 
 
 if __name__ == "__main__":

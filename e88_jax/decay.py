@@ -9,16 +9,41 @@ from e88_jax.config import E88Config
 from e88_jax.precision import wide
 
 
-def _init_a_log(key: Array, n_heads: int) -> Array:
-    return jnp.log(jax.random.uniform(key, (n_heads,), jnp.float32, 1.0, 16.0))
+def init_a_log(key: Array, n_heads: int, lowest: float = 1.0) -> Array:
+    """Logarithms of rates uniform in [lowest, 16], as in Mamba2, from 1 (`docs/references.md`)."""
+    return jnp.log(jax.random.uniform(key, (n_heads,), jnp.float32, lowest, 16.0))
 
 
-def _init_dt_bias(key: Array, n_heads: int) -> Array:
+def init_dt_bias(key: Array, n_heads: int) -> Array:
     """The softplus inverse of steps log-uniform in [1e-3, 1e-1], floored at 1e-4, as in Mamba
     (`docs/references.md`)."""
     low, high = jnp.log(jnp.float32(1e-3)), jnp.log(jnp.float32(1e-1))
     dt = jnp.maximum(jnp.exp(jax.random.uniform(key, (n_heads,), jnp.float32, low, high)), 1e-4)
     return dt + jnp.log(-jnp.expm1(-dt))
+
+
+class StepAndRate(nnx.Module):
+    """Mamba's parts of a decay of each head: the step `softplus(a + dt_bias)`, from the input's
+    part `a`, and the rate `-exp(A_log)`. The decay is `exp(step * rate)`.
+
+    Args:
+        n_heads: heads.
+        lowest: lowest initial rate, of heads whose rates are uniform from there to 16.
+        rngs: source of the initial values.
+    """
+
+    def __init__(self, n_heads: int, lowest: float = 1.0, *, rngs: nnx.Rngs):
+        self.A_log = nnx.Param(init_a_log(rngs.params(), n_heads, lowest))
+        self.dt_bias = nnx.Param(init_dt_bias(rngs.params(), n_heads))
+
+    def step(self, a: Array) -> Array:
+        """`[B, T, H]`, float32 or float64, of a `[B, T, H]`."""
+        a = wide(a)
+        return jax.nn.softplus(a + self.dt_bias[None, None].astype(a.dtype))
+
+    def rate(self, dtype: jnp.dtype) -> Array:
+        """`[H]`, at most 0."""
+        return -jnp.exp(self.A_log[...].astype(dtype))
 
 
 class Decay(nnx.Module):
@@ -34,8 +59,8 @@ class Decay(nnx.Module):
         heads = config.n_heads
         self.mode, self.n_heads = config.decay_mode, heads
         if config.decay_mode == "mamba":
-            self.A_log = nnx.Param(_init_a_log(rngs.params(), heads))
-            self.dt_bias = nnx.Param(_init_dt_bias(rngs.params(), heads))
+            self.A_log = nnx.Param(init_a_log(rngs.params(), heads))
+            self.dt_bias = nnx.Param(init_dt_bias(rngs.params(), heads))
         elif config.decay_mode == "constant":
             self.logit = nnx.Param(jnp.full((heads,), 4.0, jnp.float32))
 

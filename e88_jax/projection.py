@@ -6,8 +6,8 @@ sharded; a matmul sees them as matrices, which copies nothing.
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from e88_jax.meshes import with_automatic_axes
 from e88_jax.precision import wide
 from e88_jax.typed import jit
 from pallas_kernels import target
+
+TORCH_LINEAR = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""PyTorch's initial weights of a linear layer: uniform in +-1 / sqrt(fan_in)."""
 
 COLUMNS_MULTIPLE = 16
 """Joined projections have a multiple of this many columns: 32 bytes of bfloat16, a sector of a
@@ -142,6 +145,80 @@ def _laid_out(kernels: tuple[Array, ...], n_in: int, dtype: jnp.dtype, transpose
     return matrix.T if transposed else matrix
 
 
+def _multiply_joined(x: Array, projections: Sequence[Projection]) -> Array:
+    """Projections of x `[B, T, dim]` as one matmul `[B, T, columns]`; columns end in padding.
+
+    For few tokens every projection is a matmul of its own, as joining kernels copies them.
+    """
+    rows = x.shape[0] * x.shape[1]
+    matrices = [p.matrix() for p in projections]
+    if not export.is_symbolic_dim(rows) and rows < x.shape[-1]:
+        return _joined([multiply(x, matrix) for matrix in matrices])
+    return multiply(x, _joined(matrices))
+
+
+class ProjectionGroup(nnx.Module):
+    """Projections of one input by few matmuls; `group(x)` gives the outputs by name.
+
+    Args:
+        dim: width of the input.
+        matmuls: for each matmul the shapes of its projections' outputs, by name; each projection is
+            a parameter `NAME.kernel`, `[dim, *shape]`, with PyTorch's initial weights.
+        dtype: compute dtype of the matmuls.
+        rngs: source of the initial weights (stream `params`).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *matmuls: Mapping[str, tuple[int, ...]],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.matmuls = tuple(tuple(shapes.items()) for shapes in matmuls)
+        for shapes in matmuls:
+            for name, shape in shapes.items():
+                projection = Projection(
+                    (dim,), shape, dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs
+                )
+                setattr(self, name, projection)
+
+    def __call__(self, x: Array) -> dict[str, Array]:
+        """`[B, T, *shape]` of x `[B, T, dim]`, by name."""
+        x = x.astype(self.dtype)
+        outputs: dict[str, Array] = {}
+        for shapes in self.matmuls:
+            projections = [getattr(self, name) for name, _ in shapes]
+            outputs |= _split_columns(_multiply_joined(x, projections), shapes)
+        return outputs
+
+    def for_inference(self) -> "JoinedProjectionGroup":
+        """The same projections as one matmul, laid out for decoding."""
+        return JoinedProjectionGroup(self)
+
+
+class JoinedProjectionGroup(nnx.Module):
+    """`ProjectionGroup` as one matmul for decoding."""
+
+    def __init__(self, trained: ProjectionGroup):
+        self.shapes = tuple(item for shapes in trained.matmuls for item in shapes)
+        self.joined = _for_inference([getattr(trained, name) for name, _ in self.shapes], (-1,))
+
+    def __call__(self, x: Array) -> dict[str, Array]:
+        """`[B, T, *shape]` of x `[B, T, dim]`, by name."""
+        return _split_columns(self.joined(x), self.shapes)
+
+    def for_inference(self) -> Self:
+        return self
+
+
+def _split_columns(y: Array, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, Array]:
+    """The projections in a matmul's columns."""
+    columns = _Columns(y)
+    return {name: cast(Array, columns.take(shape)) for name, shape in shapes}
+
+
 class Read(NamedTuple):
     """Projections of a layer's input besides q, k and v, before bias and activation; None for what
     the layer's options leave out."""
@@ -185,27 +262,17 @@ class InputProjections(nnx.Module):
             parts = [x.reshape(dim, heads, n_state) for x in (q, k)]
             return jnp.concatenate(parts, axis=2).reshape(shape)
 
-        # PyTorch's default for a linear layer: uniform in +-1 / sqrt(fan_in).
-        torch_default = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         reads_decay = config.decay_mode in ("mamba", "simple")
         self.qkv = linear(heads, config.head_columns, init=tied if config.tie_kv else xavier)
         self.decay = linear(heads) if reads_decay else None
         self.gate = linear(heads, n_value) if config.output_gate != "none" else None
-        self.write_gate = linear(heads, init=torch_default) if config.write_gate else None
+        self.write_gate = linear(heads, init=TORCH_LINEAR) if config.write_gate else None
         self.head_weights = linear(heads) if config.head_mix == "input_weighted" else None
 
     def __call__(self, x: Array) -> tuple[Array, ...]:
-        """The matmuls `[B, T, columns]` of x `[B, T, dim]`; columns end in padding.
-
-        For few tokens every projection is a matmul of its own, as joining kernels copies them.
-        """
+        """The matmuls `[B, T, columns]` of x `[B, T, dim]`; columns end in padding."""
         x = x.astype(self.qkv.dtype)
-        rows = x.shape[0] * x.shape[1]
-        few = not export.is_symbolic_dim(rows) and rows < x.shape[-1]
-        groups = ([p.matrix() for p in group] for group in self.groups() if group)
-        if few:
-            return tuple(_joined([multiply(x, m) for m in group]) for group in groups)
-        return tuple(multiply(x, _joined(group)) for group in groups)
+        return tuple(_multiply_joined(x, group) for group in self.groups() if group)
 
     def groups(self) -> list[list[Projection]]:
         """The projections of each matmul."""

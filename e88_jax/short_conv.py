@@ -1,5 +1,6 @@
 """Causal depthwise short convolution with a state for decoding."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -15,18 +16,34 @@ class ShortConv(nnx.Module):
     Args:
         channels: axes of a token's input, such as `(H, 2N + V)`.
         size: taps per channel, at least 2.
+        bias: add a learned number to each channel.
+        silu: apply SiLU to the output.
         rngs: source of the initial weights, uniform in +-1 / sqrt(size) as PyTorch's Conv1d.
     """
 
-    def __init__(self, channels: tuple[int, ...], size: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        size: int,
+        *,
+        bias: bool = False,
+        silu: bool = False,
+        rngs: nnx.Rngs,
+    ):
         self.channels = channels
         self.size = size
+        self.silu = silu
         others = tuple(range(1, 1 + len(channels)))
         init = initializers.variance_scaling(
             1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(), batch_axis=others
         )
         # The last tap multiplies the newest token.
         self.taps = nnx.Param(init(rngs.params(), (size, *channels), jnp.float32))
+        initial = None
+        if bias:
+            largest = size**-0.5
+            initial = jax.random.uniform(rngs.params(), channels, jnp.float32, -largest, largest)
+        self.bias = None if initial is None else nnx.Param(initial)
 
     def init_state(self, batch: int, dtype: jnp.dtype) -> Array:
         """The state before the first token: `[batch, size - 1, *channels]` zeros."""
@@ -66,8 +83,14 @@ class ShortConv(nnx.Module):
             of_state = self._last(documents, lengths)
             new_state = _zero_unless(of_state == of_state[:, -1:], new_state)
         taps = self.taps[...].astype(wide_dtype(x.dtype))
-        y = sum(taps[None, None, tap] * wide(inputs) for tap, inputs in enumerate(reached))
-        return jnp.asarray(y).astype(x.dtype), new_state
+        y = jnp.asarray(
+            sum(taps[None, None, tap] * wide(inputs) for tap, inputs in enumerate(reached))
+        )
+        if self.bias is not None:
+            y += self.bias[None, None].astype(y.dtype)
+        if self.silu:
+            y = jax.nn.silu(y)
+        return y.astype(x.dtype), new_state
 
     def _last(self, padded: Array, lengths: Array | None) -> Array:
         """The last `size - 1` inputs before each row's end."""

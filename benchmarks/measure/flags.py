@@ -19,13 +19,13 @@ def parse_with_preset(config_type: type[Config], args: Sequence[str]) -> Config:
     Raises:
         UsageError: as `cli.parse`, or there is no such preset.
     """
-    config: Any = cli.parse(config_type, args)
-    if config.preset is None:
-        return config
-    try:
-        default = dataclasses.replace(config, model=find_preset(config.preset).config)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    config: Any = cli.parse(config_type, args, complete=False)
+    default = None
+    if config.preset is not None:
+        try:
+            default = dataclasses.replace(config, model=find_preset(config.preset).config)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
     return cli.parse(config_type, args, default=default)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from e88_jax import kernels
+from e88_jax.typed import jit
 
 PACKAGE = "jla"
 """The package's name for imports."""
@@ -69,6 +70,7 @@ def _segments(starts: Array | None) -> Array | None:
     return None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
 
 
+@jit  # lowered and compiled once for layers alike
 def _gated_delta_rule(
     q: Array,
     k: Array,
@@ -88,6 +90,7 @@ def _gated_delta_rule(
     )
 
 
+@jit
 def _ssd(
     q: Array,
     k: Array,

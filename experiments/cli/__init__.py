@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import os
@@ -19,6 +18,7 @@ from e88_jax.config import LMConfig
 
 from . import model_flags
 from .errors import UsageError
+from .names import flag_in, flag_of, nearest
 
 Config = TypeVar("Config")
 
@@ -44,14 +44,21 @@ def parse(
         config: a dataclass.
         args: the command line.
         default: None for the defaults of the class.
-        complete: refuse unknown flags. Without, they are left to a parse with another default,
-            whose model may have other flags.
+        complete: read every flag. Without, the model is the default's and unknown flags are left:
+            both are for a parse with a default that the other flags choose.
 
     Raises:
         UsageError: an unknown flag, or a value that does not fit.
         SystemExit: after printing the help for `--help`.
     """
     _refuse_empty_paths(config, args)
+    model = getattr(config if default is None else default, "model", None)
+    layers, fixed = None, None
+    if isinstance(model, LMConfig):
+        if complete or {"-h", "--help"} & set(args):
+            layers = model_flags.layers_of(model, args)
+        else:
+            fixed = model
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), _wide_enough():
@@ -60,20 +67,37 @@ def parse(
                 args=args,
                 default=default if default is not None else tyro.MISSING_NONPROP,
                 config=(tyro.conf.OmitArgPrefixes,),
-                registry=model_flags.registry(args),
+                registry=model_flags.registry(layers, fixed=fixed),
                 return_unknown_args=True,
             )
     except SystemExit as exit_:
         if not exit_.code:
             raise
+        # A required flag that is missing may be there in the other spelling.
+        if layers is not None and (word := _misspelt(args, config, layers)):
+            raise UsageError(_unknown(word, config, layers)) from None
         raise UsageError(_first_sentence(printed.getvalue())) from None
     if unknown and complete:
-        kind = model_flags.kind_of(parsed, args)
-        known = list(_flags(config, kind))
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the flags."
-        raise UsageError(f"unknown argument {unknown[0]}: {hint}")
+        raise UsageError(_unknown(unknown[0], config, layers))
     return parsed
+
+
+def _misspelt(args: Sequence[str], config: Any, layers: model_flags.Layers) -> str | None:
+    """The first word of a command line that is a layer's flag in the other spelling."""
+    others = layers.misspelt().keys() - {*_flags(config), *layers.flags()}
+    return next((word for word in args if flag_in(word) in others), None)
+
+
+def _unknown(word: str, config: Any, layers: model_flags.Layers | None) -> str:
+    """Says that a word is no flag, and what would do."""
+    flags, misspelt, hint = list(_flags(config)), {}, None
+    if layers is not None:
+        flags += layers.flags()
+        misspelt = layers.misspelt()
+        hint = layers.hint_at_kind(flag_in(word))
+    if hint is None and (near := nearest(word, flags, misspelt)):
+        hint = f"did you mean {near}?"
+    return f"unknown argument {word}: {hint or '--help lists the flags.'}"
 
 
 @contextlib.contextmanager
@@ -120,15 +144,13 @@ def field_types(config: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(config)}
 
 
-def _flags(config: Any, mixer: str = "e88") -> dict[str, Any]:
-    """The type of each flag, with a model's flags for this kind of mixer."""
-    types = model_flags.flag_types(mixer) if config is LMConfig else field_types(config)
+def _flags(config: Any) -> dict[str, Any]:
+    """The type of each flag, but for those of a model."""
     flags: dict[str, Any] = {}
-    for name, kind in types.items():
-        if dataclasses.is_dataclass(kind):
-            flags |= _flags(kind, mixer)
-        else:
-            flags["--" + name.replace("_", "-")] = kind
+    for name, kind in field_types(config).items():
+        if kind is LMConfig:
+            continue
+        flags |= _flags(kind) if dataclasses.is_dataclass(kind) else {flag_of(name): kind}
     return flags
 
 
@@ -157,7 +179,7 @@ def require(
                 bound = f"below {_shown(below)}"
             else:
                 continue
-            raise ValueError(f"--{name.replace('_', '-')} must be {bound}, got {number}.")
+            raise ValueError(f"{flag_of(name)} must be {bound}, got {number}.")
 
 
 def _shown(bound: float) -> str:

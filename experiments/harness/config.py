@@ -10,6 +10,8 @@ from e88_jax.config import E88Config, LMConfig
 from e88_jax.mixers.base import Execution
 from experiments.cli import FLOAT32_LIMIT, INT32_LIMIT, field_types, require
 from experiments.cli.errors import UsageError
+from experiments.cli.model_flags import changed_layers
+from experiments.cli.names import flag_of
 from experiments.tasks.base import Task, TaskConfig
 
 # The backward pass recomputes less with more saved states, whose memory is small at this size.
@@ -215,10 +217,7 @@ def _flatten(values: Any, path: str = "") -> dict[str, Any]:
         return {path: values}
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        inner = enumerate(value) if name == "layers" else [(name, value)]
-        for key, x in inner:
-            key = "mixer" if key == "kind" else key
-            flat |= _flatten(x, f"{path}.{key}" if path else str(key))
+        flat |= _flatten(value, f"{path}.{name}" if path else name)
     return flat
 
 
@@ -226,18 +225,17 @@ def check_resumable(stored: TrainConfig, asked: TrainConfig) -> None:
     """Raises UsageError unless a run of configuration `stored` can go on under `asked`."""
     before, now = _flatten(stored.to_dict()), _flatten(asked.to_dict())
     may_change = _MAY_CHANGE | {f"task.{name}" for name in asked.task.MAY_CHANGE}
-    differing = [
-        name
+    differing = {
+        flag_of(name.rpartition(".")[2]): (before[name], now.get(name))
         for name in before
         if before[name] != now.get(name)
         and name not in may_change
+        and name != "model.layers"
         and not name.startswith("model.execution.")
-    ]
+    }
+    differing |= changed_layers(stored.model, asked.model)
     if differing:
-        changes = ", ".join(
-            f"--{name.rpartition('.')[2].replace('_', '-')} {before[name]} (not {now.get(name)})"
-            for name in differing
-        )
+        changes = ", ".join(f"{flag} {old} (not {new})" for flag, (old, new) in differing.items())
         raise UsageError(
             f"the run in {asked.out} has another configuration, {changes}: "
             "leave those flags out to resume it, or choose another --out."

@@ -9,6 +9,7 @@ from e88_jax.config import E88Config, LMConfig
 from e88_jax.sizing import find_preset, parse_params, solve
 from experiments import cli
 from experiments.cli.errors import UsageError
+from experiments.cli.model_flags import kinds_of
 
 from . import run_directory
 from .config import TrainConfig, check_resumable
@@ -81,8 +82,8 @@ def chosen_model(config: TrainConfig) -> LMConfig | None:
 def describe(model: LMConfig) -> str:
     """Sizes of a model, in one line."""
     layer = model.layers[0]
-    mixers = ", ".join(dict.fromkeys(layer.kind for layer in model.layers))
-    if len(model.layers) == 1 and isinstance(layer, E88Config):
+    mixers = ",".join(kinds_of(model))
+    if len(set(model.layers)) == 1 and isinstance(layer, E88Config):
         d_inner = layer.n_heads * layer.n_state
         mixers = f"{layer.n_heads} heads of {layer.n_state} (d_inner {d_inner})"
     return f"dim {model.dim}, {mixers}, depth {model.depth}: {model.count_params():,} parameters"

@@ -3,7 +3,10 @@
 import pytest
 
 from benchmarks import plan
+from e88_jax import LMConfig
+from e88_jax.sizing import PRESETS, training_memory
 from experiments.cli.errors import UsageError
+from tests.reference.toy_mixer import ToyConfig
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -57,3 +60,14 @@ def test_kernels_and_the_bytes_they_move() -> None:
 def test_mistakes(flags: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         plan.main(flags.split())
+
+
+def test_memory_beside_the_estimate_if_there_is_one() -> None:
+    preset = plan.on_a_gpu(PRESETS["h40n32-100m"].config)
+    estimate = training_memory(preset, 2, 512).total / 1e9
+    said = plan.memory_line(preset, 2, 512, planned=3_210_000_000)
+    assert said == f"memory: 3.21 GB; e88_jax.sizing says {estimate:.2f}"
+    hybrid = LMConfig(dim=16, depth=4, layers=(*preset.layers, ToyConfig(width=5)))
+    said = plan.memory_line(plan.on_a_gpu(hybrid), 2, 512, planned=3_210_000_000)
+    assert said.startswith("memory: 3.21 GB; training memory is estimated for ")
+    assert said.endswith("got one of toy.")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from e88_jax.mixers.baselines import GatedDeltaNetConfig, Mamba2Config
 from tests.mixers.contract import MixerContract
 from tests.reference.configs import E88_OPTIONS, Layer, e88_layer, name_of
 from tests.reference.toy_mixer import ToyConfig
@@ -22,6 +23,45 @@ class TestE88(MixerContract):
             },
             E88_OPTIONS[-1],
         )
+    }
+
+    def counted(self, state: Any) -> Any:
+        return state.recurrent
+
+
+class TestGatedDeltaNet(MixerContract):
+    layers = {  # noqa: RUF012
+        name: Layer(GatedDeltaNetConfig(**options), 10, e88_layer().execution)
+        for name, options in {
+            "default": {"n_heads": 3, "head_dim": 4, "expand_v": 1.5},
+            "grouped": {
+                "n_heads": 2,
+                "head_dim": 6,
+                "expand_v": 0.5,
+                "n_value_heads": 4,
+                "conv_size": 3,
+                "negative_eigenvalues": True,
+            },
+        }.items()
+    }
+
+    def counted(self, state: Any) -> Any:
+        return state.recurrent
+
+
+class TestMamba2(MixerContract):
+    layers = {  # noqa: RUF012
+        name: Layer(Mamba2Config(**options), 12, e88_layer().execution)
+        for name, options in {
+            "default": {"d_state": 5, "head_dim": 4},
+            "grouped": {
+                "expand": 1.5,
+                "d_state": 3,
+                "head_dim": 3,
+                "n_groups": 2,
+                "conv_size": 2,
+            },
+        }.items()
     }
 
     def counted(self, state: Any) -> Any:
