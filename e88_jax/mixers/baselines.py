@@ -7,7 +7,8 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from e88_jax.checks import check_fields, require_bool, require_int, require_number
-from e88_jax.mixers.base import DTYPE_BYTES, MATMUL_FLOPS, Activations, Execution, Flops
+from e88_jax.mixers import activations
+from e88_jax.mixers.base import MATMUL_FLOPS, Activations, Execution, Flops
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -24,8 +25,6 @@ sum), the output S^T q (2), the decay of the read (1). Backward: two for each of
 multiply-adds."""
 SSD_FLOPS = 5 + 10
 """The same of state-space duality: the decay (1), the write B x^T (2), the output S^T C (2)."""
-CHUNK = 64
-"""Tokens of a chunk of the chunked forms."""
 MEAN_CONTEXT = 1024
 """Tokens that attention without a window sees on average, for its FLOPs: half of 2,048."""
 
@@ -111,13 +110,8 @@ class GatedDeltaNetConfig:
 
     def activations(self, dim: int, length: int, execution: Execution) -> Activations:
         """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it."""
-        narrow, wide = DTYPE_BYTES[execution.dtype or "float32"], DTYPE_BYTES["float32"]
-        keys, values = self.n_heads * self.head_dim, self.value_heads * self.value_dim
-        streams = 2 * keys + values
-        matmuls = narrow * (streams + values + 2 * self.value_heads)
-        others = narrow * (2 * streams + 2 * values)
-        states = -(-length // CHUNK)
-        return Activations(matmuls, others, wide * states * self.state_size(dim))
+        sizes = self.n_heads, self.value_heads, self.head_dim, self.value_dim
+        return activations.gated_deltanet(activations.Sizes(*sizes), length, execution)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,13 +197,8 @@ class Mamba2Config:
 
     def activations(self, dim: int, length: int, execution: Execution) -> Activations:
         """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it."""
-        narrow, wide = DTYPE_BYTES[execution.dtype or "float32"], DTYPE_BYTES["float32"]
-        inner, heads = self.d_inner(dim), self.n_heads(dim)
-        convolved = inner + 2 * self.n_groups * self.d_state
-        matmuls = narrow * (inner + convolved + heads)
-        others = narrow * (convolved + 2 * inner)
-        states = -(-length // CHUNK)
-        return Activations(matmuls, others, wide * states * self.state_size(dim))
+        sizes = self.n_groups, self.n_heads(dim), self.d_state, self.head_dim
+        return activations.mamba2(activations.Sizes(*sizes), length, execution)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,13 +275,9 @@ class AttentionConfig:
 
     def activations(self, dim: int, length: int, execution: Execution) -> Activations:
         """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it."""
-        narrow, wide = DTYPE_BYTES[execution.dtype or "float32"], DTYPE_BYTES["float32"]
-        queries, keys = self.n_heads * self.head_dim, self.kv_heads * self.head_dim
-        matmuls = narrow * (queries + 2 * keys)
-        others = narrow * (2 * queries + keys)  # q and k after RoPE, and the output
-        if execution.implementation == "mosaic_gpu" and execution.dtype == "bfloat16":
-            return Activations(matmuls, others + wide * self.n_heads, 0)  # cuDNN's
-        return Activations(matmuls, others + narrow * self.n_heads * length, 0)
+        sizes = self.n_heads * self.head_dim, self.kv_heads * self.head_dim, self.n_heads
+        fused = self.head_dim <= 128 and self.head_dim % 8 == 0
+        return activations.attention(*sizes, self.qk_norm, length, execution, fused)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,5 +321,4 @@ class LSTMConfig:
 
     def activations(self, dim: int, length: int, execution: Execution) -> Activations:
         """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it."""
-        narrow, wide = DTYPE_BYTES[execution.dtype or "float32"], DTYPE_BYTES["float32"]
-        return Activations(narrow * 4 * self.width, (6 * wide + narrow) * self.width, 0)
+        return activations.lstm(self.width)
