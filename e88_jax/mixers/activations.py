@@ -54,10 +54,6 @@ def _narrow(execution: Execution) -> int:
     return DTYPE_BYTES[execution.dtype or "float32"]
 
 
-def _chunks(length: int) -> int:
-    return -(-length // CHUNK)
-
-
 def gated_deltanet(sizes: Sizes, length: int, execution: Execution) -> Activations:
     """What a Gated DeltaNet layer keeps."""
     narrow, (keys, values, state) = _narrow(execution), (sizes.keys, sizes.values, sizes.state)
@@ -75,7 +71,7 @@ def gated_deltanet(sizes: Sizes, length: int, execution: Execution) -> Activatio
     triangles = _WIDE * heads * CHUNK
     others += _WIDE * (3 * values + 4 * keys + heads * sizes.n_key) + 4 * triangles
     working = _WIDE * (4 * values + 3 * heads * sizes.n_key + state // CHUNK)
-    return Activations(matmuls + triangles, others, _WIDE * _chunks(length) * state, working)
+    return _chunked(matmuls + triangles, others, working, sizes, length)
 
 
 def mamba2(sizes: Sizes, length: int, execution: Execution) -> Activations:
@@ -84,7 +80,7 @@ def mamba2(sizes: Sizes, length: int, execution: Execution) -> Activations:
     heads = sizes.heads
     matmuls = narrow * (2 * keys + 2 * values + heads)  # z, x, B, C, dt
     if sizes.by_kernels(execution, frozenset(x for x in KERNEL_HEADS if max(x) <= 128)):
-        others = narrow * (3 * values + 2 * keys) + _WIDE * 2 * values
+        others = narrow * (3 * values + 2 * keys) + _WIDE * (2 * values + 6 * keys)
         working = narrow * (2 * state // CHUNK + 3 * values) + _WIDE * values
         return Activations(matmuls, others, 0, working)
     others = narrow * (2 * values + 2 * keys)
@@ -93,15 +89,26 @@ def mamba2(sizes: Sizes, length: int, execution: Execution) -> Activations:
     triangles, weighted = _WIDE * heads * CHUNK, _WIDE * heads * sizes.n_key
     others += _WIDE * 4 * values + 2 * weighted + triangles
     working = _WIDE * (values + state // CHUNK) + 2 * weighted + 4 * triangles
-    return Activations(matmuls + triangles, others, _WIDE * _chunks(length) * state, working)
+    return _chunked(matmuls + triangles, others, working, sizes, length)
+
+
+def _chunked(matmuls: int, others: int, working: int, sizes: Sizes, length: int) -> Activations:
+    """A linear recurrence by chunks, with the state before each: a second time in another layout
+    where heads share keys."""
+    layouts = 2 if sizes.heads > sizes.groups else 1
+    states = layouts * _WIDE * -(-length // CHUNK) * sizes.state
+    return Activations(matmuls, others, states, working)
 
 
 def _scan(
     matmuls: int, others: int, sizes: Sizes, length: int, execution: Execution
 ) -> Activations:
-    """A linear recurrence step by step: its inputs, and a state every few steps."""
-    interval = execution.saved_state_interval
-    inputs = _narrow(execution) * 2 * (sizes.keys + sizes.values)
+    """A linear recurrence step by step: its inputs, with the keys of each head, and a state every
+    few steps."""
+    interval, keys = execution.saved_state_interval, sizes.keys
+    if sizes.heads > sizes.groups:
+        keys += sizes.heads * sizes.n_key
+    inputs = _narrow(execution) * 2 * (keys + sizes.values)
     saved = _WIDE * -(-length // interval) * sizes.state
     return Activations(matmuls, others + inputs, saved)
 
@@ -131,5 +138,6 @@ def attention(
 
 
 def lstm(width: int) -> Activations:
-    """What an LSTM layer keeps: gates before and after their activations, cells, outputs."""
-    return Activations(_WIDE * 4 * width, _WIDE * 9 * width, 0, _WIDE * 10 * width)
+    """What an LSTM layer keeps: in float32, the matmuls of input and output, and five arrays of
+    gates and cells."""
+    return Activations(*(_WIDE * width * n for n in (8, 5, 0, 10)))
