@@ -225,27 +225,16 @@ class AttentionMixer(nnx.Module):
     ) -> Array:
         """Weighted values `[B, T, H, D]` of queries `[B, T, H, D]`, and keys and values
         `[B, T, G, D]`."""
-        window, begins = self.config.window, places.begins
-        if state is None and begins is None:
+        if state is None and places.begins is None:
             try:
                 return self._fused(q, k, v)
             except NotImplementedError as refusal:
                 kernels.log_fallback("attention", refusal)
-        steps = jnp.arange(k.shape[1], dtype=jnp.int32)
-        ago = steps[None, :, None] - steps[None, None, :]  # [1, T, T]
-        reach = window if state is None else state.keys.shape[1]
-        seen = ago >= 0
-        if reach is not None:
-            seen &= ago < reach
-        if begins is not None:
-            seen &= steps[None, None, :] >= begins[:, :, None]
+        reach = self.config.window if state is None else state.keys.shape[1]
+        seen = _seen(k.shape[1], places, reach)
         if state is not None:
-            held = _held(state.position, state.keys.shape[1])[:, None, :]  # [B, 1, C]
-            cached = (held >= 0) & (places.positions[:, :, None] - held < reach)
-            if begins is not None:
-                cached &= (begins == 0)[:, :, None]
             seen = jnp.broadcast_to(seen, (k.shape[0], *seen.shape[1:]))
-            seen = jnp.concatenate([cached, seen], axis=2)
+            seen = jnp.concatenate([_seen_in_cache(state, places), seen], axis=2)
             k = jnp.concatenate([state.keys, k], axis=1)
             v = jnp.concatenate([state.values, v], axis=1)
         return attend(q, k, v, seen)
@@ -367,6 +356,29 @@ def _places(time: int, state: AttentionState | None, segment_ids: Array | None) 
         return _Places(None, steps + before)
     begins = lax.cummax(jnp.where(document_starts(segment_ids), steps, 0), axis=1)
     return _Places(begins, steps - begins + jnp.where(begins == 0, before, 0))
+
+
+def _seen(time: int, places: _Places, reach: int | None) -> Array:
+    """The tokens of a call that each of them sees, `[B, T, T]` or `[1, T, T]` bool: of its document
+    itself and those before it, `reach` in all if given."""
+    steps = jnp.arange(time, dtype=jnp.int32)
+    ago = steps[None, :, None] - steps[None, None, :]
+    seen = ago >= 0
+    if reach is not None:
+        seen &= ago < reach
+    if places.begins is not None:
+        seen &= steps[None, None, :] >= places.begins[:, :, None]
+    return seen
+
+
+def _seen_in_cache(state: AttentionState, places: _Places) -> Array:
+    """The slots of the cache that each token of a call sees, `[B, T, C]` bool."""
+    context = state.keys.shape[1]
+    held = _held(state.position, context)[:, None, :]
+    seen = (held >= 0) & (places.positions[:, :, None] - held < context)
+    if places.begins is not None:
+        seen &= (places.begins == 0)[:, :, None]
+    return seen
 
 
 def _held(position: Array, context: int) -> Array:
