@@ -205,8 +205,8 @@ def generate(
         lengths: `[B]` integers, for a padded prompt: the first `lengths[b]` tokens of row b are
             its prompt.
         state: state of as many rows that the prompt continues; None starts from zeros. Attention
-            without a window then remembers the prompt and `length` tokens, and more only in a
-            `model.init_state(B, context)` of the caller's.
+            without a window then remembers at least the prompt and `length` tokens; for a text that
+            goes on, give `model.init_state(B, context)`.
         stop: an id or several: a row ends with the first of them that it draws.
         return_state: also return the state after the tokens.
 

@@ -341,11 +341,18 @@ def attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
 
 
 def _cudnn_attention(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
-    """Causal attention within x by cuDNN, through `jax.nn.dot_product_attention`."""
+    """Causal attention within x by cuDNN, through `jax.nn.dot_product_attention`.
+
+    cuDNN takes an even number of tokens; one that is added comes last, and no other sees it.
+    """
+    time = q.shape[1]
+    padding = ((0, 0, 0), (0, time % 2, 0), (0, 0, 0), (0, 0, 0))
+    q, k, v = (lax.pad(x, jnp.zeros((), x.dtype), padding) for x in (q, k, v))
     before = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q, k, v, is_causal=True, local_window_size=before, implementation="cudnn"
     )
+    return out[:, :time]
 
 
 def _places(time: int, state: AttentionState | None, segment_ids: Array | None) -> _Places:

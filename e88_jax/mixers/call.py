@@ -68,7 +68,7 @@ def check_state(name: str, state: Any, mixer: Any, batch: int) -> None:
     context = None if context_of is None else context_of(state)
     fresh: object = shapes_of(lambda: mixer.init_state(batch, context))
     if not same_structure(fresh, 0):  # else it is one array
-        needs = f"a {type(fresh).__name__}, such as init_state({batch})"
+        needs = f"of type {type(fresh).__name__}, such as init_state({batch})"
         require_instance(name, state, type(fresh), needs)
     got, wanted = (jax.tree.map(_described, tree) for tree in (state, fresh))
     if not same_structure(got, wanted) or got != wanted:
