@@ -27,7 +27,8 @@ class DecodeConfig:
     prompt: int = 2048
     """Tokens read in one program, the prefill."""
     context: int = 100_000
-    """Tokens that one sequence has read, at least, when decoding is timed again."""
+    """Tokens that one sequence has read, at least, when decoding is timed again. Attention without
+    a window remembers as many; of several sequences, those of a prompt."""
     repeats: int = 7
     """Programs timed, after one that is not."""
     json: Path | None = None
@@ -60,10 +61,12 @@ def build(config: DecodeConfig) -> tuple[int, Any, Any, dict[int, Any]]:
     from e88_jax.model import LanguageModel
 
     model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-    states = {
-        batch: jax.eval_shape(lambda batch=batch: model.init_state(batch))
-        for batch in config.batch_sizes
-    }
+
+    def state_of(batch: int) -> Any:
+        context = max(config.prompt, config.context) if batch == 1 else config.prompt
+        return jax.eval_shape(lambda: model.init_state(batch, context))
+
+    states = {batch: state_of(batch) for batch in config.batch_sizes}
     return config.model.count_params(), *nnx.split(model.for_inference()), states
 
 

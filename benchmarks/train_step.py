@@ -180,7 +180,8 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     graphdef, n_params = nnx.graphdef(model), config.model.count_params()
     optimizer = make_optimizer(config.optimizer, steps=1000)
     where = devices.placement(config.batch.batch_size)
-    state = place(init_state(model, optimizer, config.batch.carry_shape), where)
+    carry_shape, seq_len = config.batch.carry_shape, config.batch.seq_len
+    state = place(init_state(model, optimizer, carry_shape, seq_len), where)
     del model  # its weights are the state's
     windows = np.random.default_rng(0).integers(
         0,

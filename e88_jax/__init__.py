@@ -30,9 +30,13 @@ if TYPE_CHECKING:
     from e88_jax import sizing as sizing
     from e88_jax.config import E88Config as E88Config
     from e88_jax.config import LMConfig as LMConfig
+    from e88_jax.mixers.attention import AttentionMixer as AttentionMixer
     from e88_jax.mixers.base import Execution as Execution
+    from e88_jax.mixers.baselines import AttentionConfig as AttentionConfig
+    from e88_jax.mixers.baselines import LSTMConfig as LSTMConfig
     from e88_jax.mixers.e88 import E88Mixer as E88Mixer
     from e88_jax.mixers.e88 import E88State as E88State
+    from e88_jax.mixers.lstm import LSTMMixer as LSTMMixer
     from e88_jax.model import LanguageModel as LanguageModel
     from e88_jax.model import LMState as LMState
     from e88_jax.optim import weight_decay_mask as weight_decay_mask
@@ -48,6 +52,10 @@ _HOME = {
     "Execution": "mixers.base",
     "E88Mixer": "mixers.e88",
     "E88State": "mixers.e88",
+    "AttentionConfig": "mixers.baselines",
+    "AttentionMixer": "mixers.attention",
+    "LSTMConfig": "mixers.baselines",
+    "LSTMMixer": "mixers.lstm",
     "LanguageModel": "model",
     "LMState": "model",
     "weight_decay_mask": "optim",

@@ -133,13 +133,23 @@ class LanguageModel(nnx.Module):
         self.blocks = nnx.List([Block(config, mixer, rngs=rngs) for mixer in config.mixers])
         self.norm = nnx.RMSNorm(config.dim, epsilon=NORM_EPSILON, rngs=rngs)
 
-    def init_state(self, batch: int) -> LMState:
+    def init_state(self, batch: int, context: int | None = None) -> LMState:
         """The state of `batch` rows before the first token.
 
+        Args:
+            batch: rows.
+            context: most tokens that attention without a window remembers; other layers ignore it.
+
         Raises:
-            TypeError, ValueError: batch is no integer, or below 1.
+            TypeError: an argument of another type.
+            ValueError: a size below 1, or no context for a model that `needs_context`.
         """
-        return tuple(block.mixer.init_state(batch) for block in self.blocks)
+        return tuple(block.mixer.init_state(batch, context) for block in self.blocks)
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether `init_state` needs a context: a layer is attention without a window."""
+        return any(getattr(block.mixer, "needs_context", False) for block in self.blocks)
 
     def __call__(
         self,

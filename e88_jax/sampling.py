@@ -1,4 +1,4 @@
-"""Sampling from a model that carries its state: memory does not grow with the length.
+"""Sampling from a model that carries its state, whose size does not depend on the tokens read.
 
 `prefill` reads the prompt and draws the first token, `decode` draws a block of tokens; `generate`
 and `generate_stream` check their arguments and run both.
@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from e88_jax.checks import require_instance, require_int, shown
 from e88_jax.draw import NOT_FINITE, draw
 from e88_jax.model import LanguageModel, LMState
-from e88_jax.prompts import Prompt, check_prompt, is_traced, pad
+from e88_jax.prompts import Prompt, check_prompt, is_traced, pad, padded_length
 from e88_jax.sampling_options import check_sampling_options
 from e88_jax.typed import Variables, jit, split
 
@@ -64,15 +64,20 @@ def read_and_draw(
     *,
     top_k: int | None,
     greedy: bool,
+    context: int | None = None,
 ) -> tuple[LMState, Array, Array]:
     """Reads `tokens` as `read` does and draws one more for each row.
 
     Args:
         graphdef, params: of `model.for_inference()`, split.
+        context: in place of the state: starts from `model.init_state(B, context)`.
 
     Returns:
         The state, the tokens drawn `[B]` int32 (see `draw`) and the key for those to come.
     """
+    if context is not None:
+        assert state is None, "the state has its own context"
+        state = nnx.merge(graphdef, params).init_state(tokens.shape[0], context)
     state, logits = read(graphdef, params, state, tokens, lengths)
     key, step_key = jax.random.split(key)
     return state, draw(logits, step_key, temperature, top_p, top_k=top_k, greedy=greedy), key
@@ -80,7 +85,7 @@ def read_and_draw(
 
 _STATIC = ("graphdef", "top_k", "greedy")
 
-prefill = jit(read_and_draw, static_argnames=_STATIC, donate_argnames="state")
+prefill = jit(read_and_draw, static_argnames=(*_STATIC, "context"), donate_argnames="state")
 """`read_and_draw` as one program, which consumes the state."""
 
 _read = jit(read, static_argnames="graphdef", donate_argnames="state")
@@ -148,7 +153,8 @@ def generate_stream(
 ) -> Iterator[np.ndarray]:
     """Draws tokens without end, in constant memory.
 
-    Arguments are those of `generate`.
+    Arguments are those of `generate`. A model with attention without a window needs a `state`,
+    which says how many tokens it remembers.
 
     Yields:
         The next token of each row, `[B]` int32; with `stop`, until every row has ended.
@@ -156,7 +162,7 @@ def generate_stream(
     Raises:
         TypeError, ValueError: as `generate`, at the call; for logits, when they are drawn from.
     """
-    call = _Call(model, prompt, key, temperature, top_k, top_p, lengths, state, stop)
+    call = _Call(model, prompt, key, temperature, top_k, top_p, lengths, state, stop, None)
     state, token, key = call.prefill()
     if is_traced(token):
         raise ValueError("generate_stream cannot run under jax.jit; generate can.")
@@ -198,7 +204,9 @@ def generate(
         top_p: sample among the likeliest tokens that together hold this probability, in (0, 1].
         lengths: `[B]` integers, for a padded prompt: the first `lengths[b]` tokens of row b are
             its prompt.
-        state: state of as many rows that the prompt continues; None starts from zeros.
+        state: state of as many rows that the prompt continues; None starts from zeros. Attention
+            without a window then remembers at least the prompt and `length` tokens; for a text that
+            goes on, give `model.init_state(B, context)`.
         stop: an id or several: a row ends with the first of them that it draws.
         return_state: also return the state after the tokens.
 
@@ -213,7 +221,7 @@ def generate(
             give `NOT_FINITE`, -2, in place of the token, and then `ENDED`.
     """
     length = require_int("length", length, 0)
-    call = _Call(model, prompt, key, temperature, top_k, top_p, lengths, state, stop)
+    call = _Call(model, prompt, key, temperature, top_k, top_p, lengths, state, stop, length)
     if length == 0 and not return_state:
         return np.zeros((call.batch, 0), np.int32)
     state, token, key = call.prefill()
@@ -243,6 +251,7 @@ class _Call:
         lengths: ArrayLike | None,
         state: LMState | None,
         stop: int | Iterable[int] | None,
+        length: int | None,
     ):
         require_instance("model", model, LanguageModel)
         vocab_size = model.config.vocab_size
@@ -252,6 +261,16 @@ class _Call:
         self.options = _check_options(temperature, top_k, top_p, vocab_size)
         self.stop = _check_stop(stop, vocab_size)
         self.state = None if state is None else model.check_state(state, self.batch)
+        self.context: int | None = None
+        if state is None and model.needs_context:
+            if length is None:
+                raise ValueError(
+                    "state must be given to draw without end from a model with attention without a "
+                    f"window, such as model.init_state({self.batch}, context=2048), the most "
+                    "tokens that it remembers; got None."
+                )
+            # As of prompts, few programs serve all lengths.
+            self.context = padded_length(self.prompt.shape[1] + length)
         self.graphdef, self.params = split(model.for_inference())
         # A committed prompt stays on its devices; any other goes where the parameters are.
         self.sharding = None
@@ -262,8 +281,9 @@ class _Call:
         """The state after the prompt, the first token drawn `[B]` and the key for the next."""
         state = None if self.state is None else _copy(self.state)  # the caller keeps theirs
         tokens, lengths = pad(self.prompt, self.lengths, self.sharding)
+        options: dict[str, Any] = {**self.options, "context": self.context}
         return prefill(
-            self.graphdef, self.params, state, tokens, self.key, lengths=lengths, **self.options
+            self.graphdef, self.params, state, tokens, self.key, lengths=lengths, **options
         )
 
     def decode(

@@ -38,6 +38,11 @@ def vjp(function: Callable[..., T], *primals: Any) -> tuple[T, Callable[[T], tup
     return jax.vjp(function, *primals)  # pyright: ignore
 
 
+def stored(x: Array) -> Array:
+    """x, which XLA stores: it fuses nothing across, nor across x's gradient."""
+    return cast(Array, jax.lax.optimization_barrier(x))  # pyright: ignore
+
+
 def same_structure(a: Any, b: Any) -> bool:
     """Whether two trees have one structure."""
     return jax.tree.structure(a) == jax.tree.structure(b)

@@ -18,7 +18,8 @@ from experiments.tasks.bytes import ByteLMConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Write text with the model of a run. The prompt is read in one pass."""
+    """Write text with the model of a run. The prompt is read in one pass. Attention without a
+    window remembers as many bytes as the run's --seq-len, which it was trained on."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of the run, as train_byte_lm.py made it."""
@@ -51,7 +52,7 @@ def main(args: Sequence[str]) -> None:
     """Parses, then writes each byte to standard output as it is drawn."""
     config = cli.parse(SampleConfig, args)
     # Checks the run before the seconds that JAX takes to start.
-    run_directory.load_config(config.run, ByteLMConfig)
+    trained_as = run_directory.load_config(config.run, ByteLMConfig)
 
     import jax
 
@@ -63,9 +64,11 @@ def main(args: Sequence[str]) -> None:
     model, _ = load_trained(config.run, ByteLMConfig, latest=config.latest)
     prompt = os.fsencode(config.prompt)
     options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    state = model.init_state(1, context=trained_as.batch.seq_len)
     out = sys.stdout.buffer
     try:
-        tokens = generate_stream(model, prompt, key=jax.random.key(config.seed), **options)
+        key = jax.random.key(config.seed)
+        tokens = generate_stream(model, prompt, key=key, state=state, **options)
         out.write(prompt)
         for _ in range(config.length):
             out.write(bytes(next(tokens).tolist()))

@@ -31,7 +31,8 @@ def load_trained(
 
     def build() -> tuple[LanguageModel, TrainState]:
         model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-        return model, init_state(model, optimizer, config.batch.carry_shape)
+        shape, context = config.batch.carry_shape, config.batch.seq_len
+        return model, init_state(model, optimizer, shape, context)
 
     model, like = nnx.eval_shape(build)
     metric = run_directory.load_metric(directory)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from e88_jax.naive import rms_ratio
 from e88_jax.short_conv import ShortConv
+from pallas_kernels import target
 from tests.reference import layer as numpy_layer
 
 BATCH, CHANNELS = 2, (2, 3)  # heads, and columns of each
@@ -86,6 +87,29 @@ def test_bfloat16_sums_in_float32() -> None:
     assert y.dtype == state.dtype == jnp.bfloat16
     wide, _ = conv(x.astype("float32"), past.astype("float32"), None)
     np.testing.assert_array_equal(y, wide.astype("bfloat16"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_gradient_on_a_gpu_is_that_of_the_convolution(
+    x64: None, bias: bool, silu: bool
+) -> None:
+    """It is written out there: every array, with documents and without."""
+    _, x, past = make(3, 4, "float64")
+    rng = np.random.default_rng(1)
+    conv = ShortConv(CHANNELS, 3, bias=bias, silu=silu, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(conv)
+    weigh = jnp.asarray(rng.normal(size=x.shape))
+    for ids in (None, jnp.asarray([[0, 0, 1, 1], [0, 1, 2, 2]])):
+
+        def loss(params: Any, x: Any, past: Any, ids: Any = ids) -> Any:
+            y, state = nnx.merge(graphdef, params)(x, past, ids)
+            return jnp.sum(y * weigh) + jnp.sum(state**2)
+
+        with target.use(target.H100):
+            written_out = jax.grad(loss, argnums=(0, 1, 2))(params, x, past)
+        derived = jax.grad(loss, argnums=(0, 1, 2))(params, x, past)
+        chex.assert_trees_all_close(written_out, derived, rtol=1e-12)
 
 
 def test_gradients(x64: None) -> None:

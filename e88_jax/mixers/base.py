@@ -147,6 +147,10 @@ class Mixer(Protocol):
 
     Its matmuls' weights are parameters named `kernel`; `optim.py` reads from that name which
     parameters decay and which Muon takes.
+
+    A mixer whose state is as large as its `context`, such as attention without a window, has two
+    members more: `needs_context`, whether `init_state` needs one, and `context_of(state)`, that
+    with which `init_state` makes a state of the same size.
     """
 
     def __call__(
@@ -169,8 +173,13 @@ class Mixer(Protocol):
         """
         ...
 
-    def init_state(self, batch: int) -> MixerState:
-        """The state before the first token."""
+    def init_state(self, batch: int, context: int | None = None) -> MixerState:
+        """The state before the first token.
+
+        Args:
+            batch: rows.
+            context: most tokens that attention without a window remembers; other mixers ignore it.
+        """
         ...
 
     def for_inference(self) -> Self:

@@ -25,6 +25,10 @@ sum), the output S^T q (2), the decay of the read (1). Backward: two for each of
 multiply-adds."""
 SSD_FLOPS = 5 + 10
 """The same of state-space duality: the decay (1), the write B x^T (2), the output S^T C (2)."""
+LSTM_FLOPS = 9 + 22
+"""FLOPs of training per unit and step of the LSTM outside of its matmuls. Forward: five activations
+(5), f c + i g (3), o tanh(c) (1). Backward: the gradients of o, tanh(c), f, c, i and g with their
+sum at c (7), through the five activations (15)."""
 MEAN_CONTEXT = 1024
 """Tokens that attention without a window sees on average, for its FLOPs: half of 2,048."""
 
@@ -314,10 +318,8 @@ class LSTMConfig:
 
     def flops_per_token(self, dim: int) -> Flops:
         """FLOPs of training on one token. Every parameter counts as a weight of a matmul, the
-        recurrent weights as the recurrence's."""
-        recurrent = 4 * self.width * self.width
-        rest = self.count_params(dim) - recurrent
-        return Flops(MATMUL_FLOPS * rest, MATMUL_FLOPS * recurrent)
+        recurrent weights among them; the recurrence's are those of gates and cells."""
+        return Flops(MATMUL_FLOPS * self.count_params(dim), LSTM_FLOPS * self.width)
 
     def activations(self, dim: int, length: int, execution: Execution) -> Activations:
         """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it."""

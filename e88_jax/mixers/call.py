@@ -21,8 +21,10 @@ def call_checked(
     state: Any,
     segment_ids: Array | None,
     lengths: Array | None,
+    *,
+    takes_no_state: bool = False,
 ) -> tuple[Array, Any]:
-    """`compute(mixer, x, state, segment_ids, lengths)` with checked arguments; state is never None.
+    """`compute(mixer, x, state, segment_ids, lengths)` with checked arguments.
 
     Args:
         compute: a method of the mixer's class.
@@ -31,6 +33,7 @@ def call_checked(
         state_axes: names of the first axes of the state's arrays, as a tree prefix of the state:
             "b" is the batch, "b h" the batch and the heads.
         x, state, segment_ids, lengths: as `Mixer.__call__` takes them.
+        takes_no_state: whether `compute` takes None for the state; else it gets `init_state(B)`.
 
     Raises:
         TypeError: an argument of another type.
@@ -45,14 +48,14 @@ def call_checked(
         segment_ids = as_integers("segment_ids", segment_ids, "[B, T]", x.shape[:2])
     if lengths is not None:
         lengths = as_lengths(lengths, *x.shape[:2])
-    if state is None:
-        state = mixer.init_state(x.shape[0])
-    else:
+    if state is not None:
         check_state("state", state, mixer, x.shape[0])
+    elif not takes_no_state:
+        state = mixer.init_state(x.shape[0])
     arguments = x, state, segment_ids, lengths
     if explicit_mesh((*arguments, params_of(mixer))) is None:
         return compute(mixer, *arguments)
-    axes = "b t", state_axes, "b t", "b"
+    axes = "b t", None if state is None else state_axes, "b t", "b"
     return call_with_automatic_axes(compute, mixer, arguments, axes, ("b t", state_axes))
 
 
@@ -61,9 +64,11 @@ def check_state(name: str, state: Any, mixer: Any, batch: int) -> None:
     TypeError: the state is of another type than the mixer's.
     ValueError: its shapes or dtypes are not the mixer's for a batch of so many rows.
     """
-    fresh: object = shapes_of(lambda: mixer.init_state(batch))
+    context_of = getattr(mixer, "context_of", None)
+    context = None if context_of is None else context_of(state)
+    fresh: object = shapes_of(lambda: mixer.init_state(batch, context))
     if not same_structure(fresh, 0):  # else it is one array
-        needs = f"a {type(fresh).__name__}, such as init_state({batch})"
+        needs = f"of type {type(fresh).__name__}, such as init_state({batch})"
         require_instance(name, state, type(fresh), needs)
     got, wanted = (jax.tree.map(_described, tree) for tree in (state, fresh))
     if not same_structure(got, wanted) or got != wanted:

@@ -86,8 +86,8 @@ class E88Mixer(nnx.Module):
         self.decay = Decay(config, rngs=rngs)
         self.heads = HeadMix(config, dim, self.dtype, rngs=rngs)
 
-    def init_state(self, batch: int) -> E88State:
-        """The state before the first token: zeros.
+    def init_state(self, batch: int, context: int | None = None) -> E88State:
+        """The state before the first token: zeros. `context` is ignored.
 
         Raises:
             TypeError, ValueError: batch is no integer, or below 1.

@@ -109,8 +109,8 @@ class GatedDeltaNetMixer(nnx.Module):
             values, (dim,), dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs
         )
 
-    def init_state(self, batch: int) -> GatedDeltaNetState:
-        """The state before the first token: zeros.
+    def init_state(self, batch: int, context: int | None = None) -> GatedDeltaNetState:
+        """The state before the first token: zeros. `context` is ignored.
 
         Raises:
             TypeError, ValueError: batch is no integer, or below 1.

@@ -101,8 +101,8 @@ class Mamba2Mixer(nnx.Module):
             channels, (dim,), dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs
         )
 
-    def init_state(self, batch: int) -> Mamba2State:
-        """The state before the first token: zeros.
+    def init_state(self, batch: int, context: int | None = None) -> Mamba2State:
+        """The state before the first token: zeros. `context` is ignored.
 
         Raises:
             TypeError, ValueError: batch is no integer, or below 1.

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint  # pyright: ignore
 
 from e88_jax import kernels
 from e88_jax.typed import jit
@@ -63,7 +64,18 @@ def _call(op: Callable[..., tuple[Array, Array]], *arrays: Array | None) -> tupl
     assert q is not None
     if q.dtype != jnp.bfloat16:
         raise NotImplementedError(f"takes bfloat16, got {q.dtype}")
-    return kernels.call(op, *arrays)
+    return kernels.call(op, *map(_row_major, arrays))
+
+
+def _row_major(x: Array | None) -> Array | None:
+    """x, which XLA keeps in the order of its axes, and so its gradient.
+
+    The kernels transpose the gates. XLA would compute those transposed instead, and with them all
+    columns of the matmul that they come from, whose convolutions then run along the minor axis.
+    """
+    if x is None:
+        return None
+    return cast(Array, with_layout_constraint(x, Layout(tuple(range(x.ndim)))))  # pyright: ignore
 
 
 def _segments(starts: Array | None) -> Array | None:

@@ -41,7 +41,8 @@ class BatchConfig:
     """Passes whose gradients are averaged into one step."""
     stateful: bool = False
     """Read consecutive windows and carry the state from one to the next; gradients stop at the
-    window. Otherwise windows are random and start from a zero state."""
+    window, and attention without a window of its own remembers --seq-len tokens. Otherwise windows
+    are random and start from a zero state."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
 

@@ -87,15 +87,19 @@ def relative(batch: Batch) -> Batch:
 
 
 def init_state(
-    model: LanguageModel, optimizer: Optimizer, carry_shape: tuple[int, int] | None
+    model: LanguageModel,
+    optimizer: Optimizer,
+    carry_shape: tuple[int, int] | None,
+    context: int | None = None,
 ) -> TrainState:
-    """The state before the first step; `carry_shape` is (passes, rows) of a stateful run."""
+    """The state before the first step; `carry_shape` is (passes, rows) of a stateful run, and
+    `context` the tokens that attention without a window remembers in it."""
     params = nnx.state(model, nnx.Param)
     carry = None
     if carry_shape is not None:
         passes, rows = carry_shape
         carry = jax.tree.map(
-            lambda x: jnp.zeros((passes, *x.shape), x.dtype), model.init_state(rows)
+            lambda x: jnp.zeros((passes, *x.shape), x.dtype), model.init_state(rows, context)
         )
     zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
     return TrainState(params, optimizer.transform.init(params), carry, *zeros)
@@ -198,19 +202,21 @@ def make_evaluate(
     *,
     stateful: bool,
 ) -> Callable[[Params], float]:
-    """The function from weights to the metric on `batches`; the state is carried if `stateful`."""
-    rows = batches[0].inputs.shape[1]
+    """The function from weights to the metric on `batches`; the state is carried if `stateful`, and
+    attention without a window then remembers the tokens of one window of the data."""
+    _, rows, seq_len = batches[0].inputs.shape
 
     @jax.jit
     def evaluate(params: Params, batch: Batch) -> Array:
         model = nnx.merge(graphdef, params)
 
-        def one(state: LMState, batch: Batch) -> tuple[LMState, Array]:
+        def one(state: LMState | None, batch: Batch) -> tuple[LMState | None, Array]:
             loss, (score, end) = mean_loss(model, batch, state, metric)
-            return (end if stateful else state), loss if score is None else score
+            return (end if stateful else None), loss if score is None else score
 
         passes = relative(batch)._replace(restart=None)
-        return jnp.mean(lax.scan(one, model.init_state(rows), passes)[1])
+        start = model.init_state(rows, seq_len) if stateful else None
+        return jnp.mean(lax.scan(one, start, passes)[1])
 
     joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(x[:3] for x in batches))
     batch = where.put(Batch(*joined, restart=True))

@@ -30,7 +30,8 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
     model = build(config, task)
     graphdef, metric = nnx.graphdef(model), task.metric
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = place(init_state(model, optimizer, config.batch.carry_shape), where)
+    carry_shape, seq_len = config.batch.carry_shape, config.batch.seq_len
+    state = place(init_state(model, optimizer, carry_shape, seq_len), where)
     stateful = config.batch.stateful
     evaluate = make_evaluate(graphdef, task.validation(), where, metric, stateful=stateful)
 

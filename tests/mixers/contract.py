@@ -45,6 +45,22 @@ def run(mixer: Mixer, *arguments: Any, **options: Any) -> Any:
     return _run(*nnx.split(mixer), *arguments, **options)
 
 
+def is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def floats_of(tree: Any) -> Any:
+    """The tree with None in place of arrays that are not differentiated, such as positions."""
+    return jax.tree.map(lambda x: x if is_float(x) else None, tree)
+
+
+def with_floats(tree: Any, floats: Any) -> Any:
+    """The tree with the arrays of `floats_of` from another."""
+    return jax.tree.map(
+        lambda x, y: x if y is None else y, tree, floats, is_leaf=lambda x: x is None
+    )
+
+
 def close(actual: Any, expected: Any, bound: float) -> None:
     """Each array of two trees, by RMS ratio."""
     chex.assert_trees_all_equal_structs(actual, expected)
@@ -65,10 +81,20 @@ class MixerContract:
     """The layers that are tested, by name; their dtype is float64."""
     bound = 1e-12
     """RMS ratio of what is computed in two ways in float64."""
+    context: ClassVar[int | None] = None
+    """Context of `init_state`, for mixers that need one; longer than the tokens of a test."""
+    counted_context: ClassVar[int | None] = None
+    """Context of the state that `state_size` counts."""
+    no_state_is_bitwise: ClassVar[bool] = True
+    """Whether no state gives bit for bit what the initial state does; else up to `bound`."""
 
     def counted(self, state: Any) -> Any:
         """The part of a state that `state_size` counts."""
         return state
+
+    def fresh(self, mixer: Mixer, batch: int = BATCH) -> Any:
+        """The state before the first token: None, or that of `context`."""
+        return None if self.context is None else mixer.init_state(batch, self.context)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "layer" in metafunc.fixturenames:
@@ -91,13 +117,18 @@ class MixerContract:
         return jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, TIME, layer.dim)))
 
     @pytest.fixture
-    def before(self, mixer: Mixer) -> Any:
-        """The state that another call has left."""
+    def before(self, layer: AnyLayer, mixer: Mixer) -> Any:
+        """A state that another call could have left: random numbers, or what other tokens leave
+        where not every array is of floats."""
         rng = np.random.default_rng(2)
-        return jax.tree.map(
-            lambda x: jnp.asarray(rng.uniform(-0.6, 0.6, x.shape), x.dtype),
-            mixer.init_state(BATCH),
-        )
+        initial = mixer.init_state(BATCH, self.context)
+        if all(map(is_float, jax.tree.leaves(initial))):
+            return jax.tree.map(
+                lambda x: jnp.asarray(rng.uniform(-0.6, 0.6, x.shape), x.dtype), initial
+            )
+        others = jnp.asarray(rng.normal(size=(BATCH, TIME, layer.dim)))
+        _, state = run(mixer, others, initial, lengths=jnp.asarray([TIME, 3], jnp.int32))
+        return state
 
     def test_split_runs_equal_the_whole(self, mixer: Mixer, x: jax.Array, before: Any) -> None:
         # The id changes inside the parts only: across calls the caller resets the state.
@@ -126,7 +157,7 @@ class MixerContract:
         packed = run(mixer, x, before, ids)
         state, parts = before, []
         for start, end in ((0, 3), (3, 4), (4, 6), (6, 8)):
-            y, state = run(mixer, x[:, start:end], state if start == 0 else None)
+            y, state = run(mixer, x[:, start:end], state if start == 0 else self.fresh(mixer))
             parts.append(y)
         close(packed, (jnp.concatenate(parts, axis=1), state), self.bound)
 
@@ -162,12 +193,14 @@ class MixerContract:
             close(rows_of((y, state), slice(b, b + 1)), alone, self.bound)
 
     def test_the_initial_state_is_that_of_no_state(self, mixer: Mixer, x: jax.Array) -> None:
-        given = mixer.init_state(BATCH)
+        given = mixer.init_state(BATCH, TIME)
         results = run(mixer, x)
-        chex.assert_trees_all_equal(run(mixer, x, given), results)
+        if self.no_state_is_bitwise:
+            chex.assert_trees_all_equal(run(mixer, x, given), results)
+        close(run(mixer, x, given), results, self.bound)
         chex.assert_trees_all_equal_shapes_and_dtypes(given, results[1])
         assert {x.shape[0] for x in jax.tree.leaves(given)} == {BATCH}
-        one = mixer.init_state(1)
+        one = mixer.init_state(1, TIME)
         assert all(
             a.shape == (1, *b.shape[1:])
             for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(given), strict=True)
@@ -195,15 +228,16 @@ class MixerContract:
     def test_gradients_are_slopes(self, mixer: Mixer, x: jax.Array, before: Any) -> None:
         """Every parameter, the input and the state, through both results."""
         graphdef, params = nnx.split(mixer)
-        arguments = params, x, before
+        arguments = params, x, floats_of(before)
         rng = np.random.default_rng(3)
         weights = jax.tree.map(
-            lambda y: jnp.asarray(rng.normal(size=y.shape)), run(mixer, x, before)
+            lambda y: jnp.asarray(rng.normal(size=y.shape)), floats_of(run(mixer, x, before))
         )
 
-        def loss(params: Any, x: Any, state: Any) -> Any:
+        def loss(params: Any, x: Any, floats: Any) -> Any:
+            state = with_floats(before, floats)
             results = nnx.merge(graphdef, params)(x, state, jnp.asarray(SEGMENT_IDS))
-            products = jax.tree.map(lambda a, b: jnp.sum(a * b), results, weights)
+            products = jax.tree.map(lambda a, b: jnp.sum(a * b), floats_of(results), weights)
             return sum(jax.tree.leaves(products))
 
         loss_and_gradient = jax.jit(
@@ -234,16 +268,18 @@ class MixerContract:
         def by_parts(ends: tuple[int, ...]) -> Any:
             @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
             def gradient(*arguments: Any) -> Any:
-                def loss(params: Any, x: Any, state: Any) -> Any:
+                def loss(params: Any, x: Any, floats: Any) -> Any:
+                    state = with_floats(before, floats)
                     total, start = jnp.zeros(()), 0
                     for end in ends:
                         y, state = nnx.merge(graphdef, params)(x[:, start:end], state)
                         total, start = total + jnp.sum(jnp.sin(y)), end
-                    return total + sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(state))
+                    floats = jax.tree.leaves(floats_of(state))
+                    return total + sum(jnp.sum(jnp.sin(x)) for x in floats)
 
                 return jax.grad(loss, argnums=(0, 1, 2))(*arguments)
 
-            return gradient(params, x, before)
+            return gradient(params, x, floats_of(before))
 
         close(by_parts((3, 4, TIME)), by_parts((TIME,)), 1e3 * self.bound)
 
@@ -251,7 +287,7 @@ class MixerContract:
         config: MixerConfig = layer.config
         mixer = nnx.eval_shape(lambda: build(layer))
         assert config.count_params(layer.dim) == n_params(mixer)
-        state = self.counted(jax.eval_shape(lambda: mixer.init_state(1)))
+        state = jax.eval_shape(lambda: self.counted(mixer.init_state(1, self.counted_context)))
         assert config.state_size(layer.dim) == sum(x.size for x in jax.tree.leaves(state))
         flops = config.flops_per_token(layer.dim)
         kernels = [

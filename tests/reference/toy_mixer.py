@@ -59,7 +59,7 @@ class ToyMixer(nnx.Module):
         self.outputs = linear(config.width, dim)
         self.rate = nnx.Param(jnp.linspace(-1, 2, config.width))
 
-    def init_state(self, batch: int) -> Array:
+    def init_state(self, batch: int, context: int | None = None) -> Array:
         return jnp.zeros((batch, self.config.width), wide_dtype(self.dtype))
 
     def __call__(

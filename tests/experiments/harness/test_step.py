@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import experiments.harness.step
-from e88_jax import LanguageModel
+from e88_jax import AttentionConfig, LanguageModel, LMConfig, LSTMConfig
 from e88_jax.model import LMState
 from experiments.harness.config import OptimizerConfig
 from experiments.harness.devices import placement
@@ -295,6 +295,40 @@ def test_data_parallel_steps_equal_those_of_one_device(model: LanguageModel, sta
         assert state.updates.sharding.num_devices == where.everywhere.num_devices
     assert placement(4).everywhere.num_devices == 4
     chex.assert_trees_all_close(*jax.device_get(results), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_attention_remembers_the_window_before(stateful: bool):
+    """Stateful, a token sees as many tokens as a window has, across windows; else its own."""
+    layers = (AttentionConfig(n_heads=2, head_dim=8), LSTMConfig(width=8))
+    model = LanguageModel(LMConfig(dim=16, depth=2, layers=layers), rngs=nnx.Rngs(0))
+    optimizer = make_optimizer(plain(), steps=20)
+    carry_shape = (1, 3) if stateful else None
+    step = make_train_step(nnx.graphdef(model), optimizer, 1.0, BITS_PER_BYTE)
+    state = init_state(model, optimizer, carry_shape, context=10)
+    long = windows_of((1, 3, 21))
+    first, second = long[..., :11], long[..., 10:]
+    step = jax.jit(step)
+    state, _ = step(state, batch_of(first))
+    weights = nnx.state(model, nnx.Param)
+    _, metrics = step(state._replace(params=weights), batch_of(second, restart=False))
+    start, expected = model.init_state(3, 10) if stateful else None, []
+    for windows in (first, second):
+        loss, end = loss_of(model, windows[0], start)
+        start = end if stateful else None
+        expected.append(float(loss))
+    np.testing.assert_allclose(metrics.loss, expected[1], rtol=1e-5)
+    # A token of the second window then sees some of the first.
+    alone, _ = loss_of(model, second[0])
+    assert (abs(float(alone) - expected[1]) > 1e-5) == stateful
+    evaluate = make_evaluate(
+        nnx.graphdef(model),
+        [batch_of(first), batch_of(second)],
+        placement(3),
+        BITS_PER_BYTE,
+        stateful=stateful,
+    )
+    np.testing.assert_allclose(evaluate(weights), np.mean(expected) / np.log(2), rtol=1e-5)
 
 
 def test_schedules():

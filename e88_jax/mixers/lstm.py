@@ -1,0 +1,157 @@
+"""The LSTM layer: Flax's cell over time, then an output projection."""
+
+from typing import Any, NamedTuple, cast
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, export, lax
+from jax.nn import initializers
+
+from e88_jax.checks import require_instance, require_int, require_rngs
+from e88_jax.documents import document_starts, live_steps
+from e88_jax.meshes import varying_alike
+from e88_jax.mixers.base import Execution
+from e88_jax.mixers.baselines import LSTMConfig
+from e88_jax.mixers.call import call_checked
+from e88_jax.precision import compute_dtype, wide_dtype
+from e88_jax.projection import InferenceProjection, Projection
+from e88_jax.typed import params_of
+
+
+class LSTMState(NamedTuple):
+    """The state of a layer between calls, float32, or float64 for float64."""
+
+    hidden: Array
+    """Outputs of the units, `[B, width]`."""
+    cell: Array
+    """Cells of the units, `[B, width]`."""
+
+
+export.register_namedtuple_serialization(LSTMState, serialized_name="e88_jax.LSTMState")
+
+_STATE_AXES = LSTMState("b", "b")  # pyright: ignore[reportArgumentType]
+
+
+class LSTMMixer(nnx.Module):
+    """One LSTM layer (`docs/references.md`); `y, state = mixer(x, state, segment_ids)`.
+
+    For each token, with x `[dim]` its input, h the units' outputs and c their cells, `[width]`:
+
+        i, f, g, o = W_x x + W_h h + b          each [width]
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h = sigmoid(o) * tanh(c)
+        y = W_o h
+
+    The cell is `nnx.OptimizedLSTMCell` with its initial weights: `W_x` lecun-normal, `W_h`
+    orthogonal, b zeros. It runs in float32, or float64 for float64, and `W_o`, xavier-uniform, in
+    the compute dtype. Parameters are float32.
+
+    Args:
+        config: the width.
+        dim: width of x.
+        execution: compute dtype; its other options change nothing here.
+        rngs: source of the initial weights (stream `params`).
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: dim is below 1.
+    """
+
+    def __init__(
+        self,
+        config: LSTMConfig,
+        dim: int,
+        execution: Execution = Execution(),  # noqa: B008  (frozen)
+        *,
+        rngs: nnx.Rngs,
+    ):
+        require_instance("config", config, LSTMConfig)
+        require_instance("execution", execution, Execution)
+        require_rngs(rngs)
+        self.config = config
+        self.dim = require_int("dim", dim)
+        self.dtype = compute_dtype(execution.dtype)
+        wide = wide_dtype(self.dtype)
+        self.cell = nnx.OptimizedLSTMCell(dim, config.width, dtype=wide, rngs=rngs)
+        self.output: Projection | InferenceProjection = Projection(
+            (config.width,),
+            (dim,),
+            dtype=self.dtype,
+            kernel_init=initializers.xavier_uniform(),
+            rngs=rngs,
+        )
+
+    def init_state(self, batch: int, context: int | None = None) -> LSTMState:
+        """The state before the first token: zeros. `context` is ignored.
+
+        Raises:
+            TypeError, ValueError: batch is no integer, or below 1.
+        """
+        is_symbolic: bool = export.is_symbolic_dim(batch)
+        if not is_symbolic:
+            require_int("batch", batch)
+        shape, dtype = (batch, self.config.width), wide_dtype(self.dtype)
+        return LSTMState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def __call__(
+        self,
+        x: Array,
+        state: LSTMState | None = None,
+        segment_ids: Array | None = None,
+        *,
+        lengths: Array | None = None,
+    ) -> tuple[Array, LSTMState]:
+        """Mixes over time.
+
+        Args:
+            x: `[B, T, dim]`, any float dtype.
+            state: what the call before returned; None starts from zeros.
+            segment_ids: packed documents, `[B, T]` int32; where the id changes, nothing is carried
+                over. Token 0 continues `state`.
+            lengths: tokens of each row, `[B]` int32 from 0 to T, of a batch padded on the right:
+                the state is that after a row's own last token, and y after it is zeros. None: T.
+
+        Returns:
+            `(y, state)`: y `[B, T, dim]` in the compute dtype.
+
+        Raises:
+            TypeError: an argument of another type.
+            ValueError: x is not `[B, T, dim]` or empty, or the state, the ids or the lengths do not
+                go with it.
+        """
+        arguments = x, state, segment_ids, lengths
+        return call_checked(type(self)._mix, self, self.dim, _STATE_AXES, *arguments)
+
+    def _mix(
+        self, x: Array, state: LSTMState, segment_ids: Array | None, lengths: Array | None
+    ) -> tuple[Array, LSTMState]:
+        """`__call__` with checked arguments."""
+        starts = None if segment_ids is None else document_starts(segment_ids)
+        live = None if lengths is None else live_steps(lengths, x.shape[1])
+        if live is not None:
+            x = jnp.where(live[:, :, None], x, jnp.zeros_like(x))
+        cell = cast(Any, self.cell)
+
+        def step(state: LSTMState, inputs: Any) -> tuple[LSTMState, Array]:
+            x, start, live = inputs
+            h, c = state
+            if start is not None:
+                h, c = (jnp.where(start[:, None], 0, a) for a in (h, c))
+            (c, h), _ = cell((c, h), x)
+            if live is None:
+                return LSTMState(h, c), h
+            after = LSTMState(
+                *(jnp.where(live[:, None], *a) for a in zip((h, c), state, strict=True))
+            )
+            return after, jnp.where(live[:, None], h, 0)
+
+        state, *inputs, _ = varying_alike(state, x, starts, live, params_of(self.cell))
+        over_time = [None if a is None else jnp.moveaxis(a, 1, 0) for a in inputs]
+        state, hidden = lax.scan(step, state, tuple(over_time))
+        return self.output(jnp.moveaxis(hidden, 0, 1)), state
+
+    def for_inference(self) -> "LSTMMixer":
+        """The layer with its output projection laid out for decoding; this one stays as it is."""
+        mixer = nnx.clone(self)  # other variables, of the same arrays
+        mixer.output = self.output.for_inference()
+        return mixer
