@@ -81,7 +81,7 @@ class LinearRecurrenceContract:
         self.check(self.call(), "float32")
         self.check(make_call(self.op, LONG), "float32")
 
-    @pytest.mark.parametrize("left_out", [OPTIONS, *((option,) for option in OPTIONS)], ids=str)
+    @pytest.mark.parametrize("left_out", [OPTIONS, OPTIONS[:2], OPTIONS[2:]], ids=str)
     def test_options(self, left_out: tuple[str, ...]) -> None:
         self.check(self.call(self.short).without(*left_out))
 
@@ -136,7 +136,9 @@ class LinearRecurrenceContract:
         d_state, results = call.cotangents[1], []
         for (start, stop), state in reversed([*zip(bounds, states[:-1], strict=True)]):
             part = call.steps(start, stop).changed(initial_state=state)
-            results.insert(0, self.evaluate(part._replace(cotangents=(part.cotangents[0], d_state))))
+            results.insert(
+                0, self.evaluate(part._replace(cotangents=(part.cotangents[0], d_state)))
+            )
             d_state = results[0]["d_initial_state"]
         joined = _joined(results) | {"final_state": states[-1], "d_initial_state": d_state}
         assert_tensors_close(joined, self.evaluate(call), BOUNDS["float64"])
@@ -144,7 +146,9 @@ class LinearRecurrenceContract:
     def test_packed_documents_equal_separate_runs(self) -> None:
         call = self.call(self.whole)
         starts = [0, *itertools.accumulate(self.parts)]
-        ids = np.broadcast_to(np.repeat([7, 2, 7, 0, 1], [*self.parts, 0, 0, 0][:5]), (SIZE.batch, self.whole))
+        ids = np.broadcast_to(
+            np.repeat([7, 2, 7, 0, 1], [*self.parts, 0, 0, 0][:5]), (SIZE.batch, self.whole)
+        )
         full = np.full_like(call.lengths, self.whole)
         call = call._replace(segment_ids=ids.astype(np.int32), lengths=full)
         d_out, d_final_state = call.cotangents
@@ -168,7 +172,9 @@ class LinearRecurrenceContract:
             ids[row, start:] = 1
         self.check(call._replace(segment_ids=ids))
         # One step a document.
-        self.check(call._replace(segment_ids=np.tile(np.arange(self.whole, dtype=np.int32), (3, 1))))
+        self.check(
+            call._replace(segment_ids=np.tile(np.arange(self.whole, dtype=np.int32), (3, 1)))
+        )
 
     @pytest.mark.parametrize("lengths", [(65, 64, 63), (31, 1, 0)], ids=str)
     def test_rows_that_end(self, lengths: tuple[int, ...]) -> None:
@@ -189,19 +195,17 @@ class LinearRecurrenceContract:
             row, start = lengths.index(0), call.arrays["initial_state"]
             np.testing.assert_array_equal(results["final_state"][row], start[row])
 
-    @pytest.mark.parametrize("spoil", ["q", "k", "v", "gate", "log_decay", "initial_state"])
     @pytest.mark.parametrize("value", [np.nan, np.inf])
+    @pytest.mark.parametrize("spoil", ["q", "k", "v", "gate", "decay", "initial_state"])
     def test_documents_are_apart_where_one_is_not_finite(self, spoil: str, value: float) -> None:
         """Results that depend on the value are NaN; all else is as if they were not weighed."""
         name = self.op.roles.get(spoil, spoil)
         call = self.call()
-        if name not in call.arrays:
-            pytest.skip(f"{self.op} has no {spoil}")
         ids = np.zeros((SIZE.batch, SIZE.time), np.int32)
         ids[:, 20:45], ids[:, 45:] = 1, 2
         call = call._replace(segment_ids=ids, lengths=np.full_like(call.lengths, SIZE.time))
+        # The second document of row 0, and the last of row 1. Heads 0 to 2 share a key.
         spoilt = np.array(call.arrays[name])
-        # Heads 0 to 2 share a key: the second document of row 0, and the last of row 1.
         heads = slice(0, 3) if spoil in ("q", "k") else slice(0, 1)
         out_is_nan = np.zeros((SIZE.batch, SIZE.time, SIZE.heads), bool)
         state_is_nan = np.zeros((SIZE.batch, SIZE.heads), bool)
@@ -214,14 +218,20 @@ class LinearRecurrenceContract:
             out_is_nan[1, 50 : 51 if spoil == "q" else None, heads] = True
             state_is_nan[1, heads] = spoil != "q"
         dirty = self.evaluate(call.changed(**{name: spoilt}), "float32")
+        for result, is_nan in (("out", out_is_nan), ("final_state", state_is_nan)):
+            np.testing.assert_array_equal(
+                np.all(np.isnan(dirty[result]), axis=(-1, -2)[: dirty[result].ndim - is_nan.ndim]),
+                is_nan,
+            )
         d_out, d_final_state = call.cotangents
         weighed = d_out * ~out_is_nan[..., None], d_final_state * ~state_is_nan[..., None, None]
         clean = self.evaluate(call._replace(cotangents=weighed), "float32")
-        for result, is_nan in (("out", out_is_nan), ("final_state", state_is_nan)):
-            assert np.all(np.isnan(dirty[result][is_nan])), result
-            dirty[result][is_nan] = clean[result][is_nan] = 0
-        assert_tensors_close(dirty, clean, 1e-6)
-        assert all(np.all(np.isfinite(x)) for x in dirty.values())
+        for results in (dirty, clean):
+            results["out"] = np.where(out_is_nan[..., None], 0, results["out"])
+            kept = ~state_is_nan[..., None, None]
+            results["final_state"] = np.where(kept, results["final_state"], 0)
+        for name, x in dirty.items():
+            np.testing.assert_array_equal(x, clean[name], err_msg=name)
 
     # Steps, dtypes, programs.
 

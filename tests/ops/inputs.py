@@ -47,8 +47,10 @@ class Call(NamedTuple):
 
     def steps(self, start: int, stop: int) -> "Call":
         """Steps [start, stop), of rows that do not end in them."""
-        arrays = {name: x if x.ndim == 1 or name == "initial_state" else x[:, start:stop]
-                  for name, x in self.arrays.items()}
+        arrays = {
+            name: x if x.ndim == 1 or name == "initial_state" else x[:, start:stop]
+            for name, x in self.arrays.items()
+        }
         ids = None if self.segment_ids is None else self.segment_ids[:, start:stop]
         lengths = None if self.lengths is None else np.full_like(self.lengths, stop - start)
         d_out, d_final_state = self.cotangents
@@ -61,7 +63,7 @@ class Op:
     function: Callable[..., Any]
     reference: Callable[..., Tensors]
     roles: Mapping[str, str]
-    """Names of q, k, v and the write gate."""
+    """Names of q, k, v, the write gate, and what decides a step's decay."""
     draw: Callable[[np.random.Generator, Size], Tensors]
     """Arrays without the initial state, in float64."""
     extreme_decays: Callable[[Tensors], Tensors]
@@ -123,7 +125,7 @@ GATED_DELTA_RULE = Op(
     "gated_delta_rule",
     gated_delta_rule,
     linear_recurrence.gated_delta_rule,
-    {"q": "q", "k": "k", "v": "v", "gate": "write_gate"},
+    {"q": "q", "k": "k", "v": "v", "gate": "write_gate", "decay": "log_decay"},
     _draw_gated_delta_rule,
     _extreme_log_decay,
 )
@@ -131,16 +133,16 @@ SSD = Op(
     "ssd",
     ssd,
     linear_recurrence.ssd,
-    {"q": "c", "k": "b", "v": "x", "gate": "dt"},
+    {"q": "c", "k": "b", "v": "x", "gate": "dt", "decay": "dt"},
     _draw_ssd,
     _extreme_dt,
 )
 OPS = (GATED_DELTA_RULE, SSD)
 
 
-def make_call(op: Op, size: Size = SIZE, *, seed: int = 0) -> Call:
+def make_call(op: Op, size: Size = SIZE) -> Call:
     """A call with every option: packed documents, rows that end, an initial state."""
-    rng = np.random.default_rng([seed, *size])
+    rng = np.random.default_rng(size)
     batch, time, _, heads, n_key, n_value = size
     state = (batch, heads, n_key, n_value)
     arrays = op.draw(rng, size) | {"initial_state": rng.normal(size=state)}
@@ -203,5 +205,6 @@ def evaluate(op: Op, implementation: Any, call: Call, dtype: str) -> Tensors:
         return {name: np.asarray(x) for name, x in results.items()}
 
 
-def rounded(x: Array, dtype: str = "bfloat16") -> Array:
-    return np.asarray(jnp.asarray(x, dtype).astype("float32"))
+def rounded(x: Array) -> Array:
+    """To bfloat16."""
+    return np.asarray(jnp.asarray(x, "bfloat16").astype("float32"))

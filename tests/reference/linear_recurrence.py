@@ -80,7 +80,7 @@ def run(x: Heads, rows: Rows, delta_rule: bool) -> Run:
 def gradients(x: Heads, rows: Rows, delta_rule: bool, d_out: Array, d_final_state: Array) -> Heads:
     """Gradients of `sum(out * d_out) + sum(final_state * d_final_state)`."""
     done = run(x, rows, delta_rule)
-    d = Heads(*map(np.zeros_like, x))
+    d = Heads(*(np.zeros_like(y) for y in x))
     dS = d_final_state
     for t in reversed(range(x.q.shape[1])):
         q, k, v, d_o, before = x.q[:, t], x.k[:, t], x.v[:, t], d_out[:, t], done.befores[t]
@@ -106,11 +106,16 @@ def gradients(x: Heads, rows: Rows, delta_rule: bool, d_out: Array, d_final_stat
 
 
 def gated_delta_rule(
-    arrays: Tensors, d_out: Array, d_final_state: Array, segment_ids: Any = None, lengths: Any = None
+    arrays: Tensors,
+    d_out: Array,
+    d_final_state: Array,
+    segment_ids: Any = None,
+    lengths: Any = None,
 ) -> Tensors:
     """`out`, `final_state` and the gradient `d_x` of each array that is given."""
     arrays = _wide(arrays)
-    heads = _heads(*(arrays[x] for x in Heads._fields[:5]), arrays.get("initial_state"))
+    q, k, v, log_decay, write_gate = (arrays[name] for name in Heads._fields[:5])
+    heads = _heads(q, k, v, log_decay, write_gate, arrays.get("initial_state"))
     results, d = _results(heads, True, d_out, d_final_state, segment_ids, lengths)
     groups = arrays["q"].shape[2]
     of_arguments = d._asdict() | {x: _sum_of_groups(getattr(d, x), groups) for x in ("q", "k")}
@@ -118,7 +123,11 @@ def gated_delta_rule(
 
 
 def ssd(
-    arrays: Tensors, d_out: Array, d_final_state: Array, segment_ids: Any = None, lengths: Any = None
+    arrays: Tensors,
+    d_out: Array,
+    d_final_state: Array,
+    segment_ids: Any = None,
+    lengths: Any = None,
 ) -> Tensors:
     """`out`, `final_state` and the gradient `d_x` of each array that is given."""
     arrays = _wide(arrays)
@@ -151,7 +160,7 @@ def _heads(q: Array, k: Array, v: Array, decay: Array, gate: Array, state: Any) 
 def _results(
     x: Heads, delta_rule: bool, d_out: Array, d_final_state: Array, ids: Any, lengths: Any
 ) -> tuple[Tensors, Heads]:
-    rows = rows_of(*x.q.shape[:2], ids, lengths)
+    rows = rows_of(x.q.shape[0], x.q.shape[1], ids, lengths)
     done = run(x, rows, delta_rule)
     d = gradients(x, rows, delta_rule, d_out, d_final_state)
     return {"out": done.out, "final_state": done.final_state}, d
