@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.ops.inputs import (
+    OPTIONS,
     SIZE,
     Call,
     Op,
@@ -30,7 +31,6 @@ from tests.ops.inputs import (
 )
 from tests.recurrence_contract import BOUNDS, assert_tensors_close
 
-OPTIONS = ("initial_state", "segment_ids", "lengths")
 LONG = Size(1, 500, 1, 2, 12, 20)
 
 
@@ -147,11 +147,11 @@ class LinearRecurrenceContract:
         call = self.call(self.whole)
         starts = [0, *itertools.accumulate(self.parts)]
         ids = np.broadcast_to(
-            np.repeat([7, 2, 7, 0, 1], [*self.parts, 0, 0, 0][:5]), (SIZE.batch, self.whole)
+            np.repeat([7, 2, 7, 0, 1][: len(self.parts)], self.parts), (SIZE.batch, self.whole)
         )
         full = np.full_like(call.lengths, self.whole)
         call = call._replace(segment_ids=ids.astype(np.int32), lengths=full)
-        d_out, d_final_state = call.cotangents
+        d_final_state = call.cotangents[1]
         results = []
         for start, stop in itertools.pairwise(starts):
             part = call.steps(start, stop)
@@ -218,18 +218,18 @@ class LinearRecurrenceContract:
             out_is_nan[1, 50 : 51 if spoil == "q" else None, heads] = True
             state_is_nan[1, heads] = spoil != "q"
         dirty = self.evaluate(call.changed(**{name: spoilt}), "float32")
+        out_is_nan, state_is_nan = out_is_nan[..., None], state_is_nan[..., None, None]
         for result, is_nan in (("out", out_is_nan), ("final_state", state_is_nan)):
+            shape = dirty[result].shape
             np.testing.assert_array_equal(
-                np.all(np.isnan(dirty[result]), axis=(-1, -2)[: dirty[result].ndim - is_nan.ndim]),
-                is_nan,
+                np.isnan(dirty[result]), np.broadcast_to(is_nan, shape), err_msg=result
             )
         d_out, d_final_state = call.cotangents
-        weighed = d_out * ~out_is_nan[..., None], d_final_state * ~state_is_nan[..., None, None]
+        weighed = d_out * ~out_is_nan, d_final_state * ~state_is_nan
         clean = self.evaluate(call._replace(cotangents=weighed), "float32")
         for results in (dirty, clean):
-            results["out"] = np.where(out_is_nan[..., None], 0, results["out"])
-            kept = ~state_is_nan[..., None, None]
-            results["final_state"] = np.where(kept, results["final_state"], 0)
+            results["out"] = np.where(out_is_nan, 0, results["out"])
+            results["final_state"] = np.where(state_is_nan, 0, results["final_state"])
         for name, x in dirty.items():
             np.testing.assert_array_equal(x, clean[name], err_msg=name)
 
@@ -262,7 +262,7 @@ class LinearRecurrenceContract:
             np.testing.assert_array_equal(x, second[name], err_msg=name)
 
     def test_without_jit(self) -> None:
-        call = self.call()
+        call = self.call(5)
         rows = jnp.asarray(call.segment_ids), jnp.asarray(call.lengths)
         out, final_state = self.run(tensors(self.op, call, "float32"), *rows)
         jitted = self.evaluate(call, "float32")

@@ -17,6 +17,9 @@ Array = np.ndarray
 Tensors = dict[str, Any]
 
 
+OPTIONS = ("initial_state", "segment_ids", "lengths")
+
+
 class Size(NamedTuple):
     batch: int
     time: int
