@@ -11,7 +11,6 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -260,14 +259,6 @@ class LinearRecurrenceContract:
         first, second = (self.evaluate(self.call(), "float32") for _ in range(2))
         for name, x in first.items():
             np.testing.assert_array_equal(x, second[name], err_msg=name)
-
-    def test_without_jit(self) -> None:
-        call = self.call(5)
-        rows = jnp.asarray(call.segment_ids), jnp.asarray(call.lengths)
-        out, final_state = self.run(tensors(self.op, call, "float32"), *rows)
-        jitted = self.evaluate(call, "float32")
-        eager = {"out": out, "final_state": final_state}
-        assert_tensors_close(eager, {name: jitted[name] for name in eager}, 1e-6)
 
 
 def _joined(results: list[Tensors]) -> Tensors:

@@ -13,6 +13,9 @@ from e88_jax.ops import gated_delta_rule, ssd
 from tests.recurrence_contract import QUICK_TO_COMPILE
 from tests.reference import linear_recurrence
 
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+"""`jax.jit` of a program that runs once or twice."""
+
 Array = np.ndarray
 Tensors = dict[str, Any]
 
@@ -176,7 +179,7 @@ def tensors(op: Op, call: Call, dtype: str) -> Tensors:
 def program(op: Op, implementation: Any) -> Any:
     """Results and gradients, compiled once for each set of shapes."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+    @quick_jit
     def run(arrays: Tensors, segment_ids: Any, lengths: Any, cotangents: Any) -> Tensors:
         return results_and_gradients(op, implementation, arrays, segment_ids, lengths, cotangents)
 

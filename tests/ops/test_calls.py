@@ -1,7 +1,8 @@
 """Arguments of the linear recurrences, refusals of them, and the choice of an implementation."""
 
+import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,7 +22,9 @@ from tests.ops.inputs import (
     Op,
     Size,
     evaluate,
+    expected,
     make_call,
+    quick_jit,
     results_and_gradients,
     tensors,
 )
@@ -117,20 +120,24 @@ def test_an_odd_argument_is_named(op: Op) -> None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
-@pytest.mark.parametrize("convert", [np.asarray, np.ndarray.tolist], ids=["numpy", "lists"])
-def test_numpy_arrays_and_lists_are_arrays(op: Op, convert: Callable[..., Any]) -> None:
-    arguments = arguments_of(op)
-    converted = {name: convert(np.asarray(x)) for name, x in arguments.items()}
-    for x, y in zip(op.function(**converted), op.function(**arguments), strict=True):
-        np.testing.assert_array_equal(x, y)
+def test_numpy_arrays_and_lists_are_arrays(op: Op) -> None:
+    """Without `jax.jit`, too."""
+    call = make_call(op, SMALL)
+    wanted = expected(op, call)
+    arguments = {name: np.asarray(x) for name, x in arguments_of(op).items()}
+    for convert in (np.asarray, np.ndarray.tolist):
+        out, state = op.function(**{name: convert(x) for name, x in arguments.items()})
+        of_loop = {name: wanted[name] for name in ("out", "final_state")}
+        assert_tensors_close({"out": out, "final_state": state}, of_loop, BOUNDS["float32"])
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_float64_takes_float32_gates(op: Op, x64: None) -> None:
     arguments = arguments_of(op, "float64")
-    wide = op.function(**arguments)
+    run = quick_jit(op.function)
+    wide = run(**arguments)
     narrow = [op.roles["gate"], op.roles["decay"], "initial_state"]
-    mixed = op.function(**arguments | {x: arguments[x].astype("float32") for x in narrow})
+    mixed = run(**arguments | {x: arguments[x].astype("float32") for x in narrow})
     for x, y in zip(mixed, wide, strict=True):
         assert x.dtype == jnp.float64
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -178,10 +185,10 @@ class TestOnAGpu:
     ) -> None:
         """To the chunk form, with the reason said once; refused by name for the same reason."""
         arguments = arguments_of(op, dtype)
-        expected = op.function(**arguments, implementation="chunked")
+        by_chunks = op.function(**arguments, implementation="chunked")
         with caplog.at_level(logging.INFO):
             for _ in range(2):
-                for x, y in zip(op.function(**arguments), expected, strict=True):
+                for x, y in zip(op.function(**arguments), by_chunks, strict=True):
                     np.testing.assert_array_equal(x, y)
         (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("e88_jax")]
         assert message.startswith(f"{op} falls back to 'chunked': implementation='mosaic_gpu'")
@@ -256,12 +263,13 @@ class TestOnAGpu:
             call.lengths,
             (jnp.asarray(d_out, "bfloat16"), jnp.asarray(d_state, "float32")),
         )
-        actual = results_and_gradients(op, "mosaic_gpu", *arguments)
+        by_kernels = functools.partial(results_and_gradients, op, "mosaic_gpu")
+        actual = quick_jit(by_kernels)(*arguments)
         of_ssd = [("scalar_gate", "unsupported_reason"), ("scalar_gate", "run")]
         assert set(calls) == set(of_ssd if op is SSD else [("gated_delta_rule",) * 2])
         with target.use(target.CPU):
-            expected = evaluate(op, "scan", call, "bfloat16")
+            by_scan = evaluate(op, "scan", call, "bfloat16")
         # The write of ssd is rounded once more.
         bound = BOUNDS["bfloat16"] * (2 if op is SSD else 1)
         actual = {name: np.asarray(x) for name, x in actual.items()}
-        assert_tensors_close(actual, expected, bound)
+        assert_tensors_close(actual, by_scan, bound)

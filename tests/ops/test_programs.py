@@ -20,13 +20,13 @@ from tests.ops.inputs import (
     Tensors,
     expected,
     make_call,
+    quick_jit,
     results_and_gradients,
     tensors,
 )
-from tests.recurrence_contract import BOUNDS, QUICK_TO_COMPILE, assert_tensors_close
+from tests.recurrence_contract import BOUNDS, assert_tensors_close
 
 TIMES = {"scan": 6, "chunked": 66}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
 
 pytestmark = [
     pytest.mark.parametrize("op", OPS, ids=str),
@@ -90,8 +90,18 @@ def collectives(compiled: Any) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
-@pytest.mark.parametrize("parts", [{"b": "x", "h": "y"}, {"b": "x", "t": "y"}], ids=str)
+ROWS_AND_HEADS = {"b": "x", "h": "y"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        (AxisType.Explicit, ROWS_AND_HEADS),
+        (AxisType.Explicit, {"b": "x", "t": "y"}),
+        (AxisType.Auto, ROWS_AND_HEADS),
+    ],
+    ids=str,
+)
 def test_sharded(op: Op, implementation: str, parts: dict[str, Any], kind: AxisType) -> None:
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
     call, arguments = make(op, implementation)
@@ -137,14 +147,13 @@ def test_a_key_of_all_heads_is_not_sharded(op: Op, implementation: str) -> None:
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(op: Op, implementation: str, check_vma: bool) -> None:
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
-    parts = {"b": "x", "h": "y"}
     call, (arrays, ids, lengths, cotangents) = make(op, implementation)
 
     def run(arrays: Tensors, ids: Any, lengths: Any) -> Any:
         rows = {"segment_ids": ids, "lengths": lengths}
         return op.function(**arrays, **rows, implementation=implementation)
 
-    of_arrays, *of_rows, of_results = specs_of(call, parts)
+    of_arrays, *of_rows, of_results = specs_of(call, ROWS_AND_HEADS)
     mapped: Callable[..., Any] = jax.shard_map(
         run,
         mesh=mesh,
@@ -203,6 +212,7 @@ def test_export(op: Op, implementation: str) -> None:
 @pytest.mark.parametrize("mode", ["forward", "forward over reverse", "reverse over reverse"])
 def test_derivatives(op: Op, implementation: str, mode: str, x64: None) -> None:
     sizes = {"batch": 1, "groups": 1, "heads": 2, "n_key": 3, "n_value": 2}
+    sizes |= {"time": 3} if implementation == "scan" else {}
     call, (arrays, ids, lengths, cotangents) = make(op, implementation, "float64", **sizes)
     rng, small = np.random.default_rng(0), 1e-5
     directions = {name: rng.normal(size=x.shape) for name, x in call.arrays.items()}
