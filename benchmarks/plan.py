@@ -54,7 +54,8 @@ class PlanConfig:
     """List what XLA compiles the training step of train_byte_lm.py to, for an H100."""
 
     preset: str | None = None
-    """Take a model of the sizing guide, such as h72n32-500m. Flags of the model change it."""
+    """Take a model of the sizing guide, such as h72n32-500m or mamba2-500m. Flags of the model
+    change it."""
     kernels: int = 30
     """Kernels listed, those that move the most bytes."""
     memory: Path | None = None

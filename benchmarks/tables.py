@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, get_args
 
 from e88_jax import command, hardware
 from e88_jax.mixers.base import Remat
-from e88_jax.sizing import PRESETS, balance, d_inner_of, training_memory
+from e88_jax.sizing import PRESETS, balance, compare, d_inner_of, report, training_memory
 
 ROOT = Path(__file__).parents[1]
 PAGES = "README.md", "docs/performance.md", "docs/sizing.md"
@@ -318,6 +318,14 @@ def presets() -> str:
     return markdown([*header, "dim of the published count", "dim / d_inner"], rows)
 
 
+def comparison() -> str:
+    """Models of 500M parameters, by `--compare`."""
+    gpu, batch, length = hardware.find_gpu("h100"), 8, 2048
+    rows = report.comparison(compare(500_000_000, gpu=gpu), gpu, batch, length)
+    header, *cells = report.comparison_cells(rows, length)
+    return markdown(header, cells)
+
+
 def remat() -> str:
     """Estimated training memory, by what the backward pass recomputes."""
     config, batch, length = PRESETS["h72n32-500m"].config, 8, 2048
@@ -334,6 +342,7 @@ def _parameters(n: int) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "comparison": comparison,
     "decode": decode,
     "gpus": gpus,
     "headline": headline,
