@@ -127,8 +127,9 @@ def attention(
     """
     narrow = _narrow(execution)
     matmuls = narrow * (queries + 2 * keys)
-    others = narrow * (2 * queries + keys)  # q and k after RoPE, and the output
-    others += _WIDE * heads * (3 if norm else 1)  # what divides the softmax, q and k
+    others = narrow * queries + _WIDE * heads  # the output, and what divides the softmax
+    if norm:  # q and k before and after norm and RoPE; else after RoPE alone
+        others += narrow * (queries + keys) + _WIDE * 2 * heads
     if fused and execution.implementation == "mosaic_gpu" and execution.dtype == "bfloat16":
         return Activations(matmuls, others, 0)
     weights = heads * length
