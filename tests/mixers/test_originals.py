@@ -3,6 +3,7 @@
 Outputs, final states and gradients agree with a NumPy layer of the originals' names and layouts.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.reference import originals
 from tests.reference.configs import name_of
 
 BATCH, TIME = 2, 67
-DIRECTIONS = 4
+DIRECTIONS = 2
 IMAGINARY_STEP = 1e-30
 
 Config = GatedDeltaNetConfig | Mamba2Config
@@ -42,15 +43,13 @@ LAYERS: list[tuple[Config, int]] = [
 
 def name_of_layer(layer: tuple[Config, int]) -> str:
     config, _ = layer
-    changed = {
-        name: getattr(config, name)
-        for name, field in config.__dataclass_fields__.items()
-        if getattr(config, name) != field.default
-    }
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    options = dataclasses.asdict(config).items()
+    changed = {name: value for name, value in options if value != defaults[name]}
     return f"{config.kind}+{name_of(changed)}"
 
 
-def conv_state(theirs: np.ndarray, *channels: int) -> np.ndarray:
+def conv_state(theirs: np.ndarray, *channels: int) -> Any:
     """`[B, size - 1, *channels]` of `[B, channels, size]`, whose oldest input no token sees."""
     recent = np.swapaxes(theirs[:, :, 1:], 1, 2)
     return recent.reshape(*recent.shape[:2], *channels)
@@ -77,6 +76,22 @@ def our_state(config: Config, theirs: Any, dtype: Any) -> Any:
             conv_state(c, *groups),
         )
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), state)
+
+
+def their_state(config: Config, ours: Any) -> dict[str, np.ndarray]:
+    """A state of the mixer's, or its gradient, in the original's layout; zeros for the oldest
+    inputs of convolutions, which the mixer does not keep."""
+
+    def conv(*parts: Any) -> np.ndarray:
+        rows = np.concatenate([x.reshape(*x.shape[:2], -1) for x in parts], axis=2)
+        return np.pad(np.swapaxes(rows, 1, 2), ((0, 0), (0, 0), (1, 0)))
+
+    recurrent = np.swapaxes(ours.recurrent, 2, 3)
+    if isinstance(config, Mamba2Config):
+        past = conv(ours.x_conv, ours.b_conv, ours.c_conv)
+        return {"ssm_state": recurrent, "conv_state": past}
+    convs = {f"{name}_conv_state": conv(getattr(ours, f"{name}_conv")) for name in "qkv"}
+    return {"recurrent_state": recurrent} | convs
 
 
 def original(config: Config, weights: Any, x: Any, state: Any) -> Any:
@@ -158,22 +173,6 @@ def check_parity(layer: tuple[Config, int], execution: Execution, bound: float) 
     for name, gradient in their_state(config, d_before).items():
         moved = lambda d, name=name: state._replace(**{name: getattr(state, name) + d})  # noqa: E731
         check(name, gradient, lambda d, moved=moved: loss(weights, x, moved(d)))
-
-
-def their_state(config: Config, ours: Any) -> dict[str, np.ndarray]:
-    """A state of the mixer's, or its gradient, in the original's layout; zeros for the oldest
-    inputs of convolutions, which the mixer does not keep."""
-
-    def conv(*parts: Any) -> np.ndarray:
-        rows = np.concatenate([x.reshape(*x.shape[:2], -1) for x in parts], axis=2)
-        return np.pad(np.swapaxes(rows, 1, 2), ((0, 0), (0, 0), (1, 0)))
-
-    recurrent = np.swapaxes(ours.recurrent, 2, 3)
-    if isinstance(config, Mamba2Config):
-        past = conv(ours.x_conv, ours.b_conv, ours.c_conv)
-        return {"ssm_state": recurrent, "conv_state": past}
-    convs = {f"{name}_conv_state": conv(getattr(ours, f"{name}_conv")) for name in "qkv"}
-    return {"recurrent_state": recurrent} | convs
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=name_of_layer)
