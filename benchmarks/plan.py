@@ -12,14 +12,14 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from benchmarks.measure.flags import parse_with_preset, require_writable
 from benchmarks.measure.gpu_profile import part_of
 from e88_jax import hardware
 from e88_jax.config import LMConfig
 from e88_jax.mixers.base import Execution
-from e88_jax.sizing import PRESETS, e88_layer, training_memory
+from e88_jax.sizing import find_preset, training_memory
 from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
@@ -92,8 +92,8 @@ def on_a_gpu(model: LMConfig) -> LMConfig:
 
 def model_of(plan: dict[str, Any]) -> LMConfig:
     """The model of an entry of the file of `--memory`."""
-    preset = PRESETS[plan["preset"]].config
-    layer = dataclasses.replace(e88_layer(preset), **plan["layer"])
+    preset = find_preset(plan["preset"]).config
+    layer: Any = dataclasses.replace(cast(Any, preset.layers[0]), **plan["layer"])
     execution = Execution(**plan["execution"])
     return dataclasses.replace(
         preset, layers=(layer,), depth=plan["depth"], execution=execution, **plan["model"]

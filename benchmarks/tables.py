@@ -158,7 +158,7 @@ def train_step() -> str:
         "idle, ms",
         "memory, GB",
     ]
-    command = f"python -m benchmarks.train_step --grid --json {STEP_GPU}"
+    command = f"python -m benchmarks.train_step --grid presets --json {STEP_GPU}"
     (about,) = {provenance(point) for point in points.values()}
     return block(about, command, markdown(header, rows))
 

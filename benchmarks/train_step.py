@@ -1,6 +1,6 @@
 """Times the training step that `experiments/train_byte_lm.py` compiles, on random bytes.
 
-One configuration by default; with --grid, those of this folder's README, on a GPU.
+One configuration by default; with --grid, several on a GPU.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from benchmarks.measure.flags import parse_with_preset, require_writable
 from e88_jax import hardware
@@ -31,28 +31,58 @@ UNTIMED_STEPS = 2
 PROFILED_STEPS = 3
 """Steps of a profile, the untimed ones included."""
 LISTED_KERNELS = 40
-ALONE = ("--no-grid", "--lengths")
+ALONE = ("--grid", "None", "--lengths", "--no-missing")
 """Flags that take back those of a grid, for one of its points."""
 
 
 class Point(NamedTuple):
-    """A preset at one length, and the batch sizes to try."""
+    """A model at one length, and the batch sizes to try."""
 
-    preset: str
+    model: str
+    """Its flags."""
     seq_len: int
     batch_sizes: tuple[int, ...]
 
 
-GRID = (
-    Point("h72n32-500m", 2048, (8, 16)),
-    Point("h96n32-1b", 2048, (8,)),
-    Point("h40n64-500m", 2048, (16,)),
-    Point("h40n32-100m", 2048, (32,)),
-    # As many tokens as 16 sequences of 2048.
-    Point("h72n32-500m", 512, (64,)),
-    Point("h72n32-500m", 8192, (4,)),
-    Point("h72n32-500m", 32768, (1,)),
-)
+GRIDS = {
+    "presets": (
+        Point("--preset h72n32-500m", 2048, (8, 16)),
+        Point("--preset h96n32-1b", 2048, (8,)),
+        Point("--preset h40n64-500m", 2048, (16,)),
+        Point("--preset h40n32-100m", 2048, (32,)),
+        # As many tokens as 16 sequences of 2048.
+        Point("--preset h72n32-500m", 512, (64,)),
+        Point("--preset h72n32-500m", 8192, (4,)),
+        Point("--preset h72n32-500m", 32768, (1,)),
+    ),
+    # The sizing guide's models, then models of `python -m e88_jax.sizing 500M --compare`.
+    "mixers": (
+        Point("--preset h72n32-500m", 2048, (8, 16)),
+        Point("--preset gated-deltanet-500m", 2048, (8, 16)),
+        Point("--preset mamba2-500m", 2048, (8, 16)),
+        Point("--preset gated-deltanet-500m --implementation chunked", 2048, (8,)),
+        Point("--preset mamba2-500m --implementation chunked", 2048, (8,)),
+        Point(
+            "--mixer attention --dim 1344 --depth 23 --n-heads 21 --channel-mixer-dim 3584",
+            2048,
+            (8, 16),
+        ),
+        Point(
+            "--layout e88,e88,e88,attention --dim 2304 --depth 20 --e88.n-heads 71 "
+            "--e88.n-state 32 --attention.n-heads 36",
+            2048,
+            (8, 16),
+        ),
+        Point(
+            "--layout gated_deltanet,gated_deltanet,gated_deltanet,attention --dim 1984 "
+            "--depth 24 --gated-deltanet.n-heads 11 --gated-deltanet.head-dim 128 "
+            "--attention.n-heads 31",
+            2048,
+            (8, 16),
+        ),
+    ),
+}
+"""Grids by name: E88 at several sizes and lengths, and E88 beside other mixers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,9 +91,11 @@ class BenchmarkConfig:
 
     preset: str | None = None
     """Take a model of the sizing guide, such as h72n32-500m. Flags of the model change it."""
-    grid: bool = False
-    """Time presets at several lengths and batch sizes on a GPU, each in a process of its own, with
-    the other flags given; with --preset only that one."""
+    grid: Literal["presets", "mixers"] | None = None
+    """Time many models on a GPU, each in a process of its own, with the other flags given: E88 at
+    several sizes and lengths, or E88 beside other mixers. With --preset only that one."""
+    missing: bool = False
+    """With --grid, leave out the points that the file of --json has, but for those that failed."""
     lengths: tuple[int, ...] = ()
     """With --grid, only these lengths."""
     repeats: int = 10
@@ -78,15 +110,17 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         require(self, "repeats", "lengths", minimum=1)
-        if self.lengths and not self.grid:
+        if self.lengths and self.grid is None:
             raise ValueError("--lengths is for --grid; without it take --seq-len.")
+        if self.missing and (self.grid is None or self.json is None):
+            raise ValueError("--missing is for --grid with --json.")
 
 
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, times, prints."""
     config = parse_with_preset(BenchmarkConfig, args)
     require_writable(config.json)
-    if not config.grid:
+    if config.grid is None:
         numbers = measure(config)
         record(config.json, numbers)
         print(summary(numbers))
@@ -94,6 +128,8 @@ def main(args: Sequence[str]) -> None:
     points = recorded_points(config.json)
     for flags in grid_of(config):
         name = " ".join(flags)
+        if config.missing and "error" not in points.get(name, {"error": "not timed yet"}):
+            continue
         print(name, flush=True)
         points[name] = measure_apart([*args, *flags, "--profile", *ALONE])
         record(config.json, {"points": points})
@@ -129,14 +165,17 @@ def grid_of(config: BenchmarkConfig) -> list[list[str]]:
     own = BatchConfig()
     if (config.batch.seq_len, config.batch.batch_size) != (own.seq_len, own.batch_size):
         raise UsageError("--grid has lengths and batch sizes of its own: choose with --lengths.")
+    assert config.grid is not None
+    grid = GRIDS[config.grid]
     points = [
-        ["--preset", preset, "--seq-len", str(seq_len), "--batch-size", str(batch)]
-        for preset, seq_len, batch_sizes in GRID
-        if config.preset in (None, preset) and (not config.lengths or seq_len in config.lengths)
+        [*model.split(), "--seq-len", str(seq_len), "--batch-size", str(batch)]
+        for model, seq_len, batch_sizes in grid
+        if config.preset is None or config.preset in model.split()
+        if not config.lengths or seq_len in config.lengths
         for batch in batch_sizes
     ]
     if not points:
-        there_are = ", ".join(f"{point.preset} at {point.seq_len}" for point in GRID)
+        there_are = ", ".join(f"{point.model} at {point.seq_len}" for point in grid)
         raise UsageError(f"the grid has no such point: there are {there_are}.")
     return points
 

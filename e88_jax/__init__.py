@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from e88_jax import documents as documents
     from e88_jax import hardware as hardware
     from e88_jax import head_mix as head_mix
+    from e88_jax import implementations as implementations
     from e88_jax import interop as interop
     from e88_jax import mixers as mixers
     from e88_jax import model as model
+    from e88_jax import ops as ops
     from e88_jax import optim as optim
     from e88_jax import precision as precision
     from e88_jax import projection as projection
@@ -33,12 +35,18 @@ if TYPE_CHECKING:
     from e88_jax.mixers.attention import AttentionMixer as AttentionMixer
     from e88_jax.mixers.base import Execution as Execution
     from e88_jax.mixers.baselines import AttentionConfig as AttentionConfig
+    from e88_jax.mixers.baselines import GatedDeltaNetConfig as GatedDeltaNetConfig
     from e88_jax.mixers.baselines import LSTMConfig as LSTMConfig
+    from e88_jax.mixers.baselines import Mamba2Config as Mamba2Config
     from e88_jax.mixers.e88 import E88Mixer as E88Mixer
     from e88_jax.mixers.e88 import E88State as E88State
+    from e88_jax.mixers.gated_deltanet import GatedDeltaNetMixer as GatedDeltaNetMixer
     from e88_jax.mixers.lstm import LSTMMixer as LSTMMixer
+    from e88_jax.mixers.mamba2 import Mamba2Mixer as Mamba2Mixer
     from e88_jax.model import LanguageModel as LanguageModel
     from e88_jax.model import LMState as LMState
+    from e88_jax.ops.gated_delta_rule import gated_delta_rule as gated_delta_rule
+    from e88_jax.ops.ssd import ssd as ssd
     from e88_jax.optim import weight_decay_mask as weight_decay_mask
     from e88_jax.recurrence import e88_recurrence as e88_recurrence
     from e88_jax.sampling import generate as generate
@@ -54,12 +62,18 @@ _HOME = {
     "E88State": "mixers.e88",
     "AttentionConfig": "mixers.baselines",
     "AttentionMixer": "mixers.attention",
+    "GatedDeltaNetConfig": "mixers.baselines",
+    "GatedDeltaNetMixer": "mixers.gated_deltanet",
     "LSTMConfig": "mixers.baselines",
     "LSTMMixer": "mixers.lstm",
+    "Mamba2Config": "mixers.baselines",
+    "Mamba2Mixer": "mixers.mamba2",
     "LanguageModel": "model",
     "LMState": "model",
     "weight_decay_mask": "optim",
     "e88_recurrence": "recurrence",
+    "gated_delta_rule": "ops.gated_delta_rule",
+    "ssd": "ops.ssd",
     "generate": "sampling",
     "generate_stream": "sampling",
 }

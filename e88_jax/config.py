@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 from e88_jax import mixers
@@ -15,7 +16,15 @@ from e88_jax.checks import (
     require_number,
     shown,
 )
-from e88_jax.mixers.base import MATMUL_FLOPS, Execution, Flops, MixerConfig
+from e88_jax.mixers.base import (
+    DTYPE_BYTES,
+    MATMUL_FLOPS,
+    Activations,
+    Execution,
+    Flops,
+    MixerConfig,
+)
+from pallas_kernels.limits import MAX_GROUPED_INTERVAL, SAVED_STATE_GROUP, takes_size
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -156,6 +165,35 @@ class E88Config:
         one in a thousand are."""
         recurrence = RECURRENCE_FLOPS * self.state_size(dim)
         return Flops(MATMUL_FLOPS * self.count_params(dim), recurrence)
+
+    def activations(self, dim: int, length: int, execution: Execution) -> Activations:
+        """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it. XLA
+        recomputes what is elementwise where it reads it."""
+        narrow, wide = DTYPE_BYTES[execution.dtype or "float32"], DTYPE_BYTES["float32"]
+        interval = execution.saved_state_interval
+        kernels = execution.implementation == "mosaic_gpu"
+        kernels = kernels and takes_size(self.n_state) and takes_size(self.n_value)
+        grouped = kernels and interval <= MAX_GROUPED_INTERVAL
+
+        keys, values = self.n_heads * self.n_state, self.n_heads * self.n_value
+        streams, gated = self.n_heads * self.head_columns, self.output_gate != "none"
+        per_head = self.decay_mode in ("mamba", "simple")
+        per_head += self.write_gate + (self.head_mix == "input_weighted")
+        matmuls = streams + (values if gated else 0) + per_head * self.n_heads
+        others = narrow * (2 * keys + values)  # q, k and out of the recurrence
+        # v, or the kernel's delta; XLA copies what a loop reads.
+        others += wide * values if grouped else narrow * (2 * keys + 2 * values)
+        if self.use_l2_norm:
+            others += wide * 2 * self.n_heads
+        if self.conv_size is not None:
+            others += narrow * streams
+        whole_heads = self.head_mix in ("concat", "per_head")
+        if gated or not whole_heads:  # what the output projection reads
+            others += narrow * (values if whole_heads else self.n_value)
+
+        states = ceil(length / (SAVED_STATE_GROUP if grouped else interval))
+        saved = (narrow if kernels else wide) * states * self.state_size(dim)
+        return Activations(narrow * matmuls, others, saved)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 pytest.register_assert_rewrite(
-    "tests.recurrence_contract", "tests.mixers.contract", "tests.reference"
+    "tests.recurrence_contract", "tests.mixers.contract", "tests.ops", "tests.reference"
 )
 
 

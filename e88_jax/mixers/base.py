@@ -1,7 +1,17 @@
 """Protocols of mixers and their configurations, and options of execution. Imports no JAX."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    get_args,
+    runtime_checkable,
+)
 
 from e88_jax.checks import check_fields, require_choice, require_int
 
@@ -12,6 +22,8 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float64"]
 Remat = Literal["none", "recurrence", "layer"]
 Implementation = Literal["scan", "chunked", "mosaic_gpu"]
+
+DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 MixerState = Any
 """A tree of arrays whose first axis is the batch; each mixer has its own."""
@@ -71,6 +83,22 @@ class Flops(NamedTuple):
         return self.matmul + self.recurrence
 
 
+class Activations(NamedTuple):
+    """Bytes that one layer's mixer leaves from the forward to the backward pass, on a GPU.
+
+    The mixer's input is not among them: the norm before it is the model's.
+    """
+
+    matmuls: int
+    """Outputs of matmuls, per token; `remat="recurrence"` keeps these alone."""
+    others: int
+    """Other arrays, per token."""
+    saved_states: int
+    """States and what else is saved once in a while, per sequence."""
+    working: int = 0
+    """Temporary arrays of the mixer's backward pass beyond the kept ones, per token."""
+
+
 class MixerConfig(Protocol):
     """A frozen dataclass of plain values, which are the mixer's flags on the command line.
 
@@ -95,6 +123,22 @@ class MixerConfig(Protocol):
 
     def flops_per_token(self, dim: int) -> Flops:
         """FLOPs of training on one token."""
+        ...
+
+
+@runtime_checkable
+class EstimatesMemory(Protocol):
+    """What a mixer's configuration may have besides, for `sizing.training_memory`."""
+
+    def activations(self, dim: int, length: int, execution: Execution) -> Activations:
+        """Bytes that a layer keeps for the backward pass.
+
+        Args:
+            dim: the model's.
+            length: tokens of a sequence.
+            execution: its dtype and implementation are set. Where the mixer lacks "mosaic_gpu",
+                "chunked" runs, and where it lacks that, "scan".
+        """
         ...
 
 

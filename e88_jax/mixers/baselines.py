@@ -7,7 +7,8 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from e88_jax.checks import check_fields, require_bool, require_int, require_number
-from e88_jax.mixers.base import MATMUL_FLOPS, Execution, Flops
+from e88_jax.mixers import activations
+from e88_jax.mixers.base import MATMUL_FLOPS, Activations, Execution, Flops
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -111,6 +112,11 @@ class GatedDeltaNetConfig:
         recurrence = DELTA_RULE_FLOPS * self.state_size(dim)
         return Flops(MATMUL_FLOPS * self.count_params(dim), recurrence)
 
+    def activations(self, dim: int, length: int, execution: Execution) -> Activations:
+        """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it."""
+        sizes = self.n_heads, self.value_heads, self.head_dim, self.value_dim
+        return activations.gated_deltanet(activations.Sizes(*sizes), length, execution)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Config:
@@ -193,6 +199,11 @@ class Mamba2Config:
         recurrence = SSD_FLOPS * self.state_size(dim)
         return Flops(MATMUL_FLOPS * self.count_params(dim), recurrence)
 
+    def activations(self, dim: int, length: int, execution: Execution) -> Activations:
+        """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it."""
+        sizes = self.n_groups, self.n_heads(dim), self.d_state, self.head_dim
+        return activations.mamba2(activations.Sizes(*sizes), length, execution)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
@@ -266,6 +277,12 @@ class AttentionConfig:
         scores = 3 * 2 * 2 * self.n_heads * self.head_dim * seen
         return Flops(MATMUL_FLOPS * self.count_params(dim), scores)
 
+    def activations(self, dim: int, length: int, execution: Execution) -> Activations:
+        """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it."""
+        sizes = self.n_heads * self.head_dim, self.kv_heads * self.head_dim, self.n_heads
+        fused = self.head_dim <= 128 and self.head_dim % 8 == 0
+        return activations.attention(*sizes, self.qk_norm, length, execution, fused)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LSTMConfig:
@@ -303,3 +320,7 @@ class LSTMConfig:
         """FLOPs of training on one token. Every parameter counts as a weight of a matmul, the
         recurrent weights among them; the recurrence's are those of gates and cells."""
         return Flops(MATMUL_FLOPS * self.count_params(dim), LSTM_FLOPS * self.width)
+
+    def activations(self, dim: int, length: int, execution: Execution) -> Activations:
+        """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it."""
+        return activations.lstm(self.width)

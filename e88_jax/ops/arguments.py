@@ -33,18 +33,17 @@ def checked(
 
     Args:
         arrays: by the names that errors give them: q and k `[B, T, G, K]`, v `[B, T, H, V]`,
-            log_decay and write_gate `[B, T, H]`.
+            log_decay and write_gate `[B, T, H]`, or one array in place of these two.
         initial_state, segment_ids, lengths: as `gated_delta_rule` takes them.
 
     Raises:
         TypeError, ValueError: as `gated_delta_rule`.
     """
     forms = ("[B, T, G, K]", "[B, T, G, K]", "[B, T, H, V]", "[B, T, H]", "[B, T, H]")
-    (q_name, q), (k_name, k), (v_name, v), decay, gate = (
+    (q_name, q), (k_name, k), (v_name, v), *of_heads = (
         (name, as_array(name, x, form))
-        for (name, x), form in zip(arrays.items(), forms, strict=True)
+        for (name, x), form in zip(arrays.items(), forms, strict=False)
     )
-    of_heads = decay, gate
     for name, x in ((q_name, q), (v_name, v)):
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(f"{name} must have four axes, none empty, got shape {x.shape}.")
@@ -73,17 +72,25 @@ def checked(
     for name, x in ((k_name, k), (v_name, v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name} must have {q_name}'s dtype {q.dtype}, got {x.dtype}.")
-    # bfloat16 would round a decay of 0.998 to 1.
-    wide = (jnp.float32, jnp.float64) if q.dtype == jnp.float64 else (jnp.float32,)
     for name, x in (*of_heads, ("initial_state", initial_state)):
-        if x is not None and x.dtype not in wide:
-            allowed = " or ".join(jnp.dtype(dtype).name for dtype in wide)
-            raise ValueError(f"{name} must be {allowed}, got {x.dtype}.")
+        if x is not None:
+            require_wide(name, x, q.dtype)
     if segment_ids is not None:
         segment_ids = as_integers("segment_ids", segment_ids, "[B, T]", (batch, time))
     if lengths is not None:
         lengths = as_lengths(lengths, batch, time)
-    return Inputs(q, k, v, decay[1], gate[1], initial_state), segment_ids, lengths
+    return Inputs(q, k, v, of_heads[0][1], of_heads[-1][1], initial_state), segment_ids, lengths
+
+
+def require_wide(name: str, x: Array, dtype: jnp.dtype) -> None:
+    """Raises:
+    ValueError: the array is not of a dtype that goes with q's: bfloat16 would round a decay of
+        0.998 to 1.
+    """
+    wide = (jnp.float32, jnp.float64) if dtype == jnp.float64 else (jnp.float32,)
+    if x.dtype not in wide:
+        allowed = " or ".join(jnp.dtype(dtype).name for dtype in wide)
+        raise ValueError(f"{name} must be {allowed}, got {x.dtype}.")
 
 
 def run_checked(

@@ -44,7 +44,8 @@ def chunked(
         O = E Q S + (D Q K^T) U
         S = E[last] S + (L K)^T U
 
-    Matmuls of float32 inputs are exact to float32; of bfloat16 inputs, in the GPU's TF32.
+    Matmuls of float32 inputs are exact to float32; of bfloat16 inputs, in the GPU's TF32. `chunk`
+    is a power of two.
 
     Raises:
         NotImplementedError: the number of steps is symbolic, of `jax.export`.
@@ -57,7 +58,7 @@ def chunked(
     wide, dtype = wide_dtype(q.dtype), v.dtype
     precision = lax.Precision.DEFAULT if q.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     dot = functools.partial(einsum, precision=precision)
-    chunk = min(chunk, time)
+    chunk = min(chunk, 1 << (time - 1).bit_length())  # a power of two, as `_inverse` needs
 
     def split(x: Array, *axes: int) -> Array:
         """`[chunks, B, G, (R,) steps, ...]` of `[B, T, ...]`, whose heads are `axes`. A step of
@@ -133,14 +134,23 @@ def _sums_between(x: Array) -> Array:
 
 @jax.custom_jvp
 def _inverse(lower: Array) -> Array:
-    """`(I + lower)^-1` of strictly lower triangular matrices `[..., C, C]`, by substitution.
+    """`(I + lower)^-1` of strictly lower triangular matrices `[..., C, C]`, as exact as by
+    substitution. C is a power of two.
 
-    A Neumann series would need fewer steps, but its terms grow to (2 C)^C where keys repeat.
+        [[X, 0], [Z, Y]]^-1 = [[X^-1, 0], [-Y^-1 Z X^-1, Y^-1]]
+
+    A Neumann series would need as few matmuls, but its terms grow to (2 C)^C where keys repeat.
+    `lax.linalg.triangular_solve` never returns in JAX 0.10 on a CPU with more devices than cores:
+    it takes the threads that it waits for.
     """
-    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
-    return lax.linalg.triangular_solve(
-        eye + lower, eye, left_side=True, lower=True, unit_diagonal=True
-    )
+    half = lower.shape[-1] // 2
+    if not half:
+        return jnp.ones_like(lower)
+    diagonal = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]])
+    first, last = _inverse(diagonal)
+    below = -_matmul(_matmul(last, lower[..., half:, :half]), first)
+    above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([above, jnp.concatenate([below, last], axis=-1)], axis=-2)
 
 
 @_inverse.defjvp

@@ -53,7 +53,7 @@ def gated_delta_rule(
         q, k: `[B, T, G, K]`, float32, bfloat16 or float64.
         v: `[B, T, H, V]` in q's dtype; H is a multiple of G, and head h has the q and k of head
             h // (H / G).
-        log_decay: logarithm of the decay, at most 0, `[B, T, H]` float32.
+        log_decay: logarithm of the decay, finite and at most 0, `[B, T, H]` float32.
         write_gate: `[B, T, H]` float32.
         initial_state: `[B, H, K, V]` float32; None is zeros.
         segment_ids: packed documents, `[B, T]` int32: where the id changes from t-1 to t, step t

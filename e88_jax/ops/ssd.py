@@ -11,12 +11,14 @@ from jax import Array
 
 from e88_jax import implementations
 from e88_jax.checks import as_array
+from e88_jax.documents import Inputs
 from e88_jax.implementations import Implementations
 from e88_jax.mixers.base import Implementation
 from e88_jax.ops import hopper
-from e88_jax.ops.arguments import checked, fastest_first, run_checked
+from e88_jax.ops.arguments import checked, fastest_first, require_wide, run_checked
 from e88_jax.ops.chunked import chunked
 from e88_jax.ops.sequential import sequential
+from e88_jax.precision import wide_dtype
 
 IMPLEMENTATIONS: Implementations = {
     "mosaic_gpu": hopper.ssd,
@@ -77,20 +79,26 @@ def ssd(
         NotImplementedError: the named implementation cannot take this call.
     """
     implementations.check(_NAME, IMPLEMENTATIONS, implementation)
-    a = as_array("a", a, "[H]")
-    if jnp.ndim(x) == 4 and a.shape != (jnp.shape(x)[2],):
-        raise ValueError(f"a must be [H] of {jnp.shape(x)[2]} heads, got shape {a.shape}.")
-    dt = as_array("dt", dt, "[B, T, H]")
-    log_decay = dt * a[None, None] if dt.ndim == 3 and dt.shape[-1:] == a.shape else dt
-    arrays = checked(
-        {"c": c, "b": b, "x": x, "dt * a": log_decay, "dt": dt},
-        initial_state,
-        segment_ids,
-        lengths,
-    )
+    arrays = {"c": c, "b": b, "x": x, "dt": dt}
+    inputs, *rows = checked(arrays, initial_state, segment_ids, lengths)
+    inputs = inputs._replace(decay=_log_decay(inputs, as_array("a", a, "[H]")))
 
     def recurrence(*arrays: Any) -> tuple[Array, Array]:
         order = fastest_first(arrays[0].shape[1])
         return implementations.run(_NAME, IMPLEMENTATIONS, implementation, order, *arrays)
 
-    return run_checked(recurrence, *arrays)
+    return run_checked(recurrence, inputs, *rows)
+
+
+def _log_decay(inputs: Inputs, a: Array) -> Array:
+    x, dt = inputs.v, inputs.decay
+    if a.shape != (heads := dt.shape[-1:]):
+        raise ValueError(
+            f"a must have shape {heads} to go with x of shape {x.shape}, got {a.shape}."
+        )
+    require_wide("a", a, x.dtype)
+    # As the write gate, a dt that is not finite is kept in its document. Here a's gradient, a sum
+    # over all documents, would have 0 * NaN of it.
+    dt = jnp.where(jnp.isfinite(dt), dt, 0)
+    dtype = wide_dtype(x.dtype)
+    return dt.astype(dtype) * a.astype(dtype)[None, None]

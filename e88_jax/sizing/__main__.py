@@ -11,137 +11,10 @@ from typing import Any, NoReturn, get_args
 from e88_jax import command, hardware
 from e88_jax.config import E88Config, LMConfig, OutputGate
 from e88_jax.mixers.base import Execution
-from e88_jax.sizing.guide import calc_e88_params, d_inner_of, e88_layer
-from e88_jax.sizing.memory import implementation_on, training_memory
-from e88_jax.sizing.presets import (
-    PRESETS,
-    gated_deltanet_state_per_layer,
-    mamba2_state_per_layer,
-)
-from e88_jax.sizing.proportions import balance, check
+from e88_jax.sizing import report
+from e88_jax.sizing.compare import compare
+from e88_jax.sizing.presets import PRESETS
 from e88_jax.sizing.search import parse_params, solve
-
-Row = dict[str, Any]
-
-
-def describe(config: LMConfig, gpu: hardware.GPU | None, batch: int, length: int) -> Row:
-    """Numbers of a configuration, for JSON."""
-    layer = e88_layer(config)
-    implementation = implementation_on(gpu, layer)
-    memory = training_memory(config, batch, length, implementation=implementation)
-    return {
-        "dim": config.dim,
-        "n_heads": layer.n_heads,
-        "n_state": layer.n_state,
-        "depth": config.depth,
-        "d_inner": d_inner_of(config),
-        "params": config.count_params(),
-        "published_formula_params": calc_e88_params(
-            config.dim, layer.n_heads, layer.n_state, config.depth, config.vocab_size
-        ),
-        "state_per_layer": layer.state_size(config.dim),
-        "dim_over_d_inner": round(config.dim / d_inner_of(config), 3),
-        "balance": balance(config.dim, d_inner_of(config)),
-        "training_bytes": memory.total,
-        "findings": [str(x) for x in check(config, gpu, batch=batch, length=length)],
-    }
-
-
-_COLUMNS = {
-    "dim": ("dim", "d"),
-    "heads": ("n_heads", "d"),
-    "n_state": ("n_state", "d"),
-    "depth": ("depth", "d"),
-    "d_inner": ("d_inner", "d"),
-    "parameters": ("params", ",d"),
-    "state/layer": ("state_per_layer", ",d"),
-    "dim/d_inner": ("dim_over_d_inner", ".2f"),
-    "balance": ("balance", ""),
-}
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Cells in aligned columns, header first."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def _configurations(rows: Sequence[Row]) -> str:
-    """A table of rows of `describe`, and their findings below it."""
-    header = ["#", *_COLUMNS, "training GB"]
-    cells = [
-        [
-            str(i),
-            *(format(row[key], spec) for key, spec in _COLUMNS.values()),
-            f"{row['training_bytes'] / 1e9:.1f}",
-        ]
-        for i, row in enumerate(rows, 1)
-    ]
-    said: dict[str, list[str]] = {}
-    for i, row in enumerate(rows, 1):
-        for finding in row["findings"]:
-            said.setdefault(finding, []).append(str(i))
-    lines = [f"  {', '.join(numbers)}: {finding}" for finding, numbers in said.items()]
-    return "\n".join([_table([header, *cells]), *lines])
-
-
-def _presets(options: argparse.Namespace) -> str:
-    rows = [preset_row(name) for name in PRESETS]
-    if options.json:
-        return json.dumps(rows, indent=2)
-    header = ["preset", "dim", "heads", "n_state", "depth", "published", "its formula", "exact"]
-    header += ["state/layer", "dim/d_inner", "corrected dim", "exact then", "balance"]
-    cells = [
-        [
-            row["name"],
-            *(str(row[key]) for key in ("dim", "n_heads", "n_state", "depth", "published")),
-            f"{row['published_formula_params'] / 1e6:,.1f}M",
-            f"{row['params'] / 1e6:,.1f}M",
-            f"{row['state_per_layer']:,}",
-            f"{row['dim_over_d_inner']:.2f}",
-            str(row["corrected_dim"] or ""),
-            f"{row['corrected_params'] / 1e6:,.1f}M" if row["corrected_dim"] else "",
-            row["balance"],
-        ]
-        for row in rows
-    ]
-    h72, h40 = (
-        e88_layer(preset.config).state_size(preset.dim)
-        for preset in (PRESETS["h72n32-500m"], PRESETS["h40n64-500m"])
-    )
-    baselines = [
-        f"{name}: {state:,} numbers of state a layer, {state / h72:.1f} times "
-        f"h72n32's and {state / h40:.1f} times h40n64's"
-        for name, state in (
-            ("Mamba2 at 500M", mamba2_state_per_layer()),
-            ("Gated DeltaNet at 500M", gated_deltanet_state_per_layer()),
-        )
-    ]
-    return "\n".join(
-        [
-            _table([header, *cells]),
-            "Where there is a corrected dim, the guide's own formula does not give the count that "
-            "it printed.",
-            *baselines,
-        ]
-    )
-
-
-def preset_row(name: str) -> Row:
-    """Numbers of a preset, for JSON."""
-    preset = PRESETS[name]
-    dim = preset.corrected_dim
-    return {
-        "name": name,
-        **describe(preset.config, None, 1, 2048),
-        "published": preset.published,
-        "published_state": preset.published_state,
-        "corrected_dim": dim,
-        "corrected_params": None if dim is None else preset.with_dim(dim).count_params(),
-    }
 
 
 def _parse_config(assignments: Sequence[str]) -> LMConfig:
@@ -173,7 +46,8 @@ def _parse_config(assignments: Sequence[str]) -> LMConfig:
     )
 
 
-_FOR_A_BUDGET = ("depth", "n_state", "vocab_size", "gate", "rows")
+_FOR_SOLVE = ("depth", "n_state", "gate", "rows")
+_FOR_A_BUDGET = (*_FOR_SOLVE, "vocab_size", "compare")
 _FOR_A_MODEL = ("gpu", "batch_size", "seq_len")
 
 
@@ -181,15 +55,18 @@ def _refuse_what_is_not_read(options: argparse.Namespace) -> None:
     """Raises:
     ValueError: an option is given that the task asked for does not read.
     """
-    if options.params is not None:
-        return
-    asked, names = "--check, which takes name=value", _FOR_A_BUDGET
     if options.presets:
         asked, names = "--presets", _FOR_A_BUDGET + _FOR_A_MODEL
+    elif options.check is not None:
+        asked, names = "--check, which takes name=value", _FOR_A_BUDGET
+    else:
+        asked, names = "--compare", _FOR_SOLVE if options.compare else ()
     parser = _parser()
     for name in names:
         if getattr(options, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} does not go with {asked}.")
+    if options.measure and not options.compare:
+        raise ValueError("--measure goes with --compare only.")
 
 
 def _parse_value(name: str, text: str, kind: Any) -> Any:
@@ -218,8 +95,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m e88_jax.sizing",
-        description="Finds configurations for a budget of parameters and a GPU, checks one, or "
-        "prints the sizing guide's.",
+        description="Finds configurations for a budget of parameters and a GPU, compares E88 with "
+        "other mixers at a budget, checks a configuration, or prints the sizing guide's.",
         epilog="docs/sizing.md explains the columns. Exits with 2, and one sentence, for what "
         "cannot be done.",
     )
@@ -234,10 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=int, default=256, help="token ids (256: bytes)")
     parser.add_argument("--gate", default="silu", choices=get_args(OutputGate), help="output gate")
     parser.add_argument(
-        "--batch-size", type=int, default=8, help="sequences of a step, for the memory (8)"
+        "--batch-size", type=int, default=8, help="sequences of a step, for memory and timing (8)"
     )
     parser.add_argument(
-        "--seq-len", type=int, default=2048, help="tokens of each, for the memory (2048)"
+        "--seq-len", type=int, default=2048, help="tokens of each, for memory and timing (2048)"
     )
     parser.add_argument("--rows", type=int, default=8, help="most configurations printed (8)")
     parser.add_argument(
@@ -247,6 +124,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="say what is wrong with one configuration, such as dim=8192 n_heads=20 n_state=32 "
         "depth=20",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="instead size E88, Gated DeltaNet, Mamba2, a transformer and hybrids to the budget",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="with --compare, time a training step of each on the GPU of this machine",
     )
     parser.add_argument("--presets", action="store_true", help="print the guide's configurations")
     parser.add_argument("--json", action="store_true", help="print plain data for machines")
@@ -267,8 +154,11 @@ def run(options: argparse.Namespace) -> str:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be at least 1, got {getattr(options, name)}.")
     if options.presets:
-        return _presets(options)
+        rows = [report.preset_row(name) for name in PRESETS]
+        return json.dumps(rows, indent=2) if options.json else report.presets_text(rows)
     gpu = hardware.detect_gpu() if options.gpu is None else hardware.find_gpu(options.gpu)
+    if options.compare:
+        return _compare(options, gpu)
     if options.check is not None:
         configs = [_parse_config(options.check)]
     else:
@@ -281,13 +171,36 @@ def run(options: argparse.Namespace) -> str:
             gate=options.gate,
         )
         configs = [solution.config for solution in found[: options.rows]]
-    rows = [describe(config, gpu, options.batch_size, options.seq_len) for config in configs]
+    batch, length = options.batch_size, options.seq_len
+    rows = [report.describe(config, gpu, batch, length) for config in configs]
     if options.json:
         return json.dumps({"gpu": gpu and gpu.key, "configurations": rows}, indent=2)
-    text = _configurations(rows)
+    text = report.configurations_text(rows)
     if options.check is not None and not rows[0]["findings"]:
         text += "\nNothing to change."
     return f"{_about(gpu, options)}\n{text}"
+
+
+def _compare(options: argparse.Namespace, gpu: hardware.GPU | None) -> str:
+    """The comparison at a budget."""
+    batch, length = options.batch_size, options.seq_len
+    params, measured_on = parse_params(options.params), None
+    matches = compare(params, gpu=gpu, vocab_size=options.vocab_size)
+    rows = report.comparison(matches, gpu, batch, length)
+    if options.measure:
+        from e88_jax.sizing import measure  # imports JAX
+
+        measured_on = measure.require_gpu()
+        for row, match in zip(rows, matches, strict=True):
+            row["tokens_per_second"] = measure.tokens_per_second(match.config, batch, length)
+    if options.json:
+        numbers = {"budget": params, "gpu": gpu and gpu.key, "measured_on": measured_on}
+        numbers |= {"batch_size": batch, "seq_len": length, "models": rows}
+        return json.dumps(numbers, indent=2)
+    about = _about(gpu, options)
+    if measured_on is not None:
+        about += f" Tokens/s: training steps timed on an {measured_on}."
+    return f"{about}\n{report.comparison_text(rows, length)}"
 
 
 def _about(gpu: hardware.GPU | None, options: argparse.Namespace) -> str:

@@ -1,16 +1,21 @@
 """State and training memory of a configuration, in bytes, without building it."""
 
 import dataclasses
-import math
 from typing import Literal, get_args
 
 from e88_jax.checks import require_choice, require_instance, require_int
-from e88_jax.config import E88Config, LMConfig
+from e88_jax.config import LMConfig
 from e88_jax.hardware import GPU
-from e88_jax.mixers.base import Implementation, MixerConfig, Remat
-from pallas_kernels.limits import MAX_GROUPED_INTERVAL, SAVED_STATE_GROUP, takes_size
+from e88_jax.mixers.base import (
+    DTYPE_BYTES,
+    Activations,
+    Dtype,
+    EstimatesMemory,
+    Execution,
+    Implementation,
+    MixerConfig,
+)
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _FLOAT = 4
 
 
@@ -26,13 +31,12 @@ def state_bytes(config: LMConfig, dtype: str = "float32") -> int:
 
 
 def _bytes_of(dtype: str) -> int:
-    return _BYTES[require_choice("dtype", dtype, tuple(_BYTES))]
+    return DTYPE_BYTES[require_choice("dtype", dtype, get_args(Dtype))]
 
 
-def implementation_on(gpu: GPU | None, layer: E88Config) -> Implementation:
-    """Implementation of the layer's recurrence on the GPU; without one, the kernels if they can."""
-    fits = takes_size(layer.n_state) and takes_size(layer.n_value)
-    return "mosaic_gpu" if fits and (gpu is None or gpu.has_kernels) else "scan"
+def implementation_on(gpu: GPU | None) -> Implementation:
+    """The fastest implementation on the GPU: kernels if it has them, or if none is given."""
+    return "mosaic_gpu" if gpu is None or gpu.has_kernels else "chunked"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +73,12 @@ def training_memory(
 ) -> TrainingMemory:
     """An estimate of the memory of one training step on a GPU.
 
-    It counts the arrays that XLA leaves from the forward to the backward pass of a model of E88
-    layers: it recomputes what is elementwise where it reads it. Within 12 % of XLA's own figure for
-    an H100 (`tests/sizing/test_memory.py`). Gradients that are accumulated over several passes are
-    not counted.
+    It counts the arrays that XLA leaves from the forward to the backward pass; the mixers'
+    configurations say what their layers leave (`EstimatesMemory`). Within 12 % of XLA's own figure
+    for an H100 (`tests/sizing/test_memory.py`), but for `remat` of layers that run by chunks or
+    step by step, LSTM among them: these may need twice as much, as XLA keeps to the end what the
+    gradients of their weights read. Gradients that are accumulated over several passes are not
+    counted.
 
     Args:
         config: the model. Of its execution only `remat` and `saved_state_interval` are read.
@@ -80,96 +86,63 @@ def training_memory(
         length: tokens of each.
         dtype: compute dtype, and that of the gradients of matmuls' weights; parameters and
             optimizer are float32.
-        implementation: of the recurrence.
+        implementation: of the mixers' recurrences. Where a mixer lacks "mosaic_gpu", or its sizes
+            are not for it, "chunked" is counted, and where it lacks that, "scan".
         moments: numbers that the optimizer keeps for each parameter: 2 for AdamW.
 
     Raises:
         TypeError: an argument of another type.
         ValueError: a batch or length below 1, moments below 0, an unknown dtype or implementation,
-            or a layer of another kind.
+            or a mixer whose configuration has no `activations`.
     """
     require_instance("config", config, LMConfig)
     batch, length = require_int("batch", batch), require_int("length", length)
     moments = require_int("moments", moments, minimum=0)
     require_choice("implementation", implementation, get_args(Implementation))
     narrow, tokens, n_params = _bytes_of(dtype), batch * length, config.count_params()
-    remat, interval = config.execution.remat, config.execution.saved_state_interval
-    activations, saved_states, recomputed = 0, 0, 0
-    for layer in map(_require_e88, config.mixers):
-        states = _saved_state_bytes(layer, interval, batch, length, narrow, implementation)
-        kept, whole = _kept_per_token(config, layer, narrow, implementation)
-        activations += tokens * kept
+    remat = config.execution.remat
+    execution = dataclasses.replace(config.execution, dtype=dtype, implementation=implementation)
+    by_layer = {x: _of_layer(config, x, length, execution) for x in set(config.layers)}
+    kept, saved_states, working = 0, 0, 0
+    for layer in map(by_layer.__getitem__, config.mixers):
+        states = batch * layer.saved_states
+        whole = _FLOAT * config.dim + layer.matmuls + layer.others
         if remat == "none":
+            kept += tokens * whole
             saved_states += states
+            recomputed = 0
         else:
-            recomputed = max(recomputed, tokens * (whole - kept) + states)
+            matmuls = layer.matmuls if remat == "recurrence" else 0
+            kept += tokens * (_FLOAT * config.dim + matmuls)
+            recomputed = tokens * (layer.matmuls + layer.others - matmuls) + states
+        working = max(working, recomputed + tokens * layer.working)
     # The weights once more: cast to bfloat16, or joined in float32.
     copies = narrow * n_params if remat == "none" else 0
-    working = tokens * (3 * narrow + _FLOAT) * config.dim + 2 * _FLOAT * tokens * config.vocab_size
+    working += tokens * (3 * narrow + _FLOAT) * config.dim
+    working += 2 * _FLOAT * tokens * config.vocab_size
     return TrainingMemory(
         parameters=_FLOAT * n_params,
         optimizer=_FLOAT * moments * n_params,
         gradients=narrow * n_params,
-        activations=copies + activations,
+        activations=copies + kept,
         saved_states=saved_states,
-        working=working + recomputed,
+        working=working,
     )
 
 
-def _require_e88(layer: MixerConfig) -> E88Config:
-    if not isinstance(layer, E88Config):
-        raise ValueError(f"training memory is estimated for e88 layers, got one of {layer.kind}.")
-    return layer
-
-
-def _kept_per_token(
-    config: LMConfig, layer: E88Config, narrow: int, implementation: Implementation
-) -> tuple[int, int]:
-    """Bytes that a layer keeps of each token for its backward pass, but for saved states, and what
-    it would keep if nothing were recomputed."""
-    hidden = config.channel_mixer_dim
-    residual = _FLOAT * config.dim
-    keys, values = layer.n_heads * layer.n_state, layer.n_heads * layer.n_value
-    streams = layer.n_heads * layer.head_columns
-    per_head = layer.decay_mode in ("mamba", "simple")
-    per_head += layer.write_gate + (layer.head_mix == "input_weighted")
-    read = streams + (values if layer.output_gate != "none" else 0) + per_head * layer.n_heads
-    matmuls = narrow * read
-    whole = residual + matmuls + narrow * config.dim  # the norm's input and output
-    whole += narrow * (2 * keys + values)  # q, k and out of the recurrence
-    interval = config.execution.saved_state_interval
-    groups = implementation == "mosaic_gpu" and interval <= MAX_GROUPED_INTERVAL
-    # v, or the kernel's delta; XLA copies what a loop reads.
-    whole += _FLOAT * values if groups else narrow * (2 * keys + 2 * values)
-    if layer.use_l2_norm:
-        whole += _FLOAT * 2 * layer.n_heads
-    if layer.conv_size is not None:
-        whole += narrow * streams
-    if layer.output_gate != "none" or layer.head_mix not in ("concat", "per_head"):
-        mixed = values if layer.head_mix in ("concat", "per_head") else layer.n_value
-        whole += narrow * mixed  # what the output projection reads
-    if hidden is not None:
+def _of_layer(
+    config: LMConfig, mixer: MixerConfig, length: int, execution: Execution
+) -> Activations:
+    """What a block keeps beside its input: of the norm, the mixer and the channel mixer."""
+    if not isinstance(mixer, EstimatesMemory):
+        raise ValueError(
+            f"training memory is estimated for mixers whose configuration has the method "
+            f"activations; that of {mixer.kind} has none."
+        )
+    own = mixer.activations(config.dim, length, execution)
+    narrow = _bytes_of(execution.dtype or "float32")
+    matmuls, others = own.matmuls, own.others + narrow * config.dim  # the norm's output
+    if (hidden := config.channel_mixer_dim) is not None:
         matmuls += narrow * 2 * hidden
-        whole += residual + narrow * (config.dim + 3 * hidden)
-    kept: dict[Remat, int] = {
-        "none": whole,
-        "recurrence": residual + matmuls,
-        "layer": residual,
-    }
-    return kept[config.execution.remat], whole
-
-
-def _saved_state_bytes(
-    layer: E88Config,
-    interval: int,
-    batch: int,
-    length: int,
-    narrow: int,
-    implementation: Implementation,
-) -> int:
-    width = _FLOAT
-    if implementation == "mosaic_gpu":
-        interval = SAVED_STATE_GROUP if interval <= MAX_GROUPED_INTERVAL else interval
-        width = narrow
-    state = layer.n_heads * layer.n_state * layer.n_value
-    return width * batch * math.ceil(length / interval) * state
+        others += _FLOAT * config.dim + narrow * (config.dim + hidden)
+    return own._replace(matmuls=matmuls, others=others)

@@ -1,20 +1,20 @@
-"""The sizing guide's presets and baselines (`docs/references.md`).
+"""Models by name: the sizing guide's presets, and the baselines that it compares them with.
 
-Dimensions are as published, mistakes included: the guide's formula gives its counts at 500M, but
-not at 100M and 1B.
+Dimensions are as published (sizing guide, `docs/references.md`), mistakes included: the guide's
+formula gives its counts at 500M, but not at 100M and 1B.
 """
 
 import dataclasses
-import math
 
-from e88_jax.checks import require_instance, require_int
+from e88_jax.checks import require_instance
 from e88_jax.config import E88Config, LMConfig
+from e88_jax.mixers.baselines import GatedDeltaNetConfig, Mamba2Config
 from e88_jax.sizing.guide import calc_e88_params
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A row of the guide."""
+    """A row of the guide: a model of equal E88 layers."""
 
     name: str
     dim: int
@@ -87,25 +87,53 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def find_preset(name: str) -> Preset:
-    """The preset of this name.
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """A model of another mixer that the guide compares its presets with."""
+
+    name: str
+    title: str
+    """The mixer's name and the size, as in a sentence."""
+    config: LMConfig
+
+    @property
+    def state_per_layer(self) -> int:
+        """Elements of the state of one layer and sequence."""
+        (layer,) = self.config.layers
+        return layer.state_size(self.config.dim)
+
+
+BASELINES: dict[str, Baseline] = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline(
+            "mamba2-500m",
+            "Mamba2 at 500M",
+            LMConfig(dim=1600, depth=32, layers=(Mamba2Config(),)),
+        ),
+        Baseline(
+            "gated-deltanet-500m",
+            "Gated DeltaNet at 500M",
+            LMConfig(
+                dim=1792,
+                depth=23,
+                layers=(GatedDeltaNetConfig(n_heads=12, head_dim=128, expand_v=2.0),),
+            ),
+        ),
+    )
+}
+
+
+def find_preset(name: str) -> Preset | Baseline:
+    """The preset or baseline of this name; `config` is its model.
 
     Raises:
         TypeError: the name is no string.
         ValueError: there is none; the message lists those there are.
     """
     require_instance("name", name, str)
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}.")
-    return PRESETS[name]
-
-
-def mamba2_state_per_layer(dim: int = 1600, expand: int = 2, d_state: int = 128) -> int:
-    """Numbers in a Mamba2 layer's state; by default at 500M, as the guide compares."""
-    sizes = {"dim": dim, "expand": expand, "d_state": d_state}
-    return math.prod(require_int(name, size) for name, size in sizes.items())
-
-
-def gated_deltanet_state_per_layer(n_heads: int = 24, head_dim: int = 128) -> int:
-    """Numbers in a Gated DeltaNet layer's state; by default at 500M, as the guide compares."""
-    return require_int("n_heads", n_heads) * require_int("head_dim", head_dim) ** 2
+    found = PRESETS.get(name) or BASELINES.get(name)
+    if found is None:
+        names = ", ".join([*PRESETS, *BASELINES])
+        raise ValueError(f"unknown preset {name!r}: choose from {names}.")
+    return found

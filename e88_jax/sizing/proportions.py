@@ -110,7 +110,7 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
             )
         )
 
-    implementation = implementation_on(gpu, layer)
+    implementation = implementation_on(gpu)
 
     def needed_gb(remat: Remat) -> float:
         execution = dataclasses.replace(config.execution, remat=remat)

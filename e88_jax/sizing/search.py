@@ -1,11 +1,14 @@
-"""From a budget of parameters and a GPU to configurations: the guide's procedure, done exactly."""
+"""From a budget of parameters and a GPU to configurations: the guide's procedure, done exactly.
+
+The search, `closest`, is that of `compare.py` too.
+"""
 
 import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar, get_args
 
 from e88_jax.checks import require_choice, require_instance, require_int, require_number, shown
 from e88_jax.config import E88Config, LMConfig, OutputGate
@@ -47,6 +50,11 @@ def usual_depth(params: int) -> int:
     return 20 if params < 750e6 else max(24, round(24 * (params / 1e9) ** (1 / 3)))
 
 
+def imbalance(ratio: float) -> float:
+    """Distance of a ratio from 1, in widths of the guide's balanced band."""
+    return abs(math.log(ratio)) / math.log(1.2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Solution:
     """A configuration near a budget."""
@@ -68,7 +76,7 @@ class Solution:
     @property
     def distance(self) -> float:
         """From the budget, in hundredths, and from balance, in widths of the guide's band."""
-        return abs(self.error) / TOLERANCE + abs(math.log(self.ratio)) / math.log(1.2)
+        return abs(self.error) / TOLERANCE + imbalance(self.ratio)
 
 
 def solve(
@@ -111,26 +119,59 @@ def solve(
     vocab_size = require_int("vocab_size", vocab_size)
     require_choice("gate", gate, get_args(OutputGate))
     usual, (low, high) = usual_depth(params), gpu.n_state_range if gpu else ANY_GPU
-    found: list[Solution] = []
     usual_depths = range(math.ceil(0.75 * usual), math.floor(1.25 * usual) + 1)
+
+    def groups(depths: Iterable[int], sizes: Iterable[int]) -> Iterator[Iterator[Solution]]:
+        sizes = [n_state] if n_state else sizes
+        for n, layers in itertools.product(sizes, [depth] if depth else depths):
+            yield _candidates(params, n, layers, vocab_size, gate)
+
     # Small models have few multiples of 64 to choose from: for some, other sizes must do.
-    for depths, sizes in (
-        (usual_depths, range(low, high + 1, 16)),
-        (range(1, 2 * usual + 1), range(min(low, 16), high + 1, SIZE_MULTIPLE)),
-    ):
-        pairs = itertools.product([n_state] if n_state else sizes, [depth] if depth else depths)
-        for n, layers in pairs:
-            candidates = _candidates(params, n, layers, vocab_size, gate)
-            if best := min(candidates, key=_is_far_and_distance, default=None):
-                found.append(best)
-        near = [s for s in found if abs(s.error) <= TOLERANCE]
+    rounds = (
+        groups(usual_depths, range(low, high + 1, 16)),
+        groups(range(1, 2 * usual + 1), range(min(low, 16), high + 1, SIZE_MULTIPLE)),
+    )
+    near, found = closest(rounds, TOLERANCE)
+    if not near:
+        raise ValueError(_why_not(params, n_state, depth, vocab_size, found))
+    return near
+
+
+class Candidate(Protocol):
+    """A configuration near a budget."""
+
+    @property
+    def error(self) -> float:
+        """Relative distance from the budget."""
+        ...
+
+    @property
+    def distance(self) -> float:
+        """Distance from the budget and from the proportions wanted; rows are sorted by it."""
+        ...
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+def closest(rounds: Iterable[Iterable[Iterable[C]]], tolerance: float) -> tuple[list[C], list[C]]:
+    """The candidates within the tolerance, by distance, of the first round that has any; and the
+    best of all groups of the rounds searched.
+
+    A round is groups of candidates, of each of which the best is taken.
+    """
+
+    def is_far_and_distance(candidate: C) -> tuple[bool, float]:
+        return abs(candidate.error) > tolerance, candidate.distance
+
+    found: list[C] = []
+    for groups in rounds:
+        best = (min(group, key=is_far_and_distance, default=None) for group in groups)
+        found += [candidate for candidate in best if candidate is not None]
+        near = [x for x in found if abs(x.error) <= tolerance]
         if near:
-            return sorted(near, key=lambda s: s.distance)
-    raise ValueError(_why_not(params, n_state, depth, vocab_size, found))
-
-
-def _is_far_and_distance(solution: Solution) -> tuple[bool, float]:
-    return abs(solution.error) > TOLERANCE, solution.distance
+            return sorted(near, key=lambda x: x.distance), found
+    return [], found
 
 
 def _candidates(

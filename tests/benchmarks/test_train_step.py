@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from benchmarks import train_step
+from benchmarks.measure.flags import parse_with_preset
 from e88_jax.sizing import PRESETS
 from experiments.cli.errors import UsageError
 
@@ -45,14 +46,15 @@ def test_the_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return dict(results)
 
     monkeypatch.setattr(train_step, "measure_apart", measure_apart)
-    train_step.main(["--grid", "--json", str(path)])
-    assert {point.preset for point in train_step.GRID} <= set(PRESETS)
-    assert len(timed) == sum(len(point.batch_sizes) for point in train_step.GRID)
+    train_step.main(["--grid", "presets", "--json", str(path)])
+    grid = train_step.GRIDS["presets"]
+    assert {point.model.removeprefix("--preset ") for point in grid} <= set(PRESETS)
+    assert len(timed) == sum(len(point.batch_sizes) for point in grid)
     points = json.loads(path.read_text())["points"]
     assert len(points) == len(timed)
     assert all(point == {"error": "out of memory"} for point in points.values())
     timed.clear()
-    flags = f"--grid --json {path} --preset h72n32-500m --remat layer --lengths 512 8192"
+    flags = f"--grid presets --json {path} --preset h72n32-500m --remat layer --lengths 512 8192"
     monkeypatch.setattr(train_step, "summary", str)
     results["numbers"] = 1
     train_step.main(flags.split())
@@ -65,23 +67,48 @@ def test_the_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     }
     assert timed == [
         f"{flags} --preset h72n32-500m --seq-len {length} --batch-size {batch} --profile "
-        "--no-grid --lengths"
+        "--grid None --lengths --no-missing"
         for length, batch in ((512, 64), (8192, 4))
     ]
+
+
+def test_the_points_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those that failed are among them."""
+    path, timed = tmp_path / "grid.json", []
+
+    def measure_apart(args: list[str]) -> dict[str, Any]:
+        timed.append(" ".join(args))
+        return {"error": "out of memory"} if "--preset mamba2-500m" in timed[-1] else {"n": 1}
+
+    monkeypatch.setattr(train_step, "measure_apart", measure_apart)
+    monkeypatch.setattr(train_step, "summary", str)
+    flags = ["--grid", "mixers", "--missing", "--json", str(path)]
+    train_step.main(flags)
+    first = timed.copy()
+    timed.clear()
+    train_step.main(flags)
+    assert 0 < len(timed) < len(first)
+    assert timed == [x for x in first if "--preset mamba2-500m" in x]
+
+
+def test_the_models_beside_e88_are_of_its_size() -> None:
+    for point in train_step.GRIDS["mixers"]:
+        config = parse_with_preset(train_step.BenchmarkConfig, point.model.split())
+        assert 495e6 < config.model.count_params() < 509e6
 
 
 def test_another_file_is_not_taken_for_a_grid(tmp_path: Path) -> None:
     path = tmp_path / "numbers.json"
     path.write_text('{"rows": []}')
     with pytest.raises(UsageError, match=f"{path} does not hold a grid"):
-        train_step.main(["--grid", "--json", str(path)])
+        train_step.main(["--grid", "presets", "--json", str(path)])
 
 
 def test_a_point_of_the_grid_runs_apart() -> None:
     measure_apart = train_step.measure_apart
     point = "--preset h32n32-100m --batch-size 2 --seq-len 8 --repeats 1"
     flags = [*point.split(), *TINY]
-    numbers = measure_apart(["--grid", "--lengths", "512", *flags, *train_step.ALONE])
+    numbers = measure_apart(["--grid", "presets", "--lengths", "512", *flags, *train_step.ALONE])
     assert numbers["tokens_per_step"] == 16
     row = measure_apart(["--preset", "none"])
     assert row["command"] == "--preset none"
@@ -97,8 +124,9 @@ def test_a_point_of_the_grid_runs_apart() -> None:
         ("--preset x", "unknown preset 'x'"),
         ("--batch-size 0", "--batch-size must be at least 1, got 0"),
         ("--lengths 8", "--lengths is for --grid"),
-        ("--grid --seq-len 8", "--grid has lengths and batch sizes of its own"),
-        ("--grid --lengths 8", "the grid has no such point: there are"),
+        ("--grid presets --seq-len 8", "--grid has lengths and batch sizes of its own"),
+        ("--grid presets --lengths 8", "the grid has no such point: there are"),
+        ("--missing --grid presets", "--missing is for --grid with --json"),
         ("--json no/such/file", "no/such/file cannot be written"),
     ],
 )

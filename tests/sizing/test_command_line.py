@@ -122,8 +122,15 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{preset.formula_params / 1e6:,.1f}M" in row
         assert f"{preset.config.count_params() / 1e6:,.1f}M" in row
         assert (str(preset.corrected_dim) in row) == (not preset.agrees)
-    assert "409,600" in out
-    assert "393,216" in out
+    mamba2, gated_deltanet = out.splitlines()[-2:]
+    assert mamba2 == (
+        "mamba2-500m, Mamba2 at 500M: 409,600 numbers of state a layer, 5.6 times h72n32's and 2.5 "
+        "times h40n64's"
+    )
+    assert gated_deltanet == (
+        "gated-deltanet-500m, Gated DeltaNet at 500M: 393,216 numbers of state a layer, 5.3 times "
+        "h72n32's and 2.4 times h40n64's"
+    )
     rows = json.loads(answer(capsys, "--presets", "--json"))
     assert [row["name"] for row in rows] == [*PRESETS]
 

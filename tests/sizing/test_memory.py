@@ -10,6 +10,8 @@ import pytest
 from benchmarks.plan import model_of
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.hardware import find_gpu
+from e88_jax.mixers.base import Activations, Execution
+from e88_jax.mixers.baselines import AttentionConfig, GatedDeltaNetConfig
 from e88_jax.sizing import (
     PRESETS,
     TrainingMemory,
@@ -124,11 +126,21 @@ def test_the_larger_of_both_ends_of_the_backward_pass() -> None:
 
 
 def test_who_runs_the_recurrence() -> None:
-    fits, odd = (E88Config(n_heads=2, n_state=n) for n in (32, 30))
-    assert (
-        implementation_on(None, fits) == implementation_on(find_gpu("h100"), fits) == "mosaic_gpu"
-    )
-    assert implementation_on(find_gpu("rtx4090"), fits) == implementation_on(None, odd) == "scan"
+    assert implementation_on(None) == implementation_on(find_gpu("h100")) == "mosaic_gpu"
+    assert implementation_on(find_gpu("rtx4090")) == "chunked"
+
+
+def test_the_scan_is_counted_where_there_is_no_kernel() -> None:
+    fits, odd = (lm_config(dim=64, n_heads=3, n_state=n, depth=5) for n in (32, 30))
+    by = {
+        config: [
+            training_memory(config, 2, 100, implementation=implementation).total
+            for implementation in ("mosaic_gpu", "chunked", "scan")
+        ]
+        for config in (fits, odd)
+    }
+    assert by[fits][0] != by[fits][1] == by[fits][2]
+    assert by[odd][0] == by[odd][1] == by[odd][2]
 
 
 def test_state() -> None:
@@ -141,12 +153,61 @@ def test_state() -> None:
         state_bytes(config, "int8")
 
 
-def test_layers_of_another_kind_have_no_estimate() -> None:
-    config = dataclasses.replace(a_model(), layers=(ToyConfig(),))
-    with pytest.raises(ValueError, match="estimated for e88 layers, got one of toy"):
-        training_memory(config, 2, 100)
+def test_a_kind_without_activations_has_no_estimate() -> None:
     mixed = dataclasses.replace(a_model(), layers=(*a_model().layers, ToyConfig()))
+    with pytest.raises(ValueError, match="the method activations; that of toy has none"):
+        training_memory(mixed, 2, 100)
     assert state_bytes(mixed) == 4 * (3 * 3 * 16 * 16 + 2 * 6)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CountedConfig(ToyConfig):
+    """A mixer with an estimate of its own, of numbers that cannot be taken for others."""
+
+    def activations(self, dim: int, length: int, execution: Execution) -> Activations:
+        assert (dim, length) == (64, 100)
+        assert (execution.dtype, execution.implementation) == ("bfloat16", "mosaic_gpu")
+        return Activations(matmuls=10, others=300, saved_states=7_000, working=50_000)
+
+
+@pytest.mark.parametrize(
+    ("remat", "kept", "saved", "working"),
+    [
+        ("none", 310 + 128, 7_000, 50_000 * 200),
+        ("recurrence", 10, 0, (50_000 + 300 + 128) * 200 + 2 * 7_000),
+        ("layer", 0, 0, (50_000 + 310 + 128) * 200 + 2 * 7_000),
+    ],
+)
+def test_a_mixer_s_own_estimate(remat: Any, kept: int, saved: int, working: int) -> None:
+    """In a model of one E88 layer and two that say what they keep."""
+
+    def memory(*layers: Any) -> TrainingMemory:
+        execution = Execution(remat=remat)
+        config = LMConfig(dim=64, depth=len(layers), layers=layers, execution=execution)
+        return training_memory(config, 2, 100)
+
+    (e88,), counted = a_model().layers, CountedConfig()
+    alone, mixed = memory(e88), memory(e88, counted, counted)
+    copies = (mixed.parameters - alone.parameters) // 2 if remat == "none" else 0
+    assert mixed.activations - alone.activations == copies + 2 * 200 * (4 * 64 + kept)
+    assert mixed.saved_states - alone.saved_states == 2 * 2 * saved
+    temporary = 200 * ((3 * 2 + 4) * 64 + 2 * 4 * 256)
+    assert mixed.working == temporary + working
+
+
+def test_hybrids_are_the_sum_of_their_layers() -> None:
+    """Without remat what two kinds keep is what each keeps alone."""
+    gdn, e88 = GatedDeltaNetConfig(n_heads=2, head_dim=16), E88Config(n_heads=3, n_state=16)
+    attention = AttentionConfig(n_heads=2, head_dim=32)
+
+    def kept(*layers: Any) -> int:
+        config = LMConfig(dim=64, depth=len(layers), layers=layers)
+        memory = training_memory(config, 2, 100)
+        own = memory.activations + memory.saved_states
+        return own - 2 * config.count_params()
+
+    assert kept(e88, gdn, attention) == kept(e88) + kept(gdn) + kept(attention)
+    assert kept(e88, e88, gdn) == 2 * kept(e88) + kept(gdn)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (5, -1)])

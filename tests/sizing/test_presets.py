@@ -2,14 +2,7 @@
 
 import pytest
 
-from e88_jax.sizing import (
-    PRESETS,
-    balance,
-    d_inner_of,
-    find_preset,
-    gated_deltanet_state_per_layer,
-    mamba2_state_per_layer,
-)
+from e88_jax.sizing import BASELINES, PRESETS, balance, d_inner_of, find_preset
 
 # d_inner and dim / d_inner, as printed; the guide has no ratio at 100M.
 PRINTED = {
@@ -94,12 +87,26 @@ def test_rows_outside_of_the_balanced_band() -> None:
 
 
 def test_baselines() -> None:
-    assert mamba2_state_per_layer() == 3200 * 128 == 409_600
-    assert gated_deltanet_state_per_layer() == 24 * 128 * 128 == 393_216
+    states = {name: baseline.state_per_layer for name, baseline in BASELINES.items()}
+    assert states == {"mamba2-500m": 3200 * 128, "gated-deltanet-500m": 24 * 128 * 128}
+    assert list(states.values()) == [409_600, 393_216]
+    counts = {name: baseline.config.count_params() for name, baseline in BASELINES.items()}
+    assert all(abs(count / 500e6 - 1) < 0.02 for count in counts.values())
     h72, h40 = map(state_per_layer, ("h72n32-500m", "h40n64-500m"))
     assert 5 < 393_216 / h72 < 409_600 / h72 < 6  # "5-6x smaller"
     assert round(409_600 / h40, 1) == 2.5  # "2.5x smaller"
     assert round(393_216 / h40, 1) == 2.4
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *BASELINES])
+def test_any_is_found_by_name(name: str) -> None:
+    found = find_preset(name)
+    assert found.name == name
+    assert found.config == (PRESETS | BASELINES)[name].config
+
+
+def test_names_differ() -> None:
+    assert not PRESETS.keys() & BASELINES.keys()
 
 
 def test_the_guides_example() -> None:
@@ -110,5 +117,5 @@ def test_the_guides_example() -> None:
 
 
 def test_an_unknown_preset_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"unknown preset 'h1'.*h72n32-500m"):
+    with pytest.raises(ValueError, match=r"unknown preset 'h1'.*h72n32-500m.*mamba2-500m"):
         find_preset("h1")

@@ -1,0 +1,143 @@
+"""Bytes that the baselines' layers leave from the forward to the backward pass on a GPU.
+
+The terms are the arrays that XLA keeps between the two passes in its plan for an H100, in units of
+the layer's sizes, and the largest temporary arrays of the backward pass. `tests/sizing/` compares
+their sums with XLA's plans.
+"""
+
+from typing import NamedTuple
+
+from e88_jax.mixers.base import DTYPE_BYTES, Activations, Execution
+
+CHUNK = 64
+"""Tokens of a chunk, in the chunked forms and in the kernels."""
+KERNEL_HEADS = frozenset(
+    [(64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128), (256, 256), (256, 512)]
+)
+"""Rows and columns of a head's state that the kernels of jax-linear-attention take."""
+_WIDE = DTYPE_BYTES["float32"]
+
+
+class Sizes(NamedTuple):
+    """Sizes of a linear recurrence."""
+
+    groups: int
+    """Heads of q and k."""
+    heads: int
+    """Heads of v and of the state."""
+    n_key: int
+    n_value: int
+
+    @property
+    def keys(self) -> int:
+        """Elements of q, or of k, of a token."""
+        return self.groups * self.n_key
+
+    @property
+    def values(self) -> int:
+        """Elements of v of a token."""
+        return self.heads * self.n_value
+
+    @property
+    def state(self) -> int:
+        """Elements of the states."""
+        return self.heads * self.n_key * self.n_value
+
+    def by_kernels(self, execution: Execution, heads: frozenset[tuple[int, int]]) -> bool:
+        """Whether kernels, which take these heads, are asked for and take the call."""
+        asked = execution.implementation == "mosaic_gpu" and execution.dtype == "bfloat16"
+        return asked and (self.n_key, self.n_value) in heads
+
+
+def _narrow(execution: Execution) -> int:
+    """Bytes of a number in the compute dtype."""
+    return DTYPE_BYTES[execution.dtype or "float32"]
+
+
+def gated_deltanet(sizes: Sizes, length: int, execution: Execution) -> Activations:
+    """What a Gated DeltaNet layer keeps."""
+    narrow, (keys, values, state) = _narrow(execution), (sizes.keys, sizes.values, sizes.state)
+    heads = sizes.heads
+    matmuls = narrow * (2 * keys + 2 * values + 2 * heads)  # q, k, v, gate, decay, write gate
+    # q and k of unit length, one before; v, out, and what the output projection reads.
+    others = narrow * (3 * keys + 3 * values)
+    if sizes.by_kernels(execution, KERNEL_HEADS):
+        # float32 inputs of convolutions and SiLU; the inverses of the chunks' triangles.
+        others += _WIDE * (8 * keys + 2 * values) + narrow * heads * CHUNK
+        working = narrow * (2 * state // CHUNK + 2 * values + 2 * heads * sizes.n_key)
+        return Activations(matmuls, others, 0, working)
+    if execution.implementation == "scan":
+        return _scan(matmuls, others, sizes, length, execution)
+    triangles = _WIDE * heads * CHUNK
+    others += _WIDE * (3 * values + 4 * keys + heads * sizes.n_key) + 4 * triangles
+    working = _WIDE * (4 * values + 3 * heads * sizes.n_key + state // CHUNK)
+    return _chunked(matmuls + triangles, others, working, sizes, length)
+
+
+def mamba2(sizes: Sizes, length: int, execution: Execution) -> Activations:
+    """What a Mamba2 layer keeps."""
+    narrow, (keys, values, state) = _narrow(execution), (sizes.keys, sizes.values, sizes.state)
+    heads = sizes.heads
+    matmuls = narrow * (2 * keys + 2 * values + heads)  # z, x, B, C, dt
+    if sizes.by_kernels(execution, frozenset(x for x in KERNEL_HEADS if max(x) <= 128)):
+        others = narrow * (3 * values + 2 * keys) + _WIDE * (2 * values + 6 * keys)
+        working = narrow * (2 * state // CHUNK + 3 * values) + _WIDE * values
+        return Activations(matmuls, others, 0, working)
+    others = narrow * (2 * values + 2 * keys)
+    if execution.implementation == "scan":
+        return _scan(matmuls, others, sizes, length, execution)
+    triangles, weighted = _WIDE * heads * CHUNK, _WIDE * heads * sizes.n_key
+    others += _WIDE * 4 * values + 2 * weighted + triangles
+    working = _WIDE * (values + state // CHUNK) + 2 * weighted + 4 * triangles
+    return _chunked(matmuls + triangles, others, working, sizes, length)
+
+
+def _chunked(matmuls: int, others: int, working: int, sizes: Sizes, length: int) -> Activations:
+    """A linear recurrence by chunks, with the state before each: a second time in another layout
+    where heads share keys."""
+    layouts = 2 if sizes.heads > sizes.groups else 1
+    states = layouts * _WIDE * -(-length // CHUNK) * sizes.state
+    return Activations(matmuls, others, states, working)
+
+
+def _scan(
+    matmuls: int, others: int, sizes: Sizes, length: int, execution: Execution
+) -> Activations:
+    """A linear recurrence step by step: its inputs, with the keys of each head, and a state every
+    few steps."""
+    interval, keys = execution.saved_state_interval, sizes.keys
+    if sizes.heads > sizes.groups:
+        keys += sizes.heads * sizes.n_key
+    inputs = _narrow(execution) * 2 * (keys + sizes.values)
+    saved = _WIDE * -(-length // interval) * sizes.state
+    return Activations(matmuls, others + inputs, saved)
+
+
+def attention(
+    queries: int, keys: int, heads: int, norm: bool, length: int, execution: Execution, fused: bool
+) -> Activations:
+    """What an attention layer keeps.
+
+    Args:
+        queries, keys: elements of q, and of k or v, of a token.
+        heads: of queries.
+        norm: whether q and k are normalised.
+        length: tokens of a sequence.
+        execution: of the model.
+        fused: whether cuDNN's fused attention takes the heads.
+    """
+    narrow = _narrow(execution)
+    matmuls = narrow * (queries + 2 * keys)
+    others = narrow * (2 * queries + keys)  # q and k after RoPE, and the output
+    others += _WIDE * heads * (3 if norm else 1)  # what divides the softmax, q and k
+    if fused and execution.implementation == "mosaic_gpu" and execution.dtype == "bfloat16":
+        return Activations(matmuls, others, 0)
+    weights = heads * length
+    # The weights in float32, and in the compute dtype.
+    return Activations(matmuls, others + (_WIDE + narrow) * weights, 0, _WIDE * weights)
+
+
+def lstm(width: int) -> Activations:
+    """What an LSTM layer keeps: in float32, the matmuls of input and output, and five arrays of
+    gates and cells."""
+    return Activations(*(_WIDE * width * n for n in (8, 5, 0, 10)))
