@@ -90,7 +90,7 @@ def _vector(*params: str) -> _Layout:
 
 
 def _e88_layouts(config: E88Config) -> dict[str, _Layout]:
-    """The arrays of an original E88 layer with every option that goes with the config's."""
+    """The arrays of an original E88 layer, and of options that the config leaves out."""
     heads, n_state, n_value = config.n_heads, config.n_state, config.n_value
     # Columns of a head's q, k and, unless tied, v.
     streams = {"q": slice(0, n_state), "k": slice(n_state, 2 * n_state)}
@@ -161,8 +161,7 @@ def _mamba2_layouts(config: Mamba2Config) -> dict[str, _Layout]:
 
 
 def _layouts(config: Config, params: Mapping[str, Any]) -> dict[str, _Layout]:
-    """The arrays that an original layer of the config has, whose parameters of ours are `params`
-    by path."""
+    """The arrays of the original layer by key; `params` are our layer's parameters by path."""
     match config:
         case E88Config():
             layouts = _e88_layouts(config)
@@ -195,10 +194,9 @@ def mixer_from_torch(
 
     Args:
         state_dict: the layer's `state_dict()` as NumPy arrays of any float dtype, with the keys
-            that an original layer of the same options has. Linear weights are `[out, in]`,
-            convolutions `[channels, 1, size]`, the rest vectors; H, K, V, N, P, G are the sizes of
-            the config's documentation, HV heads of values.
-            E88: `qkv_proj.weight` `[2 * H * N + H * V, dim]` and more by its options.
+            that an original layer of the same options has. Sizes are named as in the layers'
+            docstrings; HV is the number of value heads, G of groups.
+            E88: `qkv_proj.weight` `[2 * H * N + H * V, dim]`, the rest by its options.
             Gated DeltaNet: `q_proj`, `k_proj` `[H * K, dim]`, `v_proj`, `g_proj` `[HV * V, dim]`,
             `a_proj`, `b_proj` `[HV, dim]`, `o_proj` `[dim, HV * V]`, `q_conv1d`, `k_conv1d`
             `[H * K, 1, size]`, `v_conv1d` `[HV * V, 1, size]`, `o_norm` `[V]` (`.weight` each),
