@@ -202,8 +202,8 @@ def mixer_from_torch(
             `[H * K, 1, size]`, `v_conv1d` `[HV * V, 1, size]`, `o_norm` `[V]` (`.weight` each),
             `A_log`, `dt_bias` `[HV]`.
             Mamba2: `in_proj.weight` `[2 * H * P + 2 * G * N + H, dim]`, `conv1d.weight`
-            `[H * P + 2 * G * N, 1, size]`, `conv1d.bias`, `norm.weight` `[H * P]`,
-            `out_proj.weight` `[dim, H * P]`, `A_log`, `dt_bias`, `D` `[H]`.
+            `[H * P + 2 * G * N, 1, size]`, `conv1d.bias` `[H * P + 2 * G * N]`, `norm.weight`
+            `[H * P]`, `out_proj.weight` `[dim, H * P]`, `A_log`, `dt_bias`, `D` `[H]`.
         config: sizes and options of the layer; its type is the kind of the layer.
         dim: width of its input.
         execution: options of running it.
