@@ -31,7 +31,14 @@ LOWEST_RATE = 1e-3
 
 
 class GatedDeltaNetState(NamedTuple):
-    """The state of a layer between calls."""
+    """The state of a layer between calls.
+
+    `fla.layers.GatedDeltaNet` (flash-linear-attention: `docs/references.md`) caches the same.
+    Its `recurrent_state` is `[B, HV, V, K]` where states are `state_v_first`, as in its newer
+    layers, else `[B, HV, K, V]`. Its `conv_state` is a triple for q, k, v of the last conv_size
+    inputs, `[B, channels, conv_size]` with the newest last:
+    `q_conv = conv_state[0][:, :, 1:].swapaxes(1, 2).reshape(B, conv_size - 1, H, K)`.
+    """
 
     recurrent: Array
     """The heads' states, `[B, HV, K, V]` float32."""

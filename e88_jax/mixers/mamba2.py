@@ -26,7 +26,13 @@ from e88_jax.short_conv import ShortConv
 
 
 class Mamba2State(NamedTuple):
-    """The state of a layer between calls."""
+    """The state of a layer between calls.
+
+    `mamba_ssm`'s `Mamba2` (Mamba: `docs/references.md`) caches the same. Its `ssm_state` is
+    `[B, H, P, N]`. Its `conv_state` has the last conv_size inputs, `[B, channels, conv_size]` with
+    the newest last, and channels of x, then B, then C:
+    `x_conv = conv_state[:, : H * P, 1:].swapaxes(1, 2).reshape(B, conv_size - 1, H, P)`.
+    """
 
     recurrent: Array
     """The heads' states, `[B, H, N, P]` float32."""

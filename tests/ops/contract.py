@@ -100,7 +100,7 @@ class LinearRecurrenceContract:
     @pytest.mark.parametrize("gates", [(2.0,), (0.0, 1e-9, 2.0, 1.999)], ids=str)
     def test_equal_keys(self, gates: tuple[float, ...], dtype: str) -> None:
         """A delta rule's write gate of 2 reflects what the same key holds, step after step: terms
-        of a Neumann series of a chunk would grow to 1e30."""
+        of a Neumann series of a chunk would grow to 1e29."""
         call = self.call()
         key, gate = self.op.roles["k"], self.op.roles["gate"]
         k, beta = (call.arrays[name] for name in (key, gate))
