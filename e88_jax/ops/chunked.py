@@ -6,6 +6,7 @@ The chunk form of state-space duality and, for the delta rule, its WY representa
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax import Array, lax
 
 from e88_jax.meshes import varying_alike
 from e88_jax.precision import wide_dtype
-from e88_jax.typed import einsum
+from e88_jax.typed import checkpoint, einsum
 
 CHUNK = 64
 """Steps of a chunk: those of the kernels, and near the best for heads of 64 to 256."""
@@ -42,7 +43,7 @@ def chunked(
         U = T (beta V) - W S          T = (I + tril(beta D (K K^T), -1))^-1 by the delta rule,
         W = T (beta E K)              else T = I and W = 0
         O = E Q S + (D Q K^T) U
-        S = E[last] S + (L K)^T U
+        S = E[last] S + K^T (L U)
 
     Matmuls of float32 inputs are exact to float32; of bfloat16 inputs, in the GPU's TF32. `chunk`
     is a power of two.
@@ -76,22 +77,8 @@ def chunked(
     log_decay = jnp.maximum(split(log_decay, groups, repeats), _FORGOTTEN)
     beta = split(write_gate, groups, repeats)
 
-    sums = _sums_between(log_decay)
-    seen = jnp.tril(jnp.ones((chunk, chunk), bool))
-    decay_between = jnp.where(seen, jnp.exp(sums), 0)  # D
-    decay_after = decay_between[..., -1, :]  # L
-    decay_before = jnp.exp(jnp.cumsum(log_decay, axis=-1))  # E
-
-    writes = beta[..., None] * values
-    weights = None
-    if delta_rule:
-        overlap = dot("nbgtk,nbgsk->nbgts", keys, keys)[:, :, :, None]
-        lower = beta[..., None] * decay_between * overlap
-        solved = _inverse(jnp.where(jnp.tril(seen, -1), lower, 0))
-        writes = dot("nbgrts,nbgrsv->nbgrtv", solved, writes)
-        scale = beta * decay_before
-        weights = dot("nbgrts,nbgrsk->nbgrtk", solved, scale[..., None] * keys[:, :, :, None])
-    kept = decay_after[..., None] * keys[:, :, :, None]
+    within = checkpoint(functools.partial(_within, dot, delta_rule))
+    writes, weights, before, after = within(keys, values, log_decay, beta)
 
     state = initial_state
     if state is None:
@@ -99,22 +86,63 @@ def chunked(
     state = state.astype(wide).reshape(batch, groups, repeats, n_key, n_value)
 
     def one(
-        state: Array, x: tuple[Array, Array | None, Array, Array]
+        state: Array, x: tuple[Array, Array | None, Array, Array, Array]
     ) -> tuple[Array, tuple[Array, Array]]:
-        writes, weights, kept, whole = x
+        writes, weights, keys, after, whole = x
         if weights is not None:
             writes -= dot("bgrtk,bgrkv->bgrtv", weights, state)
-        after = whole[..., None, None] * state + dot("bgrtk,bgrtv->bgrkv", kept, writes)
-        return after, (state, writes)
+        added = dot("bgtk,bgrtv->bgrkv", keys, after[..., None] * writes)
+        return whole[..., None, None] * state + added, (state, writes)
 
-    xs = writes, weights, kept, decay_before[..., -1]
-    final, (before, writes) = lax.scan(one, state, xs)
-
-    scores = decay_between * dot("nbgtk,nbgsk->nbgts", queries, keys)[:, :, :, None]
-    out = dot("nbgrts,nbgrsv->nbgrtv", scores, writes)
-    out += decay_before[..., None] * dot("nbgtk,nbgrkv->nbgrtv", queries, before)
+    final, (states, writes) = lax.scan(one, state, (writes, weights, keys, after, before[..., -1]))
+    out = checkpoint(functools.partial(_outputs, dot))(queries, keys, log_decay, states, writes)
     out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(batch, -1, heads, n_value)[:, :time]
     return out.astype(dtype), final.reshape(batch, heads, n_key, n_value)
+
+
+# The backward pass recomputes what a chunk has of matrices [C, C]: they would take more memory than
+# the states.
+
+
+def _within(
+    dot: Callable[..., Array],
+    delta_rule: bool,
+    keys: Array,
+    values: Array,
+    log_decay: Array,
+    beta: Array,
+) -> tuple[Array, Array | None, Array, Array]:
+    """T (beta V), W (None without the delta rule), E and L of every chunk."""
+    between, before, after = _decays(log_decay)
+    writes = beta[..., None] * values
+    if not delta_rule:
+        return writes, None, before, after
+    overlap = dot("nbgtk,nbgsk->nbgts", keys, keys)[:, :, :, None]
+    solved = _inverse(jnp.tril(beta[..., None] * between * overlap, -1))
+    writes = dot("nbgrts,nbgrsv->nbgrtv", solved, writes)
+    decayed = (beta * before)[..., None] * keys[:, :, :, None]
+    return writes, dot("nbgrts,nbgrsk->nbgrtk", solved, decayed), before, after
+
+
+def _outputs(
+    dot: Callable[..., Array],
+    queries: Array,
+    keys: Array,
+    log_decay: Array,
+    states: Array,
+    writes: Array,
+) -> Array:
+    """O of every chunk, from the state before it and U."""
+    between, before, _ = _decays(log_decay)
+    scores = between * dot("nbgtk,nbgsk->nbgts", queries, keys)[:, :, :, None]
+    of_state = before[..., None] * dot("nbgtk,nbgrkv->nbgrtv", queries, states)
+    return of_state + dot("nbgrts,nbgrsv->nbgrtv", scores, writes)
+
+
+def _decays(log_decay: Array) -> tuple[Array, Array, Array]:
+    """D `[..., C, C]`, E and L `[..., C]` of logarithms `[..., C]`."""
+    between = jnp.tril(jnp.exp(_sums_between(log_decay)))
+    return between, jnp.exp(jnp.cumsum(log_decay, axis=-1)), between[..., -1, :]
 
 
 def _sums_between(x: Array) -> Array:
