@@ -66,14 +66,9 @@ def gated_deltanet(sizes: Sizes, length: int, execution: Execution) -> Activatio
         return Activations(matmuls, others + inverses, 0, 2 * narrow * state // CHUNK)
     if execution.implementation == "scan":
         return _scan(matmuls, others, sizes, length, execution)
-    triangles = _WIDE * heads * CHUNK
-    weighted = _WIDE * heads * sizes.n_key
-    others += _WIDE * (4 * values + 4 * keys) + 3 * weighted + 4 * triangles
-    states = _states(sizes, length, CHUNK)
-    if heads > sizes.groups:  # in a second layout, to be read for several heads at once
-        states *= 2
-    working = _WIDE * state // CHUNK + weighted
-    return Activations(matmuls + triangles, others, states, working)
+    others += _WIDE * (5 * values + 2 * keys + heads * sizes.n_key)
+    working = _WIDE * (values + state // CHUNK)
+    return Activations(matmuls, others, _states(sizes, length, CHUNK), working)
 
 
 def mamba2(sizes: Sizes, length: int, execution: Execution) -> Activations:
@@ -88,10 +83,10 @@ def mamba2(sizes: Sizes, length: int, execution: Execution) -> Activations:
     others = narrow * (2 * values + 2 * keys)
     if execution.implementation == "scan":
         return _scan(matmuls, others, sizes, length, execution)
-    triangles, weighted = _WIDE * heads * CHUNK, _WIDE * heads * sizes.n_key
-    others += _WIDE * 4 * values + 3 * weighted + 2 * triangles
-    working = _WIDE * state // CHUNK + weighted + 2 * triangles
-    return Activations(matmuls + triangles, others, _states(sizes, length, CHUNK), working)
+    triangles = _WIDE * heads * CHUNK
+    working = _WIDE * values + 4 * triangles
+    states = _states(sizes, length, CHUNK)
+    return Activations(matmuls, others + _WIDE * 7 * values, states, working)
 
 
 def _states(sizes: Sizes, length: int, interval: int) -> int:
