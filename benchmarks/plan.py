@@ -1,12 +1,15 @@
 """XLA's plan for the training step on an H100: kernels, bytes that they move, memory.
 
-The step is compiled but not run, so no GPU is needed, only JAX's CUDA plugin, as in `jax[cuda13]`.
+The step is compiled but not run, so no GPU is needed, only JAX's CUDA plugin, as in `jax[cuda13]`,
+cuDNN with it for attention, and for the kernels of Gated DeltaNet and Mamba2 the extra `baselines`.
 Matmuls are left to cuBLAS, as other GEMMs cannot be timed against it.
 """
 
 import collections
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -151,6 +154,7 @@ def h100_device() -> Any:
     from jax.sharding import SingleDeviceSharding
 
     jax.config.update("jax_platforms", "cpu")
+    _answer_for_the_h100()
     try:
         topology = topologies.get_topology_desc(
             "h100", platform="cuda", topology="1x1x1", target_config=H100
@@ -158,6 +162,18 @@ def h100_device() -> Any:
     except NotImplementedError as error:
         raise UsageError(f"JAX has no CUDA plugin ({error}): pip install 'jax[cuda13]'.") from None
     return SingleDeviceSharding(topology.devices[0])
+
+
+def _answer_for_the_h100() -> None:
+    """jax-linear-attention asks the local device, not the one that is compiled for, whether it is a
+    Hopper GPU: from here on the answer is yes."""
+    from e88_jax.ops import hopper
+
+    if importlib.util.find_spec(hopper.PACKAGE) is None:
+        return
+    for name in ("_common", "scalar_gate", "scalar_gate_kb"):
+        module: Any = importlib.import_module(f"{hopper.PACKAGE}.ops.mosaic_gpu.{name}")
+        module.is_hopper = lambda: True
 
 
 def compile_for_h100(model: LMConfig, batch: int, length: int) -> Any:
