@@ -21,7 +21,8 @@ class DecodeConfig:
     """Time prefill and decoding of an untrained model; print and record the numbers."""
 
     preset: str | None = None
-    """Take a model of the sizing guide, such as h72n32-500m. Flags of the model change it."""
+    """Take a model of the sizing guide, such as h72n32-500m or mamba2-500m. Flags of the model
+    change it."""
     batch_sizes: tuple[int, ...] = (1, 32, 256)
     """Sequences at once."""
     prompt: int = 2048

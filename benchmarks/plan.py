@@ -54,7 +54,8 @@ class PlanConfig:
     """List what XLA compiles the training step of train_byte_lm.py to, for an H100."""
 
     preset: str | None = None
-    """Take a model of the sizing guide, such as h72n32-500m. Flags of the model change it."""
+    """Take a model of the sizing guide, such as h72n32-500m or mamba2-500m. Flags of the model
+    change it."""
     kernels: int = 30
     """Kernels listed, those that move the most bytes."""
     memory: Path | None = None
@@ -91,13 +92,15 @@ def on_a_gpu(model: LMConfig) -> LMConfig:
 
 
 def model_of(plan: dict[str, Any]) -> LMConfig:
-    """The model of an entry of the file of `--memory`."""
+    """The model of an entry of the file of `--memory`: a preset with changes.
+
+    `layer` changes the preset's layer; `layers` of `model` replaces it.
+    """
     preset = find_preset(plan["preset"]).config
     layer: Any = dataclasses.replace(cast(Any, preset.layers[0]), **plan["layer"])
     execution = Execution(**plan["execution"])
-    return dataclasses.replace(
-        preset, layers=(layer,), depth=plan["depth"], execution=execution, **plan["model"]
-    )
+    config = dataclasses.replace(preset, layers=(layer,), depth=plan["depth"], execution=execution)
+    return LMConfig.from_dict(config.to_dict() | plan["model"])
 
 
 def lower_step(model: LMConfig, batch: int, length: int, sharding: Any = None) -> Any:

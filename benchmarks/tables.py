@@ -5,18 +5,16 @@ them is rewritten. The recorded results are `benchmarks/results/` and `experimen
 """
 
 import argparse
-import dataclasses
 import difflib
 import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias
 
-from e88_jax import command, hardware
-from e88_jax.mixers.base import Remat
-from e88_jax.sizing import PRESETS, balance, d_inner_of, training_memory
+from benchmarks import sizing_tables
+from e88_jax import command
 
 ROOT = Path(__file__).parents[1]
 PAGES = "README.md", "docs/performance.md", "docs/sizing.md"
@@ -275,76 +273,20 @@ def _millions(x: float, digits: int) -> str:
     return f"{x / 1e6:.{digits}f}"
 
 
-def gpus() -> str:
-    def span(sizes: tuple[int, int] | None) -> str:
-        if sizes is None:
-            return ""
-        low, high = sizes
-        return str(low) if low == high else f"{low} to {high}"
-
-    rows = [
-        [
-            gpu.name,
-            span(gpu.published.optimal_n_state if gpu.published else None),
-            str(gpu.published.max_n_state) if gpu.published else "",
-            str(gpu.formula_n_state),
-            span(gpu.measured_n_state),
-            "kernels" if gpu.has_kernels else "scan",
-        ]
-        for gpu in hardware.GPUS
-    ]
-    header = ["GPU", "published n_state", "published maximum", "the published formula gives"]
-    return markdown([*header, "measured here", "recurrence runs by"], rows)
-
-
-def presets() -> str:
-    rows = []
-    for preset in PRESETS.values():
-        config, corrected = preset.config, preset.corrected_dim
-        d_inner = d_inner_of(config)
-        rows.append(
-            [
-                preset.name,
-                str(preset.dim),
-                str(preset.depth),
-                preset.published,
-                _parameters(preset.formula_params),
-                _parameters(config.count_params()),
-                str(corrected or ""),
-                f"{preset.dim / d_inner:.2f} ({balance(preset.dim, d_inner)})",
-            ]
-        )
-    header = ["preset", "dim", "depth", "published", "its formula gives", "exact"]
-    return markdown([*header, "dim of the published count", "dim / d_inner"], rows)
-
-
-def remat() -> str:
-    """Estimated training memory, by what the backward pass recomputes."""
-    config, batch, length = PRESETS["h72n32-500m"].config, 8, 2048
-    choices: tuple[Remat, ...] = get_args(Remat)
-    executions = (dataclasses.replace(config.execution, remat=choice) for choice in choices)
-    configs = (dataclasses.replace(config, execution=execution) for execution in executions)
-    totals = [training_memory(config, batch, length).total for config in configs]
-    row = ["training GB", *(f"{total / 1e9:.0f}" for total in totals)]
-    return markdown([f"h72n32-500m, {length} x {batch}, --remat", *choices], [row])
-
-
-def _parameters(n: int) -> str:
-    return f"{n / 1e9:.3f}B" if n >= 1e9 else f"{n / 1e6:.1f}M"
+def _text_of(table: Callable[[], sizing_tables.Table]) -> Callable[[], str]:
+    return lambda: markdown(*table())
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
-    "gpus": gpus,
     "headline": headline,
     "n-state": n_state,
-    "presets": presets,
     "recurrence": recurrence,
     "recurrence-sizes": recurrence_sizes,
-    "remat": remat,
     "train-step": train_step,
     "train-step-cpu": train_step_cpu,
     "training-run": training_run,
+    **{name: _text_of(table) for name, table in sizing_tables.TABLES.items()},
 }
 
 _START = "<!-- table: "

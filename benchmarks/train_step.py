@@ -90,7 +90,8 @@ class BenchmarkConfig:
     """Time the training step of train_byte_lm.py on random bytes; print and record the numbers."""
 
     preset: str | None = None
-    """Take a model of the sizing guide, such as h72n32-500m. Flags of the model change it."""
+    """Take a model of the sizing guide, such as h72n32-500m or mamba2-500m. Flags of the model
+    change it."""
     grid: Literal["presets", "mixers"] | None = None
     """Time many models on a GPU, each in a process of its own, with the other flags given: E88 at
     several sizes and lengths, or E88 beside other mixers. With --preset only that one."""

@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 
 from e88_jax.config import LMConfig
 from e88_jax.model import LanguageModel
-from e88_jax.sizing import PRESETS, calc_e88_params
+from e88_jax.sizing import BASELINES, PRESETS, calc_e88_params, find_preset
 from tests.reference.configs import lm_config, n_params
 
 TOKENS = (2, 64)
@@ -56,9 +56,9 @@ def test_any_configuration_is_counted_exactly(config: LMConfig) -> None:
     assert config.state_size() == sum(state.recurrent.size for state in states)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *BASELINES])
 def test_presets_are_counted_exactly(name: str) -> None:
-    config = PRESETS[name].config
+    config = find_preset(name).config
     assert config.count_params() == n_params(shapes_of(config))
 
 

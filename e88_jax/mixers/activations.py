@@ -59,19 +59,16 @@ def gated_deltanet(sizes: Sizes, length: int, execution: Execution) -> Activatio
     narrow, (keys, values, state) = _narrow(execution), (sizes.keys, sizes.values, sizes.state)
     heads = sizes.heads
     matmuls = narrow * (2 * keys + 2 * values + 2 * heads)  # q, k, v, gate, decay, write gate
-    # q and k of unit length, one before; v, out, and what the output projection reads.
-    others = narrow * (3 * keys + 3 * values)
+    # q and k before and after their norm; v, out, and what the output projection reads.
+    others = narrow * (4 * keys + 3 * values)
     if sizes.by_kernels(execution, KERNEL_HEADS):
-        # float32 inputs of convolutions and SiLU; the inverses of the chunks' triangles.
-        others += _WIDE * (8 * keys + 2 * values) + narrow * heads * CHUNK
-        working = narrow * (2 * state // CHUNK + 2 * values + 2 * heads * sizes.n_key)
-        return Activations(matmuls, others, 0, working)
+        inverses = narrow * heads * CHUNK  # of the chunks' triangles
+        return Activations(matmuls, others + inverses, 0, 2 * narrow * state // CHUNK)
     if execution.implementation == "scan":
         return _scan(matmuls, others, sizes, length, execution)
-    triangles = _WIDE * heads * CHUNK
-    others += _WIDE * (3 * values + 4 * keys + heads * sizes.n_key) + 4 * triangles
-    working = _WIDE * (4 * values + 3 * heads * sizes.n_key + state // CHUNK)
-    return _chunked(matmuls + triangles, others, working, sizes, length)
+    others += _WIDE * (5 * values + 2 * keys + heads * sizes.n_key)
+    working = _WIDE * (values + state // CHUNK)
+    return Activations(matmuls, others, _states(sizes, length, CHUNK), working)
 
 
 def mamba2(sizes: Sizes, length: int, execution: Execution) -> Activations:
@@ -80,24 +77,21 @@ def mamba2(sizes: Sizes, length: int, execution: Execution) -> Activations:
     heads = sizes.heads
     matmuls = narrow * (2 * keys + 2 * values + heads)  # z, x, B, C, dt
     if sizes.by_kernels(execution, frozenset(x for x in KERNEL_HEADS if max(x) <= 128)):
-        others = narrow * (3 * values + 2 * keys) + _WIDE * (2 * values + 6 * keys)
-        working = narrow * (2 * state // CHUNK + 3 * values) + _WIDE * values
+        others = narrow * (4 * values + 2 * keys) + _WIDE * (values + 6 * keys)
+        working = narrow * (state // CHUNK + 2 * values) + _WIDE * values
         return Activations(matmuls, others, 0, working)
     others = narrow * (2 * values + 2 * keys)
     if execution.implementation == "scan":
         return _scan(matmuls, others, sizes, length, execution)
-    triangles, weighted = _WIDE * heads * CHUNK, _WIDE * heads * sizes.n_key
-    others += _WIDE * 4 * values + 2 * weighted + triangles
-    working = _WIDE * (values + state // CHUNK) + 2 * weighted + 4 * triangles
-    return _chunked(matmuls + triangles, others, working, sizes, length)
+    triangles = _WIDE * heads * CHUNK
+    working = _WIDE * values + 4 * triangles
+    states = _states(sizes, length, CHUNK)
+    return Activations(matmuls, others + _WIDE * 7 * values, states, working)
 
 
-def _chunked(matmuls: int, others: int, working: int, sizes: Sizes, length: int) -> Activations:
-    """A linear recurrence by chunks, with the state before each: a second time in another layout
-    where heads share keys."""
-    layouts = 2 if sizes.heads > sizes.groups else 1
-    states = layouts * _WIDE * -(-length // CHUNK) * sizes.state
-    return Activations(matmuls, others, states, working)
+def _states(sizes: Sizes, length: int, interval: int) -> int:
+    """A state every so many steps, of a sequence."""
+    return _WIDE * -(-length // interval) * sizes.state
 
 
 def _scan(
@@ -105,12 +99,12 @@ def _scan(
 ) -> Activations:
     """A linear recurrence step by step: its inputs, with the keys of each head, and a state every
     few steps."""
-    interval, keys = execution.saved_state_interval, sizes.keys
+    keys = sizes.keys
     if sizes.heads > sizes.groups:
         keys += sizes.heads * sizes.n_key
     inputs = _narrow(execution) * 2 * (keys + sizes.values)
-    saved = _WIDE * -(-length // interval) * sizes.state
-    return Activations(matmuls, others + inputs, saved)
+    states = _states(sizes, length, execution.saved_state_interval)
+    return Activations(matmuls, others + inputs, states)
 
 
 def attention(
@@ -128,8 +122,9 @@ def attention(
     """
     narrow = _narrow(execution)
     matmuls = narrow * (queries + 2 * keys)
-    others = narrow * (2 * queries + keys)  # q and k after RoPE, and the output
-    others += _WIDE * heads * (3 if norm else 1)  # what divides the softmax, q and k
+    others = narrow * queries + _WIDE * heads  # the output, and what divides the softmax
+    if norm:  # q and k before and after norm and RoPE; else after RoPE alone
+        others += narrow * (queries + keys) + _WIDE * 2 * heads
     if fused and execution.implementation == "mosaic_gpu" and execution.dtype == "bfloat16":
         return Activations(matmuls, others, 0)
     weights = heads * length

@@ -196,7 +196,7 @@ def compare(params: int, *, gpu: GPU | None = None, vocab_size: int = 256) -> li
     - Gated DeltaNet: heads of 128 x 256, n_heads * head_dim about 0.75 dim; 23 layers at 500M.
     - Mamba2: expand 2, heads of 128 x 64; 32 layers at 500M.
     - Transformer: heads of 64, n_heads * head_dim = dim, and in each layer a SwiGLU channel mixer
-      of 8/3 dim, rounded to a multiple of 64; 24 layers at 500M, as GPT-3's of 350M and 760M.
+      of 8/3 dim, rounded to a multiple of 64; 24 layers at 500M, as GPT-3 of 350M and of 760M.
     - Hybrids: three layers of E88, balanced and of the first row's n_state, or of Gated DeltaNet,
       then one of attention, again and again, without a channel mixer; 20 and 24 layers at 500M.
 

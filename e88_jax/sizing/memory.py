@@ -76,9 +76,9 @@ def training_memory(
     It counts the arrays that XLA leaves from the forward to the backward pass; the mixers'
     configurations say what their layers leave (`EstimatesMemory`). Within 12 % of XLA's own figure
     for an H100 (`tests/sizing/test_memory.py`), but for `remat` of layers that run by chunks or
-    step by step, LSTM among them: these may need twice as much, as XLA keeps to the end what the
-    gradients of their weights read. Gradients that are accumulated over several passes are not
-    counted.
+    step by step, LSTM among them: these need two or three times as much, as XLA keeps to the end
+    what the gradients of their weights read. Gradients that are accumulated over several passes are
+    not counted.
 
     Args:
         config: the model. Of its execution only `remat` and `saved_state_interval` are read.

@@ -120,8 +120,8 @@ class TrainConfig:
     keep: int = 2
     """Newest checkpoints kept, besides the best."""
     preset: str | None = None
-    """Take a model of the sizing guide, such as h72n32-500m; `python -m e88_jax.sizing --presets`
-    lists them. Flags of the model change it."""
+    """Take a model of the sizing guide, such as h72n32-500m or mamba2-500m; `python -m
+    e88_jax.sizing --presets` lists them. Flags of the model change it."""
     params: str | None = None
     """Take the best model of so many parameters, such as 25M, for --gpu. Flags of the model change
     it."""

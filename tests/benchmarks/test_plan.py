@@ -70,4 +70,4 @@ def test_memory_beside_the_estimate_if_there_is_one() -> None:
     hybrid = LMConfig(dim=16, depth=4, layers=(*preset.layers, ToyConfig(width=5)))
     said = plan.memory_line(plan.on_a_gpu(hybrid), 2, 512, planned=3_210_000_000)
     assert said.startswith("memory: 3.21 GB; training memory is estimated for ")
-    assert said.endswith("got one of toy.")
+    assert said.endswith("that of toy has none.")

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import tables
 from e88_jax.hardware import GPUS
-from e88_jax.sizing import PRESETS
+from e88_jax.sizing import PRESETS, compare
 
 
 def rows_of(table: str) -> list[list[str]]:
@@ -63,8 +63,10 @@ def test_the_headline_is_of_three_numbers_that_stand_in_the_tables():
 
 
 def test_sizing_s_tables_have_every_gpu_and_preset():
-    assert [row[0] for row in rows_of(tables.gpus())] == [gpu.name for gpu in GPUS]
-    assert [row[0] for row in rows_of(tables.presets())] == list(PRESETS)
+    assert [row[0] for row in rows_of(tables.TABLES["gpus"]())] == [gpu.name for gpu in GPUS]
+    assert [row[0] for row in rows_of(tables.TABLES["presets"]())] == list(PRESETS)
+    families = [match.family for match in compare(500_000_000)]
+    assert [row[0] for row in rows_of(tables.TABLES["comparison"]())] == families
 
 
 def test_provenance_says_what_the_file_has():

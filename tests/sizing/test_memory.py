@@ -11,7 +11,7 @@ from benchmarks.plan import model_of
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.hardware import find_gpu
 from e88_jax.mixers.base import Activations, Execution
-from e88_jax.mixers.baselines import AttentionConfig, GatedDeltaNetConfig
+from e88_jax.mixers.baselines import AttentionConfig, GatedDeltaNetConfig, Mamba2Config
 from e88_jax.sizing import (
     PRESETS,
     TrainingMemory,
@@ -215,3 +215,31 @@ def test_nothing_to_train_on(batch: int, length: int) -> None:
     config = a_model()
     with pytest.raises(ValueError, match="at least 1"):
         training_memory(config, batch, length)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "runs_by"),
+    [
+        (GatedDeltaNetConfig(n_heads=2, head_dim=128), {}, "mosaic_gpu"),
+        (GatedDeltaNetConfig(n_heads=2, head_dim=96), {}, "chunked"),
+        (GatedDeltaNetConfig(n_heads=2, head_dim=128), {"dtype": "float32"}, "chunked"),
+        (Mamba2Config(), {}, "mosaic_gpu"),
+        (Mamba2Config(d_state=128, head_dim=256), {}, "chunked"),
+        (Mamba2Config(), {"dtype": "float32"}, "chunked"),
+        (AttentionConfig(n_heads=2, head_dim=128), {}, "mosaic_gpu"),
+        (AttentionConfig(n_heads=2, head_dim=136), {}, "scan"),
+        (AttentionConfig(n_heads=2, head_dim=12), {}, "scan"),
+        (AttentionConfig(n_heads=2, head_dim=128), {"dtype": "float32"}, "scan"),
+    ],
+)
+def test_kernels_are_counted_where_they_run(
+    layer: Any, options: dict[str, Any], runs_by: str
+) -> None:
+    config = LMConfig(dim=256, depth=1, layers=(layer,))
+
+    def total(implementation: Any) -> int:
+        return training_memory(config, 2, 512, implementation=implementation, **options).total
+
+    assert total("mosaic_gpu") == total(runs_by)
+    plain = total("scan" if runs_by == "scan" else "chunked")
+    assert (total("mosaic_gpu") < plain) == (runs_by == "mosaic_gpu")

@@ -1,6 +1,9 @@
 """The numbers of the sizing guide."""
 
+from typing import Any
+
 import pytest
+from flax import nnx
 
 from e88_jax.sizing import BASELINES, PRESETS, balance, d_inner_of, find_preset
 
@@ -103,6 +106,19 @@ def test_any_is_found_by_name(name: str) -> None:
     found = find_preset(name)
     assert found.name == name
     assert found.config == (PRESETS | BASELINES)[name].config
+
+
+@pytest.mark.parametrize(
+    ("name", "state"), [("mamba2-500m", 409_600), ("gated-deltanet-500m", 393_216)]
+)
+def test_the_state_of_a_built_layer(name: str, state: int) -> None:
+    config = find_preset(name).config
+    (layer,) = config.layers
+
+    def init_state() -> Any:
+        return layer.build(config.dim, config.execution, rngs=nnx.Rngs(0)).init_state(1)
+
+    assert nnx.eval_shape(init_state).recurrent.size == state
 
 
 def test_names_differ() -> None:

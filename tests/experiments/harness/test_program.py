@@ -8,7 +8,7 @@ import pytest
 
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.mixers.base import Execution
-from e88_jax.sizing import PRESETS
+from e88_jax.sizing import BASELINES, PRESETS
 from experiments.cli.errors import UsageError
 from experiments.harness import program
 from experiments.harness.config import DEFAULT_MODEL
@@ -25,6 +25,14 @@ def test_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
         "h72n32-500m: dim 2176, 72 heads of 32 (d_inner 2304), depth 20: "
         f"{config.model.count_params():,} parameters\n"
     )
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse_args(["--preset", name])
+    assert config.model == BASELINES[name].config
+    (layer,) = config.model.layers
+    assert f"{name}: dim {config.model.dim}, {layer.kind}, depth" in capsys.readouterr().out
 
 
 def test_flags_of_the_model_change_it() -> None:
