@@ -23,6 +23,7 @@ DECODE = "benchmarks/results/decode_h100.json"
 RECURRENCE = "benchmarks/results/recurrence_h100.json"
 STEP_CPU = "benchmarks/results/train_step_cpu.json"
 STEP_GPU = "benchmarks/results/train_step_h100.json"
+STEP_MIXERS = "benchmarks/results/mixers_h100.json"
 N_STATE = "experiments/results/n_state_scaling_h100/results.json"
 RUN = "experiments/results/h72n32-500m_h100"
 
@@ -213,6 +214,43 @@ def training_run() -> str:
     return f"{provenance(result)}:\n\n{markdown(header, [row])}"
 
 
+_MIXERS = {
+    "--preset h72n32-500m": "E88 (h72n32-500m)",
+    "--preset gated-deltanet-500m": "Gated DeltaNet (gated-deltanet-500m)",
+    "--preset mamba2-500m": "Mamba2 (mamba2-500m)",
+    "--mixer attention": "transformer",
+    "--layout e88": "E88 and attention, 3 : 1",
+    "--layout gated_deltanet": "Gated DeltaNet and attention, 3 : 1",
+}
+"""Models of the grid `mixers` by how their flags begin."""
+
+
+def mixers() -> str:
+    """The best batch size of each model, fastest first."""
+    points: Record = read(STEP_MIXERS)["points"]
+    models: dict[str, Record] = {}
+    for flags, point in points.items():
+        (title,) = (title for begin, title in _MIXERS.items() if flags.startswith(begin))
+        if "--implementation chunked" in flags:
+            title += ", chunk form in plain JAX"
+        best = models.setdefault(title, point)
+        models[title] = max(best, point, key=lambda x: x["tokens_per_second"])
+    rows = [
+        [
+            title,
+            f"{point['parameters'] / 1e6:,.0f}M",
+            str(point["config"]["batch"]["batch_size"]),
+            f"{point['tokens_per_second']:,.0f}",
+            f"{point['peak_bytes_in_use'] / 1e9:.0f}",
+        ]
+        for title, point in sorted(models.items(), key=lambda row: -row[1]["tokens_per_second"])
+    ]
+    command = f"python -m benchmarks.train_step --grid mixers --json {STEP_MIXERS}"
+    (about,) = {provenance(point) for point in points.values()}
+    header = ["model", "parameters", "best batch", "tokens/s", "memory, GB"]
+    return block(f"{about}, bfloat16, T 2048, bytes", command, markdown(header, rows))
+
+
 def headline() -> str:
     """Three numbers: the recurrence of the first shape, training and decoding of one preset."""
     shape = _recurrence()[2][0]
@@ -280,6 +318,7 @@ def _text_of(table: Callable[[], sizing_tables.Table]) -> Callable[[], str]:
 TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "headline": headline,
+    "mixers": mixers,
     "n-state": n_state,
     "recurrence": recurrence,
     "recurrence-sizes": recurrence_sizes,

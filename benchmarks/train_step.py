@@ -260,7 +260,10 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         "devices": str(where),
         "versions": versions(),
-        "config": dataclasses.asdict(dataclasses.replace(config, json=None)),
+        "config": {
+            **dataclasses.asdict(dataclasses.replace(config, json=None)),
+            "model": config.model.to_dict(),
+        },
         "parameters": n_params,
         "tokens_per_step": tokens,
         "tokens_per_second": round(tokens / median, 1),

@@ -3,18 +3,20 @@
 An optional package: the extra `baselines`. Its version and JAX's are pinned to each other.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint  # pyright: ignore
 
 from e88_jax import kernels
-from e88_jax.typed import jit
+from e88_jax.typed import jit, vjp
 
 PACKAGE = "jla"
 """The package's name for imports."""
@@ -78,11 +80,38 @@ def _row_major(x: Array | None) -> Array | None:
     return cast(Array, with_layout_constraint(x, Layout(tuple(range(x.ndim)))))  # pyright: ignore
 
 
+def _as_one(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op as a program that is lowered and compiled once for layers alike, both of whose passes
+    are traced under JAX's own rules of promotion: the package relies on them, and a caller may have
+    stricter ones."""
+
+    @contextlib.contextmanager
+    def usual_promotion() -> Generator[None]:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            yield
+
+    def run(*arrays: Any) -> Any:
+        with usual_promotion():
+            return op(*arrays)
+
+    def forward(*arrays: Any) -> Any:
+        with usual_promotion():
+            return vjp(op, *arrays)
+
+    def backward(pullback: Callable[..., Any], cotangents: Any) -> Any:
+        with usual_promotion():
+            return pullback(cotangents)
+
+    run_and_derive = cast(Any, jax.custom_vjp(run))
+    run_and_derive.defvjp(forward, backward)
+    return jit(functools.wraps(op)(lambda *arrays: run_and_derive(*arrays)))
+
+
 def _segments(starts: Array | None) -> Array | None:
     return None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
 
 
-@jit  # lowered and compiled once for layers alike
+@_as_one
 def _gated_delta_rule(
     q: Array,
     k: Array,
@@ -102,7 +131,7 @@ def _gated_delta_rule(
     )
 
 
-@jit
+@_as_one
 def _ssd(
     q: Array,
     k: Array,
