@@ -19,7 +19,7 @@ from tests.ops.inputs import (
     make_call,
     rounded,
 )
-from tests.recurrence_contract import assert_tensors_close
+from tests.recurrence_contract import Tensors, assert_tensors_close
 
 if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)
@@ -28,6 +28,8 @@ if importlib.util.find_spec(hopper.PACKAGE) is None:
 
 BOUND = 8e-3
 """Of ||x - scan|| / ||scan||, per tensor; the kernels round states and products to bfloat16."""
+BOUND_OF_A = 2e-2
+"""Of the gradient of ssd's `a`: a sum over all rows and steps, whose terms cancel."""
 
 SIZES = {
     GATED_DELTA_RULE: [
@@ -59,8 +61,14 @@ def rounded_call(op: Op, size: Size) -> Call:
 
 
 def check(op: Op, call: Call) -> None:
-    actual = evaluate(op, "mosaic_gpu", call, "bfloat16")
-    assert_tensors_close(actual, evaluate(op, "scan", call, "float32"), BOUND)
+    close_to_the_scan(op, call, evaluate(op, "mosaic_gpu", call, "bfloat16"))
+
+
+def close_to_the_scan(op: Op, call: Call, actual: Tensors) -> None:
+    expected = evaluate(op, "scan", call, "float32")
+    of_a = {"d_a": actual.pop("d_a")} if "d_a" in actual else {}
+    assert_tensors_close(of_a, {name: expected.pop(name) for name in of_a}, BOUND_OF_A)
+    assert_tensors_close(actual, expected, BOUND)
 
 
 @pytest.mark.parametrize(("op", "size"), CASES, ids=str)
@@ -93,7 +101,7 @@ def test_what_is_past_the_end_is_not_read(op: Op) -> None:
     dirty = evaluate(op, "mosaic_gpu", call._replace(arrays=padded), "bfloat16")
     for name, x in clean.items():
         np.testing.assert_array_equal(dirty[name], x, err_msg=name)
-    assert_tensors_close(dirty, evaluate(op, "scan", call, "float32"), BOUND)
+    close_to_the_scan(op, call, dirty)
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -120,7 +128,7 @@ def test_the_chunk_form_on_the_gpu(op: Op) -> None:
     call = rounded_call(op, SIZES[op][1])
     expected = evaluate(op, "scan", call, "float32")
     assert_tensors_close(evaluate(op, "chunked", call, "float32"), expected, 2e-5)
-    assert_tensors_close(evaluate(op, "chunked", call, "bfloat16"), expected, BOUND)
+    close_to_the_scan(op, call, evaluate(op, "chunked", call, "bfloat16"))
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
