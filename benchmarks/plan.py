@@ -179,7 +179,7 @@ def _answer_for_the_h100() -> None:
 def compile_for_h100(model: LMConfig, batch: int, length: int) -> Any:
     """The training step, with the options of XLA that it has on a GPU."""
     device = h100_device()  # before JAX is imported
-    from experiments.harness.step import GPU_OPTIONS
+    from e88_jax.xla import GPU_OPTIONS
 
     with target.use(target.H100):
         lowered = lower_step(model, batch, length, device)

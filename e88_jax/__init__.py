@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from e88_jax import selfcheck as selfcheck
     from e88_jax import short_conv as short_conv
     from e88_jax import sizing as sizing
+    from e88_jax import xla as xla
     from e88_jax.config import E88Config as E88Config
     from e88_jax.config import LMConfig as LMConfig
     from e88_jax.mixers.attention import AttentionMixer as AttentionMixer
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from e88_jax.recurrence import e88_recurrence as e88_recurrence
     from e88_jax.sampling import generate as generate
     from e88_jax.sampling import generate_stream as generate_stream
+    from e88_jax.xla import xla_options as xla_options
 
 __version__ = "0.1.0"
 
@@ -76,6 +78,7 @@ _HOME = {
     "ssd": "ops.ssd",
     "generate": "sampling",
     "generate_stream": "sampling",
+    "xla_options": "xla",
 }
 
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -13,7 +13,7 @@ from jax import Array
 from e88_jax.config import LMConfig
 from e88_jax.model import Block
 from e88_jax.optim import weight_decay_mask
-from experiments.harness.step import xla_options
+from e88_jax.xla import xla_options
 
 LEARNING_RATE = 1e-4
 """Small enough that a timing's hundreds of steps hardly change the layer."""

@@ -52,7 +52,7 @@ class Execution:
     implementation: Implementation | None = None
     """Implementation of the mixers' recurrences; None for the fastest that takes the call."""
     saved_state_interval: int = 32
-    """Steps between the recurrence's states that are saved for the backward pass."""
+    """Steps between E88's states that are saved for the backward pass."""
     remat: Remat = "none"
     """Recomputed in the backward pass instead of kept: nothing, everything but matmuls (the
     recurrence with its saved states among it), or whole layers."""

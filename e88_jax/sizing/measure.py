@@ -19,6 +19,7 @@ from jax import Array
 from e88_jax.config import LMConfig
 from e88_jax.model import LanguageModel
 from e88_jax.typed import Variables, jit, params_of, shapes_of, split
+from e88_jax.xla import xla_options
 from pallas_kernels import target
 
 UNTIMED_STEPS = 3
@@ -92,7 +93,8 @@ def _step_seconds(config: LMConfig, batch: int, length: int, steps: int) -> list
 
     key, shape = jax.random.key(0), (batch, length + 1)
     tokens = jax.random.randint(key, shape, 0, config.vocab_size, jnp.int32)
-    run, state = jit(step, donate_argnums=0), jit(start)()
+    run = jit(step, donate_argnums=0, compiler_options=xla_options())
+    state = jit(start)()
     ends: list[float] = []
     queue: list[Array] = []
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers

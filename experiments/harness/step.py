@@ -1,6 +1,5 @@
 """One training step and one evaluation, as compiled functions of explicit state."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,23 +11,11 @@ from flax import nnx
 from jax import Array, lax
 
 from e88_jax.model import LanguageModel, LMState
+from e88_jax.xla import xla_options
 from experiments.tasks.base import Batch, Metric
-from pallas_kernels import target
 
 from .devices import Placement
 from .optimizer import Optimizer, OptimizerState, Params
-
-GPU_OPTIONS: dict[str, str | bool] = {
-    # XLA fuses the concatenation of a matmul's gradients into a Triton GEMM, then prefers cuBLAS
-    # and keeps copies of the parts.
-    "xla_gpu_enable_triton_gemm": False,
-    # CUDA graphs are updated at every step, as the arrays' addresses change.
-    "xla_gpu_enable_command_buffer": "",
-    # XLA merges a layer's two matmuls if they are small, and copies the parts.
-    "xla_gpu_dot_merger_threshold_mb": "0",
-}
-"""XLA's options for the training step on a GPU; flags of the same name in `XLA_FLAGS` win.
-The log in `benchmarks/README.md` has the gain of each."""
 
 
 class TrainState(NamedTuple):
@@ -184,14 +171,6 @@ def compile_train_step(
         out_shardings=shardings,
     )
     return step.lower(state, batch).compile(compiler_options=xla_options())
-
-
-def xla_options() -> dict[str, str | bool]:
-    """`GPU_OPTIONS` without those that XLA_FLAGS sets; none if the device is no GPU."""
-    if target.current().platform != "gpu":
-        return {}
-    chosen = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
-    return {name: value for name, value in GPU_OPTIONS.items() if f"--{name}" not in chosen}
 
 
 def make_evaluate(

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import plan
 from e88_jax.mixers.base import Execution
 from e88_jax.sizing import PRESETS, training_memory
-from experiments.harness.step import xla_options
+from e88_jax.xla import xla_options
 from pallas_kernels import target
 
 if refusal := target.kernels_refusal(target.current()):

@@ -18,7 +18,6 @@ from experiments.harness.config import OptimizerConfig
 from experiments.harness.devices import placement
 from experiments.harness.optimizer import make_optimizer
 from experiments.harness.step import (
-    GPU_OPTIONS,
     TrainState,
     compile_train_step,
     init_state,
@@ -26,11 +25,9 @@ from experiments.harness.step import (
     make_train_step,
     mean_loss,
     place,
-    xla_options,
 )
 from experiments.tasks.base import Batch, Metric
 from experiments.tasks.bytes import BITS_PER_BYTE
-from pallas_kernels import target
 from tests.reference.configs import lm_config
 
 ACCURACY = Metric(
@@ -339,17 +336,3 @@ def test_schedules():
     config = plain(optimizer="schedule_free", learning_rate=1.0, warmup_steps=0)
     constant: Any = make_optimizer(config, 100).schedule
     np.testing.assert_allclose([constant(1), constant(99)], [1, 1])
-
-
-def test_options_of_xla_are_for_gpus_and_give_way_to_the_users(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    assert xla_options() == {}
-    with target.use(target.H100):
-        assert xla_options() == GPU_OPTIONS
-        first, *others = GPU_OPTIONS
-        monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/dev/null --{first}=true")
-        assert xla_options() == {name: GPU_OPTIONS[name] for name in others}
-    # XLA knows them, whatever the device.
-    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=GPU_OPTIONS)

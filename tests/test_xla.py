@@ -1,0 +1,20 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from e88_jax.xla import GPU_OPTIONS, xla_options
+from pallas_kernels import target
+
+
+def test_options_of_xla_are_for_gpus_and_give_way_to_the_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert xla_options() == {}
+    with target.use(target.H100):
+        assert xla_options() == GPU_OPTIONS
+        first, *others = GPU_OPTIONS
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/dev/null --{first}=true")
+        assert xla_options() == {name: GPU_OPTIONS[name] for name in others}
+    # XLA knows them, whatever the device.
+    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=GPU_OPTIONS)
