@@ -13,7 +13,7 @@ from e88_jax.checks import require_instance, require_int, require_rngs
 from e88_jax.documents import document_starts, live_steps
 from e88_jax.mixers.base import Execution
 from e88_jax.mixers.baselines import AttentionConfig
-from e88_jax.mixers.call import call_checked
+from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide, wide_dtype
 from e88_jax.projection import InferenceProjection, Projection
 from e88_jax.typed import einsum
@@ -134,9 +134,7 @@ class AttentionMixer(nnx.Module):
             TypeError: an argument of another type.
             ValueError: a size below 1, or no context and no window.
         """
-        is_symbolic: bool = export.is_symbolic_dim(batch)
-        if not is_symbolic:
-            require_int("batch", batch)
+        check_batch(batch)
         size = self.config.window
         if size is None:
             if context is None:
@@ -202,8 +200,6 @@ class AttentionMixer(nnx.Module):
     ) -> tuple[Array, AttentionState]:
         """`__call__` with checked arguments."""
         live = None if lengths is None else live_steps(lengths, x.shape[1])[:, :, None]
-        if live is not None:
-            x = jnp.where(live, x, jnp.zeros_like(x))
         places = _places(x.shape[1], state, segment_ids)
         q, k, v = wide(self.q(x)), wide(self.k(x)), self.v(x)
         if self.q_norm is not None and self.k_norm is not None:

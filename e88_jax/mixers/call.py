@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, export
 
-from e88_jax.checks import as_array, as_integers, as_lengths, require_instance
+from e88_jax.checks import as_array, as_integers, as_lengths, require_instance, require_int
+from e88_jax.documents import live_steps
 from e88_jax.meshes import call_with_automatic_axes, explicit_mesh
 from e88_jax.typed import params_of, same_structure, shapes_of
 
@@ -24,7 +25,8 @@ def call_checked(
     *,
     takes_no_state: bool = False,
 ) -> tuple[Array, Any]:
-    """`compute(mixer, x, state, segment_ids, lengths)` with checked arguments.
+    """`compute(mixer, x, state, segment_ids, lengths)` with checked arguments; x is zeros past the
+    end of each row.
 
     Args:
         compute: a method of the mixer's class.
@@ -53,10 +55,28 @@ def call_checked(
     elif not takes_no_state:
         state = mixer.init_state(x.shape[0])
     arguments = x, state, segment_ids, lengths
+
+    def compute_of_live(
+        mixer: Any, x: Array, state: Any, segment_ids: Array | None, lengths: Array | None
+    ) -> tuple[Array, Any]:
+        if lengths is not None:
+            live = live_steps(lengths, x.shape[1])[:, :, None]
+            x = jnp.where(live, x, jnp.zeros_like(x))
+        return compute(mixer, x, state, segment_ids, lengths)
+
     if explicit_mesh((*arguments, params_of(mixer))) is None:
-        return compute(mixer, *arguments)
+        return compute_of_live(mixer, *arguments)
     axes = "b t", None if state is None else state_axes, "b t", "b"
-    return call_with_automatic_axes(compute, mixer, arguments, axes, ("b t", state_axes))
+    return call_with_automatic_axes(compute_of_live, mixer, arguments, axes, ("b t", state_axes))
+
+
+def check_batch(batch: Any) -> None:
+    """Raises:
+    TypeError, ValueError: no integer, or below 1; a batch may be symbolic, of `jax.export`.
+    """
+    is_symbolic: bool = export.is_symbolic_dim(batch)
+    if not is_symbolic:
+        require_int("batch", batch)
 
 
 def check_state(name: str, state: Any, mixer: Any, batch: int) -> None:

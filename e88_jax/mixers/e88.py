@@ -12,10 +12,9 @@ from e88_jax.activation import activate_qkv
 from e88_jax.checks import require_instance, require_int, require_rngs
 from e88_jax.config import E88Config
 from e88_jax.decay import Decay
-from e88_jax.documents import live_steps
 from e88_jax.head_mix import HeadMix
 from e88_jax.mixers.base import Execution
-from e88_jax.mixers.call import call_checked
+from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.precision import compute_dtype, wide, wide_dtype
 from e88_jax.projection import InputProjections, JoinedInputProjections, Read
 from e88_jax.recurrence import e88_recurrence
@@ -92,9 +91,7 @@ class E88Mixer(nnx.Module):
         Raises:
             TypeError, ValueError: batch is no integer, or below 1.
         """
-        is_symbolic: bool = export.is_symbolic_dim(batch)
-        if not is_symbolic:
-            require_int("batch", batch)
+        check_batch(batch)
         config = self.config
         shape = (batch, config.n_heads, config.n_state, config.n_value)
         conv = None if self.conv is None else self.conv.init_state(batch, self.dtype)
@@ -134,8 +131,6 @@ class E88Mixer(nnx.Module):
     ) -> tuple[Array, E88State]:
         """`__call__` with checked arguments."""
         config, implementation = self.config, self.execution.implementation
-        if lengths is not None:
-            x = jnp.where(live_steps(lengths, x.shape[1])[..., None], x, jnp.zeros_like(x))
         y, *others = self.inputs(x)
         conv = None
         if self.conv is None:

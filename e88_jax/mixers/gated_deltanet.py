@@ -9,10 +9,9 @@ from jax import Array, export, lax
 
 from e88_jax.checks import require_instance, require_int, require_rngs
 from e88_jax.decay import StepAndRate
-from e88_jax.documents import live_steps
 from e88_jax.mixers.base import Execution
 from e88_jax.mixers.baselines import GatedDeltaNetConfig
-from e88_jax.mixers.call import call_checked
+from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.ops import gated_delta_rule
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide, wide_dtype
 from e88_jax.projection import (
@@ -122,9 +121,7 @@ class GatedDeltaNetMixer(nnx.Module):
         Raises:
             TypeError, ValueError: batch is no integer, or below 1.
         """
-        is_symbolic: bool = export.is_symbolic_dim(batch)
-        if not is_symbolic:
-            require_int("batch", batch)
+        check_batch(batch)
         config, convs = self.config, (self.q_conv, self.k_conv, self.v_conv)
         shape = (batch, config.value_heads, config.head_dim, config.value_dim)
         recurrent = jnp.zeros(shape, wide_dtype(self.dtype))
@@ -150,8 +147,6 @@ class GatedDeltaNetMixer(nnx.Module):
         lengths: Array | None,
     ) -> tuple[Array, GatedDeltaNetState]:
         """`__call__` with checked arguments."""
-        if lengths is not None:
-            x = jnp.where(live_steps(lengths, x.shape[1])[..., None], x, jnp.zeros_like(x))
         read = self.inputs(x)
         rows = segment_ids, lengths
         q, q_conv = self.q_conv(read["q"], state.q_conv, *rows)

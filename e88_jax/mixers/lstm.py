@@ -12,7 +12,7 @@ from e88_jax.documents import document_starts, live_steps
 from e88_jax.meshes import varying_alike
 from e88_jax.mixers.base import Execution
 from e88_jax.mixers.baselines import LSTMConfig
-from e88_jax.mixers.call import call_checked
+from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.precision import compute_dtype, wide_dtype
 from e88_jax.projection import InferenceProjection, Projection
 from e88_jax.typed import params_of
@@ -87,9 +87,7 @@ class LSTMMixer(nnx.Module):
         Raises:
             TypeError, ValueError: batch is no integer, or below 1.
         """
-        is_symbolic: bool = export.is_symbolic_dim(batch)
-        if not is_symbolic:
-            require_int("batch", batch)
+        check_batch(batch)
         shape, dtype = (batch, self.config.width), wide_dtype(self.dtype)
         return LSTMState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -128,8 +126,6 @@ class LSTMMixer(nnx.Module):
         """`__call__` with checked arguments."""
         starts = None if segment_ids is None else document_starts(segment_ids)
         live = None if lengths is None else live_steps(lengths, x.shape[1])
-        if live is not None:
-            x = jnp.where(live[:, :, None], x, jnp.zeros_like(x))
         cell = cast(Any, self.cell)
 
         def step(state: LSTMState, inputs: Any) -> tuple[LSTMState, Array]:

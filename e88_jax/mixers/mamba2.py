@@ -12,7 +12,7 @@ from e88_jax.decay import StepAndRate
 from e88_jax.documents import live_steps
 from e88_jax.mixers.base import Execution
 from e88_jax.mixers.baselines import Mamba2Config
-from e88_jax.mixers.call import call_checked
+from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.ops import ssd
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide, wide_dtype
 from e88_jax.projection import (
@@ -113,9 +113,7 @@ class Mamba2Mixer(nnx.Module):
         Raises:
             TypeError, ValueError: batch is no integer, or below 1.
         """
-        is_symbolic: bool = export.is_symbolic_dim(batch)
-        if not is_symbolic:
-            require_int("batch", batch)
+        check_batch(batch)
         config, convs = self.config, (self.x_conv, self.b_conv, self.c_conv)
         shape = (batch, self.n_heads, config.d_state, config.head_dim)
         recurrent = jnp.zeros(shape, wide_dtype(self.dtype))
@@ -137,8 +135,6 @@ class Mamba2Mixer(nnx.Module):
         self, u: Array, state: Mamba2State, segment_ids: Array | None, lengths: Array | None
     ) -> tuple[Array, Mamba2State]:
         """`__call__` with checked arguments."""
-        if lengths is not None:
-            u = jnp.where(live_steps(lengths, u.shape[1])[..., None], u, jnp.zeros_like(u))
         read = self.inputs(u)
         rows = segment_ids, lengths
         x, x_conv = self.x_conv(read["x"], state.x_conv, *rows)

@@ -22,41 +22,12 @@ PACKAGE = "jla"
 """The package's name for imports."""
 
 
-def gated_delta_rule(
-    q: Array,
-    k: Array,
-    v: Array,
-    log_decay: Array,
-    write_gate: Array,
-    initial_state: Array | None,
-    starts: Array | None,
-) -> tuple[Array, Array]:
-    """`sequential` by the delta rule, by the kernels.
-
-    Raises:
-        NotImplementedError: they are not installed, or do not take the call.
-    """
-    return _call(_gated_delta_rule, q, k, v, log_decay, write_gate, initial_state, starts)
-
-
-def ssd(
-    q: Array,
-    k: Array,
-    v: Array,
-    log_decay: Array,
-    write_gate: Array,
-    initial_state: Array | None,
-    starts: Array | None,
-) -> tuple[Array, Array]:
-    """`sequential` without the delta rule, by the kernels.
-
-    Raises:
-        NotImplementedError: they are not installed, or do not take the call.
-    """
-    return _call(_ssd, q, k, v, log_decay, write_gate, initial_state, starts)
-
-
 def _call(op: Callable[..., tuple[Array, Array]], *arrays: Array | None) -> tuple[Array, Array]:
+    """The op on the arrays that `ops.sequential` takes.
+
+    Raises:
+        NotImplementedError: the kernels are not installed, or do not take the call.
+    """
     kernels.require("mosaic_gpu")
     if importlib.util.find_spec(PACKAGE) is None:
         raise NotImplementedError(
@@ -162,3 +133,9 @@ def _kernel(module: str, name: str) -> Callable[..., Any]:
         "Callable[..., Any]",
         getattr(importlib.import_module(f"{PACKAGE}.ops.mosaic_gpu.{module}"), name),
     )
+
+
+gated_delta_rule = functools.partial(_call, _gated_delta_rule)
+"""`sequential` by the delta rule, by the kernels."""
+ssd = functools.partial(_call, _ssd)
+"""`sequential` without the delta rule, by the kernels."""

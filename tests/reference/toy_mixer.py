@@ -79,7 +79,6 @@ class ToyMixer(nnx.Module):
         never = jnp.zeros(x.shape[:2], bool)
         starts = never if segment_ids is None else document_starts(segment_ids)
         live = ~never if lengths is None else live_steps(lengths, x.shape[1])
-        x = jnp.where(live[:, :, None], x, jnp.zeros_like(x))  # what is padding may be anything
         u = wide(self.inputs(x))
         keep = jax.nn.sigmoid(self.rate[...].astype(u.dtype))[None]
 
