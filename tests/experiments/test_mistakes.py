@@ -56,7 +56,7 @@ SENTENCES = {
     "train_step --json no/such/file": "no/such/file cannot be written: no/such is not a directory.",
     "train_step --json full": "full cannot be written: it is a directory.",
     "train_step --repeats 0": "--repeats must be at least 1, got 0.",
-    "train_step --grid --json short": "short does not hold a grid",
+    "train_step --grid presets --json short": "short does not hold a grid",
     "decode --json no/such/file": "no/such/file cannot be written",
     "decode --batch-sizes": "--batch-sizes must name at least one size.",
     "plan --memory no/such/file": "no/such/file cannot be written",
