@@ -246,7 +246,8 @@ def mixers() -> str:
         for title, point in sorted(models.items(), key=lambda row: -row[1]["tokens_per_second"])
     ]
     command = f"python -m benchmarks.train_step --grid mixers --json {STEP_MIXERS}"
-    (about,) = {provenance(point) for point in points.values()}
+    commits = " and ".join(dict.fromkeys(point["commit"] for point in points.values()))
+    (about,) = {provenance({**point, "commit": commits}) for point in points.values()}
     header = ["model", "parameters", "best batch", "tokens/s", "memory, GB"]
     return block(f"{about}, bfloat16, T 2048, bytes", command, markdown(header, rows))
 

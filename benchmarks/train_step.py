@@ -4,6 +4,7 @@ One configuration by default; with --grid, several on a GPU.
 """
 
 import dataclasses
+import datetime
 import itertools
 import json
 import os
@@ -258,6 +259,8 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     flops = config.model.flops_per_token()
     gpu = hardware.detect_gpu() if on_gpu else None
     numbers: dict[str, Any] = {
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
         "devices": str(where),
         "versions": versions(),
         "config": {
@@ -283,6 +286,16 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         numbers["part_ms"] = breakdown(kernels, PROFILED_STEPS)
         numbers["kernels"] = longest(kernels, PROFILED_STEPS, LISTED_KERNELS)
     return numbers
+
+
+def commit() -> str:
+    """The commit that is checked out; "unknown" outside of a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def summary(numbers: dict[str, Any]) -> str:
