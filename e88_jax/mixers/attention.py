@@ -105,9 +105,7 @@ class AttentionMixer(nnx.Module):
         self.dtype = compute_dtype(execution.dtype)
         heads, head_dim = config.n_heads, config.head_dim
 
-        def linear(
-            n_in: tuple[int, ...], n_out: tuple[int, ...]
-        ) -> Projection | InferenceProjection:
+        def linear(n_in: tuple[int, ...], *n_out: int) -> Projection | InferenceProjection:
             init = initializers.xavier_uniform()
             return Projection(n_in, n_out, dtype=self.dtype, kernel_init=init, rngs=rngs)
 
@@ -116,11 +114,11 @@ class AttentionMixer(nnx.Module):
                 return None
             return nnx.RMSNorm(head_dim, epsilon=NORM_EPSILON, rngs=rngs)
 
-        self.q = linear((dim,), (heads, head_dim))
-        self.k = linear((dim,), (config.kv_heads, head_dim))
-        self.v = linear((dim,), (config.kv_heads, head_dim))
+        self.q = linear((dim,), heads, head_dim)
+        self.k = linear((dim,), config.kv_heads, head_dim)
+        self.v = linear((dim,), config.kv_heads, head_dim)
         self.q_norm, self.k_norm = norm(), norm()
-        self.output = linear((heads, head_dim), (dim,))
+        self.output = linear((heads, head_dim), dim)
 
     def init_state(self, batch: int, context: int | None = None) -> AttentionState:
         """The state before the first token: zeros.
@@ -316,8 +314,9 @@ def rope(x: Array, positions: Array, base: float) -> Array:
 
 
 def attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
-    """Softmax attention by XLA, its softmax in float32, or float64 for float64, where
-    `jax.nn.dot_product_attention` has float32.
+    """Softmax attention by XLA, its softmax in float32, or float64 for float64, for which
+    `jax.nn.dot_product_attention` has float32 too. What is not finite spoils those alone that see
+    it.
 
     Args:
         q: queries `[B, T, H, D]`.
@@ -329,11 +328,20 @@ def attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
     """
     batch, time, heads, head_dim = q.shape
     groups = k.shape[2]
+    # A weight of 0 times NaN is NaN: what is not finite is zeros here, and NaN in the results.
+    lost, bad = _not_finite(q), _not_finite(k) | _not_finite(v)
+    q, k, v = (jnp.where(x, jnp.zeros_like(y), y) for x, y in ((lost, q), (bad, k), (bad, v)))
+    spoilt = lost | jnp.any(seen & bad[:, None, :, 0, 0], axis=2)[:, :, None, None]
     q = q.reshape(batch, time, groups, heads // groups, head_dim)
     scores = einsum("btgrd,bsgd->bgrts", q, k, preferred_element_type=wide_dtype(q.dtype))
     scores = jnp.where(seen[:, None, None], scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return einsum("bgrts,bsgd->btgrd", weights, v).reshape(batch, time, heads, head_dim)
+    out = einsum("bgrts,bsgd->btgrd", weights, v).reshape(batch, time, heads, head_dim)
+    return jnp.where(spoilt, jnp.asarray(jnp.nan, out.dtype), out)
+
+
+def _not_finite(x: Array) -> Array:
+    return ~jnp.all(jnp.isfinite(x), axis=(2, 3), keepdims=True)
 
 
 def _cudnn_attention(q: Array, k: Array, v: Array, *, window: int | None) -> Array:

@@ -161,6 +161,18 @@ class MixerContract:
             parts.append(y)
         close(packed, (jnp.concatenate(parts, axis=1), state), self.bound)
 
+    def test_documents_are_apart_where_one_is_not_finite(
+        self, mixer: Mixer, x: jax.Array, before: Any
+    ) -> None:
+        """It is NaN from its first such token on; the others are as without it."""
+        ids = jnp.asarray([[4, 4, 4, 7, 7, 7, 1, 1]] * BATCH, jnp.int32)
+        expected, state = run(mixer, x, before, ids)
+        y, after = run(mixer, x.at[0, 4].set(jnp.nan), before, ids)
+        assert np.all(np.isnan(y[0, 4:6]))
+        for b, steps in ((0, [0, 1, 2, 3, 6, 7]), (1, range(TIME))):
+            close(y[b, np.asarray(steps)], expected[b, np.asarray(steps)], self.bound)
+        close(after, state, self.bound)
+
     def test_rows_have_lengths_of_their_own(self, mixer: Mixer, x: jax.Array, before: Any) -> None:
         """The state is that after a row's last token, whatever comes after it, and zeros come
         out there."""
