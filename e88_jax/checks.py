@@ -216,6 +216,16 @@ def as_integers(name: str, value: Any, axes: str, shape: tuple[int, ...] | None 
     return array
 
 
+def require_wide(name: str, array: "Array", dtype: Any) -> None:
+    """Raises:
+    ValueError: the array is not float32, nor float64 beside inputs of that dtype: bfloat16 would
+        round a decay of 0.998 to 1.
+    """
+    wide = ("float32", "float64") if dtype == "float64" else ("float32",)
+    if array.dtype not in wide:
+        raise ValueError(f"{name} must be {' or '.join(wide)}, got {array.dtype}.")
+
+
 def as_lengths(value: Any, batch: int, time: Any) -> "Array":
     """The lengths of the rows of a batch `[B, T, ...]` as a JAX array.
 

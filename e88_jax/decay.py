@@ -46,7 +46,7 @@ class StepAndRate(nnx.Module):
         return -jnp.exp(self.A_log[...].astype(dtype))
 
 
-class Decay(nnx.Module):
+class Decay(StepAndRate):
     """The decay of each head and step, in (0, 1], by `config.decay_mode` and the input's part `a`:
 
     mamba       exp(-exp(A_log) * softplus(a + dt_bias))
@@ -59,8 +59,7 @@ class Decay(nnx.Module):
         heads = config.n_heads
         self.mode, self.n_heads = config.decay_mode, heads
         if config.decay_mode == "mamba":
-            self.A_log = nnx.Param(init_a_log(rngs.params(), heads))
-            self.dt_bias = nnx.Param(init_dt_bias(rngs.params(), heads))
+            super().__init__(heads, rngs=rngs)
         elif config.decay_mode == "constant":
             self.logit = nnx.Param(jnp.full((heads,), 4.0, jnp.float32))
 
@@ -82,5 +81,4 @@ class Decay(nnx.Module):
                 assert a is not None
         if self.mode == "simple":
             return jax.nn.sigmoid(wide(a))
-        rate = jnp.exp(self.A_log[None, None].astype(dtype))
-        return jnp.exp(-rate * jax.nn.softplus(wide(a) + self.dt_bias[None, None].astype(dtype)))
+        return jnp.exp(self.rate(dtype)[None, None] * self.step(a))

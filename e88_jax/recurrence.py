@@ -18,6 +18,7 @@ from e88_jax.checks import (
     as_lengths,
     require_bool,
     require_int,
+    require_wide,
 )
 from e88_jax.documents import Inputs, of_rows
 from e88_jax.meshes import varying_alike, with_automatic_axes
@@ -200,13 +201,10 @@ def _validate(
     for name, array in (("k", k), ("v", v)):
         if array.dtype != q.dtype:
             raise ValueError(f"{name} must have q's dtype {q.dtype}, got {array.dtype}.")
-    # bfloat16 would round a decay of 0.998 to 1.
-    wide = (jnp.float32, jnp.float64) if q.dtype == jnp.float64 else (jnp.float32,)
     for name, array in (
         ("decay", decay),
         ("write_gate", write_gate),
         ("initial_state", initial_state),
     ):
-        if array is not None and array.dtype not in wide:
-            allowed = " or ".join(jnp.dtype(dtype).name for dtype in wide)
-            raise ValueError(f"{name} must be {allowed}, got {array.dtype}.")
+        if array is not None:
+            require_wide(name, array, q.dtype)

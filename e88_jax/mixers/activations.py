@@ -55,7 +55,7 @@ def _narrow(execution: Execution) -> int:
 
 
 def gated_deltanet(sizes: Sizes, length: int, execution: Execution) -> Activations:
-    """What a Gated DeltaNet layer keeps."""
+    """Bytes of a Gated DeltaNet layer."""
     narrow, (keys, values, state) = _narrow(execution), (sizes.keys, sizes.values, sizes.state)
     heads = sizes.heads
     matmuls = narrow * (2 * keys + 2 * values + 2 * heads)  # q, k, v, gate, decay, write gate
@@ -72,7 +72,7 @@ def gated_deltanet(sizes: Sizes, length: int, execution: Execution) -> Activatio
 
 
 def mamba2(sizes: Sizes, length: int, execution: Execution) -> Activations:
-    """What a Mamba2 layer keeps."""
+    """Bytes of a Mamba2 layer."""
     narrow, (keys, values, state) = _narrow(execution), (sizes.keys, sizes.values, sizes.state)
     heads = sizes.heads
     matmuls = narrow * (2 * keys + 2 * values + heads)  # z, x, B, C, dt
@@ -110,7 +110,7 @@ def _scan(
 def attention(
     queries: int, keys: int, heads: int, norm: bool, length: int, execution: Execution, fused: bool
 ) -> Activations:
-    """What an attention layer keeps.
+    """Bytes of an attention layer.
 
     Args:
         queries, keys: elements of q, and of k or v, of a token.
@@ -133,6 +133,6 @@ def attention(
 
 
 def lstm(width: int) -> Activations:
-    """What an LSTM layer keeps: in float32, the matmuls of input and output, and five arrays of
+    """Bytes of an LSTM layer: in float32, the matmuls of input and output, and five arrays of
     gates and cells."""
     return Activations(*(_WIDE * width * n for n in (8, 5, 0, 10)))

@@ -128,7 +128,7 @@ class MixerConfig(Protocol):
 
 @runtime_checkable
 class EstimatesMemory(Protocol):
-    """What a mixer's configuration may have besides, for `sizing.training_memory`."""
+    """A mixer's configuration that `sizing.training_memory` can estimate."""
 
     def activations(self, dim: int, length: int, execution: Execution) -> Activations:
         """Bytes that a layer keeps for the backward pass.

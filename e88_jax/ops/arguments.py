@@ -1,13 +1,15 @@
-"""What the linear recurrences share: checks of arguments, documents and rows, mesh axes."""
+"""Arguments of the linear recurrences: checks, documents and rows, mesh axes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
-from e88_jax.checks import as_array, as_integers, as_lengths
+from e88_jax import implementations
+from e88_jax.checks import as_array, as_integers, as_lengths, require_wide
 from e88_jax.documents import Inputs, of_rows
+from e88_jax.implementations import Implementations
 from e88_jax.meshes import varying_alike, with_automatic_axes
 from e88_jax.mixers.base import Implementation
 from pallas_kernels import target
@@ -82,34 +84,27 @@ def checked(
     return Inputs(q, k, v, of_heads[0][1], of_heads[-1][1], initial_state), segment_ids, lengths
 
 
-def require_wide(name: str, x: Array, dtype: jnp.dtype) -> None:
-    """Raises:
-    ValueError: the array is not of a dtype that goes with q's: bfloat16 would round a decay of
-        0.998 to 1.
-    """
-    wide = (jnp.float32, jnp.float64) if dtype == jnp.float64 else (jnp.float32,)
-    if x.dtype not in wide:
-        allowed = " or ".join(jnp.dtype(dtype).name for dtype in wide)
-        raise ValueError(f"{name} must be {allowed}, got {x.dtype}.")
-
-
 def run_checked(
-    recurrence: Callable[..., tuple[Array, Array]],
+    op: str,
+    known: Implementations,
+    named: Implementation | None,
     inputs: Inputs,
     segment_ids: Array | None,
     lengths: Array | None,
 ) -> tuple[Array, Array]:
-    """A recurrence on rows of documents, under any mesh axes.
+    """A linear recurrence on rows of documents, under any mesh axes.
 
     Args:
-        recurrence: from q, k, v, log_decay, write_gate, initial_state and `starts`, `[B, T]` bool
-            or None, to `(out, final_state)`.
+        op: its name.
+        known: its implementations, which take the arguments of `sequential`.
+        named: the implementation to run; None for the fastest that takes the call.
         inputs, segment_ids, lengths: as `checked` returns them.
     """
 
     def of_live_rows(*arrays: Any) -> tuple[Array, Array]:
         # Steps past the end of a row are zeros, which leave the state as it is.
-        return recurrence(*arrays[:-1])
+        order = fastest_first(arrays[0].shape[1])
+        return implementations.run(op, known, named, order, *arrays[:-1])
 
     def run(*arrays: Any) -> tuple[Array, Array]:
         return of_rows(of_live_rows, *varying_alike(*arrays))

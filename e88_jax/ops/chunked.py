@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from e88_jax.meshes import varying_alike
+from e88_jax.mixers.activations import CHUNK
 from e88_jax.precision import wide_dtype
 from e88_jax.typed import checkpoint, einsum
 
-CHUNK = 64
-"""Steps of a chunk: those of the kernels, and near the best for heads of 64 to 256."""
 _FORGOTTEN = -1e5
 """Logarithm of a decay that leaves nothing, in place of -inf, which no matmul takes."""
 

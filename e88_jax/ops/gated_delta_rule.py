@@ -4,7 +4,6 @@
 """
 
 import functools
-from typing import Any
 
 from jax import Array
 
@@ -12,7 +11,7 @@ from e88_jax import implementations
 from e88_jax.implementations import Implementations
 from e88_jax.mixers.base import Implementation
 from e88_jax.ops import hopper
-from e88_jax.ops.arguments import checked, fastest_first, run_checked
+from e88_jax.ops.arguments import checked, run_checked
 from e88_jax.ops.chunked import chunked
 from e88_jax.ops.sequential import sequential
 
@@ -84,8 +83,4 @@ def gated_delta_rule(
         lengths,
     )
 
-    def recurrence(*arrays: Any) -> tuple[Array, Array]:
-        order = fastest_first(arrays[0].shape[1])
-        return implementations.run(_NAME, IMPLEMENTATIONS, implementation, order, *arrays)
-
-    return run_checked(recurrence, *arrays)
+    return run_checked(_NAME, IMPLEMENTATIONS, implementation, *arrays)

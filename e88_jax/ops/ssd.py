@@ -4,18 +4,17 @@
 """
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from e88_jax import implementations
-from e88_jax.checks import as_array
+from e88_jax.checks import as_array, require_wide
 from e88_jax.documents import Inputs
 from e88_jax.implementations import Implementations
 from e88_jax.mixers.base import Implementation
 from e88_jax.ops import hopper
-from e88_jax.ops.arguments import checked, fastest_first, require_wide, run_checked
+from e88_jax.ops.arguments import checked, run_checked
 from e88_jax.ops.chunked import chunked
 from e88_jax.ops.sequential import sequential
 from e88_jax.precision import wide_dtype
@@ -83,11 +82,7 @@ def ssd(
     inputs, *rows = checked(arrays, initial_state, segment_ids, lengths)
     inputs = inputs._replace(decay=_log_decay(inputs, as_array("a", a, "[H]")))
 
-    def recurrence(*arrays: Any) -> tuple[Array, Array]:
-        order = fastest_first(arrays[0].shape[1])
-        return implementations.run(_NAME, IMPLEMENTATIONS, implementation, order, *arrays)
-
-    return run_checked(recurrence, inputs, *rows)
+    return run_checked(_NAME, IMPLEMENTATIONS, implementation, inputs, *rows)
 
 
 def _log_decay(inputs: Inputs, a: Array) -> Array:

@@ -133,7 +133,7 @@ def training_memory(
 def _of_layer(
     config: LMConfig, mixer: MixerConfig, length: int, execution: Execution
 ) -> Activations:
-    """What a block keeps beside its input: of the norm, the mixer and the channel mixer."""
+    """Bytes of a block beside its input: of the norm, the mixer and the channel mixer."""
     if not isinstance(mixer, EstimatesMemory):
         raise ValueError(
             f"training memory is estimated for mixers whose configuration has the method "

@@ -91,7 +91,7 @@ class Layers:
         return found
 
     def hint_at_kind(self, flag: str) -> str | None:
-        """What would do instead of a flag of a kind that has none; None for any other flag."""
+        """Advice for a flag of a kind that has no flags; None for any other flag."""
         kind = flag.removeprefix("--").partition(".")[0].replace("-", "_")
         if "." not in flag or kind not in MIXERS or kind in self.flag_kinds:
             return None
