@@ -68,6 +68,9 @@ class E88Config:
     learned number per head (constant), or 1 (none)."""
     write_gate: bool = False
     """Scale each write by a sigmoid of the input, per head."""
+    write_gate_scale: float = 1.0
+    """Greatest value of the write gate; at 2 a step can reflect the state: with decay 1 its linear
+    part is then I - 2 k k^T for a key of unit length."""
     linear_state: bool = False
     """Leave the tanh out of the recurrence."""
     conv_size: int | None = None
@@ -87,7 +90,7 @@ class E88Config:
 
     def __post_init__(self) -> None:
         check_fields(self, require_int, "n_heads", "n_state")
-        check_fields(self, require_number, "expansion")
+        check_fields(self, require_number, "expansion", "write_gate_scale")
         check_fields(self, require_bool, "write_gate", "linear_state", "output_norm")
         check_fields(self, require_bool, "value_residual", "tie_kv", "use_silu", "use_l2_norm")
         check_fields(self, require_choice, "output_gate", choices=get_args(OutputGate))
@@ -100,6 +103,12 @@ class E88Config:
             raise ValueError(
                 f"expansion * n_state must be a whole number of columns, at least 1; "
                 f"got {self.expansion} * {self.n_state} = {n_value}."
+            )
+        if self.write_gate_scale <= 0:
+            raise ValueError(f"write_gate_scale must be above 0, got {self.write_gate_scale}.")
+        if self.write_gate_scale != 1 and not self.write_gate:
+            raise ValueError(
+                f"write_gate_scale {self.write_gate_scale} needs write_gate, which is off."
             )
         if self.tie_kv and self.expansion != 1:
             raise ValueError(

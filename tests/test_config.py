@@ -45,6 +45,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"expansion": -1.0}, ["expansion", "-1.0 * 32"]),
         ({"expansion": 1.3}, ["expansion", "1.3 * 32 = 41.6"]),
         ({"expansion": 2.0, "tie_kv": True}, ["tie_kv", "expansion", "1", "2.0"]),
+        ({"write_gate_scale": 2.0}, ["write_gate_scale", "2.0", "write_gate"]),
+        ({"write_gate_scale": 0.0, "write_gate": True}, ["write_gate_scale", "above 0", "0.0"]),
         ({"output_gate": "tanh"}, ["output_gate", "silu", "sigmoid", "none", "tanh"]),
         ({"decay_mode": "gru"}, ["decay_mode", "mamba", "simple", "constant", "none", "gru"]),
         ({"expansion": float("inf")}, ["expansion", "inf"]),

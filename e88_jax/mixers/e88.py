@@ -44,7 +44,7 @@ class E88Mixer(nnx.Module):
         q, k, v = silu(W_qkv[h] x)                              short convolution before, if any
         q, k    = q / ||q||, k / ||k||
         decay   = exp(-exp(A_log) * softplus(W_a x + dt_bias))  by decay_mode
-        beta    = sigmoid(W_w x)                                write_gate; else 1
+        beta    = write_gate_scale * sigmoid(W_w x)             write_gate; else 1
         S       = tanh(decay * S + k (beta * (v - S^T k))^T)    the state, [N, V]
         o       = S^T q
         y       = sum_h W_o[h] (o * silu(W_g[h] x))             by output_gate and head_mix
@@ -161,8 +161,9 @@ class E88Mixer(nnx.Module):
     def _scalars(self, read: Read, shape: tuple[int, ...]) -> tuple[Array, Array | None]:
         """Decay and write gate of each head and step, `[B, T, H]`."""
         decay = self.decay(read.decay, shape, wide_dtype(self.dtype))
-        gate = read.write_gate
-        return decay, None if gate is None else jax.nn.sigmoid(wide(gate))
+        if read.write_gate is None:
+            return decay, None
+        return decay, self.config.write_gate_scale * jax.nn.sigmoid(wide(read.write_gate))
 
     def for_inference(self) -> "E88InferenceMixer":
         """The layer laid out for decoding, as `LanguageModel.for_inference` says; this one stays as

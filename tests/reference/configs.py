@@ -20,6 +20,7 @@ E88_OPTIONS: list[dict[str, Any]] = [
     {"decay_mode": "constant"},
     {"decay_mode": "none"},
     {"write_gate": True},
+    {"write_gate": True, "write_gate_scale": 2.0, "linear_state": True},
     {"linear_state": True},
     {"conv_size": 4},
     {"output_norm": True},

@@ -167,7 +167,11 @@ def layer(
             k,
             v,
             decay,
-            write_gate=sigmoid(project("write_gate_proj.weight")) if config.write_gate else None,
+            write_gate=(
+                config.write_gate_scale * sigmoid(project("write_gate_proj.weight"))
+                if config.write_gate
+                else None
+            ),
             initial_state=state.recurrent,
             segment_ids=segment_ids,
             linear_state=config.linear_state,
