@@ -25,7 +25,7 @@ from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
 from experiments.harness.config import DEFAULT_MODEL, BatchConfig, OptimizerConfig
-from experiments.harness.run_directory import versions
+from experiments.harness.run_directory import commit, versions
 from pallas_kernels import target
 
 UNTIMED_STEPS = 2
@@ -286,16 +286,6 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         numbers["part_ms"] = breakdown(kernels, PROFILED_STEPS)
         numbers["kernels"] = longest(kernels, PROFILED_STEPS, LISTED_KERNELS)
     return numbers
-
-
-def commit() -> str:
-    """The commit that is checked out; "unknown" outside of a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def summary(numbers: dict[str, Any]) -> str:

@@ -10,13 +10,27 @@ from jax import Array
 from e88_jax import implementations
 from e88_jax.implementations import Implementations
 from e88_jax.mixers.base import Implementation
-from e88_jax.ops import hopper
+from e88_jax.ops import by_e88, hopper
 from e88_jax.ops.arguments import checked, run_checked
 from e88_jax.ops.chunked import chunked
 from e88_jax.ops.sequential import sequential
 
+
+def _mosaic_gpu(*arrays: Array | None) -> tuple[Array, Array]:
+    """The kernels of jax-linear-attention; those of E88, token by token, for what they refuse."""
+    try:
+        return hopper.gated_delta_rule(*arrays)
+    except NotImplementedError as refusal:
+        try:
+            return by_e88.gated_delta_rule(*arrays)  # pyright: ignore[reportArgumentType]
+        except NotImplementedError as other:
+            if str(other) == str(refusal):  # of the machine
+                raise
+            raise NotImplementedError(f"{refusal}; E88's kernels: {other}") from other
+
+
 IMPLEMENTATIONS: Implementations = {
-    "mosaic_gpu": hopper.gated_delta_rule,
+    "mosaic_gpu": _mosaic_gpu,
     "chunked": functools.partial(chunked, delta_rule=True),
     "scan": functools.partial(sequential, delta_rule=True),
 }
@@ -62,8 +76,8 @@ def gated_delta_rule(
             final state is that after a row's own last step, and outputs after it are zeros. None:
             every row has T.
         implementation: `"scan"` (step by step), `"chunked"` (chunks of 64 steps, plain JAX on every
-            platform), `"mosaic_gpu"` (GPU kernels of jax-linear-attention: Hopper GPUs, bfloat16,
-            heads of some sizes), or None for the fastest that takes the call.
+            platform), `"mosaic_gpu"` (GPU kernels: those of jax-linear-attention, for bfloat16 and
+            heads of some sizes, else E88's, for K and V up to 128), or None for the fastest that takes the call.
 
     Returns:
         `(out, final_state)`: out `[B, T, H, V]` in v's dtype, and the state after step T,

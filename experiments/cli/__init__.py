@@ -51,8 +51,9 @@ def parse(
         UsageError: an unknown flag, or a value that does not fit.
         SystemExit: after printing the help for `--help`.
     """
-    _refuse_empty_paths(config, args)
-    model = getattr(config if default is None else default, "model", None)
+    shape = config if default is None else default
+    _refuse_empty_paths(shape, args)
+    model = getattr(shape, "model", None)
     layers, fixed = None, None
     if isinstance(model, LMConfig):
         if complete or {"-h", "--help"} & set(args):
@@ -74,11 +75,11 @@ def parse(
         if not exit_.code:
             raise
         # A required flag that is missing may be there in the other spelling.
-        if layers is not None and (word := _misspelt(args, config, layers)):
-            raise UsageError(_unknown(word, config, layers)) from None
+        if layers is not None and (word := _misspelt(args, shape, layers)):
+            raise UsageError(_unknown(word, shape, layers)) from None
         raise UsageError(_first_sentence(printed.getvalue())) from None
     if unknown and complete:
-        raise UsageError(_unknown(unknown[0], config, layers))
+        raise UsageError(_unknown(unknown[0], shape, layers))
     return parsed
 
 
@@ -140,16 +141,18 @@ def _types(kind: Any) -> tuple[Any, ...]:
 
 def field_types(config: Any) -> dict[str, Any]:
     """The type of each field of a dataclass."""
-    hints = get_type_hints(config)
+    hints = get_type_hints(config if isinstance(config, type) else type(config))
     return {field.name: hints[field.name] for field in dataclasses.fields(config)}
 
 
 def _flags(config: Any) -> dict[str, Any]:
-    """The type of each flag, but for those of a model."""
+    """The type of each flag of a dataclass or an instance of it, but for those of a model."""
     flags: dict[str, Any] = {}
     for name, kind in field_types(config).items():
         if kind is LMConfig:
             continue
+        if dataclasses.is_dataclass(value := getattr(config, name, None)):
+            kind = type(value)  # may be a subclass of the field's
         flags |= _flags(kind) if dataclasses.is_dataclass(kind) else {flag_of(name): kind}
     return flags
 

@@ -23,7 +23,7 @@ from e88_jax.mixers import MIXERS, config_type
 from e88_jax.mixers.base import Execution, MixerConfig
 
 from .errors import UsageError
-from .names import flag_of
+from .names import flag_of, value_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def layers_of(default: LMConfig, args: Sequence[str]) -> Layers:
     Raises:
         UsageError: both are given, or one names a kind that there is not.
     """
-    mixer, layout = _value_of("--mixer", args), _value_of("--layout", args)
+    mixer, layout = value_of("--mixer", args), value_of("--layout", args)
     if mixer is not None and layout is not None:
         raise UsageError(
             "--mixer and --layout both choose the mixers: give --layout for layers of several "
@@ -252,16 +252,6 @@ def _build(
             f"{depth}: shorten the layout or raise --depth."
         )
     return LMConfig(depth=depth, layers=stack, **values)
-
-
-def _value_of(flag: str, args: Sequence[str]) -> str | None:
-    """The last value of a flag on a command line, if any."""
-    value = None
-    for i, word in enumerate(args):
-        name, equals, given = word.partition("=")
-        if name == flag and (equals or i + 1 < len(args)):
-            value = given if equals else args[i + 1]
-    return value
 
 
 def _flag(kind: str, field: str, prefixed: bool) -> str:

@@ -3,15 +3,28 @@
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
+TASK = "task"
+"""The flag of a field `task_name`; `task` is the field with the task's own flags."""
+
 
 def flag_of(field: str) -> str:
     """The flag of a field; its prefix, if any, ends with a dot."""
-    return "--" + field.replace("_", "-")
+    return "--" + (TASK if field == "task_name" else field.replace("_", "-"))
 
 
 def flag_in(word: str) -> str:
     """The flag in a word of a command line, such as --n-heads in `--n_heads=4`."""
     return word.partition("=")[0].replace("_", "-")
+
+
+def value_of(flag: str, args: Sequence[str]) -> str | None:
+    """The last value of a flag on a command line, if any."""
+    value = None
+    for i, word in enumerate(args):
+        name, equals, given = word.partition("=")
+        if name == flag and (equals or i + 1 < len(args)):
+            value = given if equals else args[i + 1]
+    return value
 
 
 def nearest(word: str, flags: Iterable[str], misspelt: Mapping[str, Sequence[str]]) -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
@@ -159,6 +160,18 @@ class TrainConfig:
             )
         return task
 
+    @classmethod
+    def defaults(cls, args: Sequence[str]) -> Self | None:
+        """The configuration whose values hold for flags that are not given; None for the class's
+        own defaults. `args` is the command line."""
+        del args
+        return None
+
+    def with_defaults(self, model: LMConfig) -> Self:
+        """This configuration with the model that other flags have chosen, whose values hold for
+        flags that are not given."""
+        return dataclasses.replace(self, model=model)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data for JSON."""
         values = dataclasses.asdict(self)
@@ -175,6 +188,12 @@ class TrainConfig:
         """
         return _read(cls, values)
 
+    @classmethod
+    def types_of(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The type of each field of the configuration that `to_dict` wrote as `values`."""
+        del values
+        return field_types(cls)
+
 
 def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:
     """A value of type `kind` (of a field of `TrainConfig`) from plain data."""
@@ -184,8 +203,9 @@ def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        types = field_types(kind)
-        keys = set(value) if isinstance(value, dict) else set()
+        given = value if isinstance(value, dict) else {}
+        types = kind.types_of(given) if issubclass(kind, TrainConfig) else field_types(kind)
+        keys = set(given)
         if wrong := sorted(keys ^ types.keys()):
             what = "has no" if wrong[0] in types else "has an unknown"
             raise ValueError(f"{name} {what} {wrong[0]}")

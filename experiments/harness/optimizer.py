@@ -34,12 +34,18 @@ def _muon_or_adamw(params: Params) -> Any:
     return jax.tree.map(lambda x: "adamw" if x is None else "muon", dimensions, is_leaf=is_leaf)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
-    """The optimizer for a run of `steps` updates. Clipping is the training step's."""
-    rate, warmup = config.learning_rate, config.warmup_steps
-    first_rate = rate / (warmup + 1)
+def make_optimizer(
+    config: OptimizerConfig, steps: int, rate: jax.Array | float | None = None
+) -> Optimizer:
+    """The optimizer for a run of `steps` updates. Clipping is the training step's.
+
+    Args:
+        config: the optimizer's flags.
+        steps: length of the schedule.
+        rate: peak learning rate, which may be traced; None for `config.learning_rate`.
+    """
+    schedule = _schedule(config, steps, config.learning_rate if rate is None else rate)
     if config.optimizer == "schedule_free":
-        schedule = optax.linear_schedule(first_rate, rate, warmup)
         # optax.contrib.schedule_free_adamw, with a mask for the weight decay.
         base = optax.chain(
             optax.scale_by_rms(
@@ -51,9 +57,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
         transform = contrib.schedule_free(base, learning_rate=schedule, b1=config.beta1)
         return Optimizer(transform, schedule, contrib.schedule_free_eval_params)
 
-    schedule = optax.warmup_cosine_decay_schedule(
-        first_rate, rate, warmup, max(steps, warmup + 1), rate * config.final_lr_fraction
-    )
     transform = optax.adamw(
         schedule,
         b1=config.beta1,
@@ -71,3 +74,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
         )
         transform = optax.partition({"muon": muon, "adamw": transform}, _muon_or_adamw)
     return Optimizer(transform, schedule, lambda _state, params: params)
+
+
+def _schedule(config: OptimizerConfig, steps: int, rate: jax.Array | float) -> optax.Schedule:
+    """The learning rate by number of updates: `rate` times a warm-up and a constant or a cosine."""
+    warmup = config.warmup_steps
+    if config.optimizer == "schedule_free":
+        relative = optax.linear_schedule(1 / (warmup + 1), 1.0, warmup)
+    else:
+        relative = optax.warmup_cosine_decay_schedule(
+            1 / (warmup + 1), 1.0, warmup, max(steps, warmup + 1), config.final_lr_fraction
+        )
+    return lambda count: rate * relative(count)

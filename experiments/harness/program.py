@@ -38,11 +38,10 @@ def parse_args(kind: type[Training], args: Sequence[str]) -> Training:
     Raises:
         UsageError: a flag is wrong, or the run to resume has other flags.
     """
-    config = cli.parse(kind, args, complete=False)
+    config = cli.parse(kind, args, kind.defaults(args), complete=False)
     if not config.resume:
-        default = None
-        if (model := chosen_model(config)) is not None:
-            default = dataclasses.replace(config, model=model)
+        model = chosen_model(config)
+        default = config.with_defaults(config.model if model is None else model)
         config = cli.parse(kind, args, default=default)
         if model is not None:
             print(f"{config.preset or config.params}: {describe(config.model)}")

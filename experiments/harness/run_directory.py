@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,16 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run's numbers depend on."""
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), "e88_jax": e88_jax.__version__, **packages}
+
+
+def commit() -> str:
+    """The commit that is checked out; "unknown" outside of a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def newest_run() -> Path:

@@ -1,0 +1,135 @@
+"""What can E88 compute, and what do its controls? Suites of trainings on synthetic tasks."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from experiments import cli
+from experiments.cli import require
+from experiments.cli.errors import RunStopped, UsageError
+from experiments.harness import devices, run_directory
+from experiments.harness.ownership import owned
+from experiments.harness.progress import Report
+from experiments.trials import report, running
+from experiments.trials.records import RUNS, Records
+from experiments.trials.suites import SUITES, Suite
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpressivityConfig:
+    """Train the models of a suite on its tasks, read them at many lengths, and compare them.
+
+    Every run adds a JSON line to runs.jsonl in --out; runs that it has are skipped, so that the
+    same command goes on with an interrupted suite. Tables, CSV and plots are written there too.
+    """
+
+    suite: Annotated[tyro.conf.Positional[Literal[tuple(SUITES)]], tyro.conf.arg(metavar="SUITE")]  # pyright: ignore
+    """Which suite: quick, author, groups, formal or recall."""
+    problems: tuple[str, ...] = ()
+    """Problems of the suite; none for all."""
+    models: tuple[str, ...] = ()
+    """Models, also others than the suite's; none for the suite's."""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()
+    """Compute dtypes; none for the suite's."""
+    depths: tuple[int, ...] = ()
+    """Depths among the suite's; none for all."""
+    seeds: tuple[int, ...] = ()
+    """Seeds; none for the suite's."""
+    minutes: float | None = None
+    """Begin nothing new after so many minutes."""
+    list: bool = False
+    """Print what the suite is and what is left of it, and train nothing."""
+    out: Path | None = None
+    """Directory of the results; runs/expressivity-SUITE by default."""
+
+    def __post_init__(self) -> None:
+        require(self, "depths", minimum=1)
+        require(self, "seeds", minimum=0)
+        require(self, "minutes", above=0)
+
+
+def main(args: Sequence[str]) -> None:
+    """Parses, does what is left of the suite, writes tables and plots."""
+    config = cli.parse(ExpressivityConfig, args)
+    try:
+        suite = running.selected(
+            SUITES[config.suite],
+            problems=config.problems,
+            models=config.models,
+            dtypes=config.dtypes,
+            depths=config.depths,
+            seeds=config.seeds,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    directory = config.out or Path("runs") / f"expressivity-{config.suite}"
+    if config.list:
+        print(describe(suite, running.left(suite, Records(directory / RUNS))))
+        return
+    devices.set_up()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {directory} cannot be made: {error.strerror}.") from None
+    with owned(directory):
+        records = Records(directory / RUNS)
+        try:
+            complete = _run(suite, records, config.minutes)
+        finally:
+            if records.lines:
+                report.write(directory, records.lines, f"Suite {config.suite}", suite.about)
+                _draw(directory, records, config.suite)
+    print(report.markdown(records.lines))
+    print(f"\nresults are in {directory}: {RUNS}, {report.MARKDOWN}, {report.CSV} and plots")
+    if not complete:
+        raise RunStopped("stopped by --minutes: the same command goes on.", exit_code=3)
+
+
+def _draw(directory: Path, records: Records, suite: str) -> None:
+    with run_directory.optional(directory / "accuracy.png"):
+        from experiments.trials import plot  # a failure of matplotlib's costs no result
+
+        plot.write(directory, records.lines, f"Suite {suite}")
+
+
+def describe(suite: Suite, left: Sequence[running.Work]) -> str:
+    """The suite and what is left of it."""
+    cells = list(running.cells(suite))
+    lines = [f"{suite.about}: {len(cells)} cells of {len(suite.seeds)} seeds, {len(left)} left"]
+    lines += [f"  {work.cell}: {work.lane_steps:,} steps" for work in left]
+    return "\n".join(lines)
+
+
+def _run(suite: Suite, records: Records, minutes: float | None) -> bool:
+    """Does what is left; returns whether all of it is done."""
+    left = running.left(suite, records)
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    done = 0
+    with Report(steps=sum(work.lane_steps for work in left)) as shown:
+        shown.say(describe(suite, left).partition("\n")[0])
+        for i, work in enumerate(left):
+            if end is not None and time.monotonic() > end:
+                return False
+            began = time.perf_counter()
+
+            def advanced(steps: int, work: running.Work = work, before: int = done) -> None:
+                shown.show(before + steps, str(work.cell))
+
+            running.run(suite, work, records, advanced)
+            done += work.lane_steps
+            shown.show(done, "")
+            (group,) = (g for c, g in report.groups(records.lines).items() if c == work.cell)
+            seconds = time.perf_counter() - began
+            shown.say(
+                f"{i + 1}/{len(left)}  {work.cell}: {report.accuracy(group)} at "
+                f"{group.readings[0]}, horizon {group.horizon()}, {seconds:.0f} s"
+            )
+    return True
+
+
+if __name__ == "__main__":
+    cli.run(main, output_is_result=False)

@@ -1,0 +1,24 @@
+"""Synthetic tasks: what a model can track, compute and recall. Each is a class by its name."""
+
+from .arithmetic import Arithmetic
+from .base import Sequences, SyntheticConfig
+from .groups import Group
+from .memory import Copy, KeyedRing, Overwrite, Recall
+from .mqar import MultiQuery
+from .tracking import Counter, Dyck, Parity, Ring
+
+TASKS: dict[str, type[SyntheticConfig]] = {
+    kind.NAME: kind
+    for kind in (
+        *(Parity, Counter, Ring, Dyck, Group),
+        *(Copy, Recall, Overwrite, KeyedRing, MultiQuery),
+        Arithmetic,
+    )
+}
+"""The tasks by name."""
+
+__all__ = [
+    *("TASKS", "Sequences", "SyntheticConfig"),
+    *("Arithmetic", "Copy", "Counter", "Dyck", "Group", "KeyedRing", "MultiQuery"),
+    *("Overwrite", "Parity", "Recall", "Ring"),
+]

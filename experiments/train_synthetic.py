@@ -1,0 +1,63 @@
+"""Trains a model on a synthetic task: what can it track? `--help` explains every flag."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import tyro
+
+from e88_jax.config import E88Config, LMConfig
+from e88_jax.mixers.base import Execution
+from experiments import cli
+from experiments.cli import field_types
+from experiments.cli.names import TASK, value_of
+from experiments.harness import program
+from experiments.harness.config import BatchConfig, OptimizerConfig, TrainConfig
+from experiments.tasks.synthetic import TASKS, Parity, SyntheticConfig
+
+DEFAULT_MODEL = LMConfig(
+    dim=128,
+    depth=2,
+    layers=(E88Config(n_heads=4, n_state=32),),
+    vocab_size=Parity().vocab_size,
+    execution=Execution(saved_state_interval=8),
+)
+"""Model that learns parity within a minute on two CPU cores."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticTrainConfig(TrainConfig):
+    """Train a model on a synthetic task: sequences of a program in, accuracy by length out."""
+
+    task_name: Annotated[Literal[tuple(TASKS)], tyro.conf.arg(name=TASK)] = Parity.NAME  # pyright: ignore
+    """What to learn; the task's own flags, below, depend on it."""
+    task: SyntheticConfig = Parity()
+    steps: int = 400
+    batch: BatchConfig = BatchConfig(seq_len=64, batch_size=32)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, weight_decay=0.01)
+    model: LMConfig = DEFAULT_MODEL
+
+    NAME: ClassVar[str] = "synthetic"
+
+    @classmethod
+    def defaults(cls, args: Sequence[str]) -> Self | None:
+        name = value_of("--" + TASK, args)
+        return cls(task_name=name, task=TASKS[name]()) if name in TASKS else None
+
+    def with_defaults(self, model: LMConfig) -> Self:
+        vocab_size = self.task.vocab_size
+        return super().with_defaults(dataclasses.replace(model, vocab_size=vocab_size))
+
+    @classmethod
+    def types_of(cls, values: dict[str, Any]) -> dict[str, Any]:
+        kind = TASKS.get(values.get("task_name", ""), SyntheticConfig)
+        return field_types(cls) | {"task": kind}
+
+
+def main(args: Sequence[str]) -> None:
+    """Parses, checks the directory, trains, reads at several lengths."""
+    program.main(SyntheticTrainConfig, args)
+
+
+if __name__ == "__main__":
+    cli.run(main, output_is_result=False)

@@ -1,0 +1,1 @@
+"""Trials: models trained on synthetic tasks, several seeds at once, and read at many lengths."""

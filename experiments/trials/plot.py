@@ -1,0 +1,137 @@
+"""Plots of a suite's results: accuracy against length, and recall against the size of the state."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from .controls import CONTROLS
+from .records import Cell, Group, Record, groups
+
+_COLORS = {
+    "e88": "#0072b2",
+    "e88_linear": "#56b4e9",
+    "e88_gate2": "#009e73",
+    "e88_linear_gate2": "#a6d854",
+    "gdn": "#e69f00",
+    "gdn_negative": "#d55e00",
+    "mamba2": "#cc79a7",
+    "transformer": "#555555",
+    "lstm": "#000000",
+    "hybrid": "#8c6bb1",
+}
+"""Okabe and Ito's palette, and three more."""
+_COLUMNS = 4
+
+
+def write(directory: Path, lines: Sequence[Record], title: str) -> list[Path]:
+    """Draws the plots of the lines into a suite's directory; returns their files."""
+    found, files = groups(lines), list[Path]()
+    for dim, depth, dtype in dict.fromkeys((c.dim, c.depth, c.dtype) for c in found):
+        mine = {c: g for c, g in found.items() if (c.dim, c.depth, c.dtype) == (dim, depth, dtype)}
+        by_length = {c: g for c, g in mine.items() if len(_lengths(g)) > 1}
+        if by_length:
+            image = directory / f"accuracy_{dim}x{depth}_{dtype}.png"
+            layers = "layer" if depth == 1 else "layers"
+            _draw_lengths(by_length, f"{title}: {depth} {layers} of dim {dim}, {dtype}", image)
+            files.append(image)
+    by_state = {c: g for c, g in found.items() if any("pairs" in x for x in g.readings)}
+    if by_state:
+        image = directory / "recall_by_state.png"
+        _draw_states(by_state, title, image)
+        files.append(image)
+    return files
+
+
+def _lengths(group: Group) -> list[int]:
+    return [int(x) for x in group.readings if x.isdecimal()]
+
+
+def _panels(n: int, title: str) -> tuple[Figure, list[Axes]]:
+    columns = min(n, _COLUMNS)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(4 * columns + 0.5, 3.2 * rows + 0.9), layout="constrained")
+    figure.suptitle(title)
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for unused in panels[n:]:
+        unused.set_visible(False)
+    return figure, panels[:n]
+
+
+def _finish(figure: Figure, panels: Sequence[Axes], image: Path) -> None:
+    labelled = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        labelled |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        list(labelled.values()), list(labelled), loc="outside lower center", ncols=5, fontsize=9
+    )
+    figure.savefig(image, dpi=110)
+
+
+def _draw_lengths(found: dict[Cell, Group], title: str, image: Path) -> None:
+    problems = list(dict.fromkeys(cell.problem for cell in found))
+    figure, panels = _panels(len(problems), title)
+    for axes, problem in zip(panels, problems, strict=True):
+        mine = {c.model: g for c, g in found.items() if c.problem == problem}
+        for model, group in mine.items():
+            lengths = _lengths(group)
+            values = [group.values(str(n)) for n in lengths]
+            means = [sum(x) / len(x) for x in values]
+            color = _COLORS.get(model)
+            axes.plot(lengths, means, marker="o", ms=3, color=color, label=_title(model))
+            lows, highs = [min(x) for x in values], [max(x) for x in values]
+            axes.fill_between(lengths, lows, highs, alpha=0.15, color=color, lw=0)
+        first = next(iter(mine.values()))
+        lengths, chance = _lengths(first), first.runs[0]["chance"]
+        levels = [chance[str(n)] for n in lengths]
+        axes.plot(lengths, levels, color="gray", ls=":", label="chance")
+        axes.axvline(first.runs[0]["length"], color="gray", ls="--", lw=0.8, label="trained at")
+        axes.set_title(problem)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(n) for n in lengths], fontsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel("length read")
+        axes.set_ylabel("accuracy")
+        axes.grid(alpha=0.25)
+    _finish(figure, panels, image)
+
+
+def _draw_states(found: dict[Cell, Group], title: str, image: Path) -> None:
+    readings = list(dict.fromkeys(x for g in found.values() for x in g.readings))
+    figure, panels = _panels(len(readings), title)
+    for axes, reading in zip(panels, readings, strict=True):
+        tokens = int(reading.partition(",")[0])
+        for model in dict.fromkeys(cell.model for cell in found):
+            points = sorted(
+                (_state(g, tokens), sum(x) / len(x))
+                for c, g in found.items()
+                if c.model == model and (x := g.values(reading))
+            )
+            axes.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                marker="o",
+                color=_COLORS.get(model),
+                label=_title(model),
+            )
+        axes.set_title(reading)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel("numbers of state")
+        axes.set_ylabel("accuracy")
+        axes.grid(alpha=0.25)
+    _finish(figure, panels, image)
+
+
+def _state(group: Group, tokens: int) -> int:
+    """Numbers of state after `tokens` tokens; attention's, of a transformer, grow."""
+    grows = group.cell.model == "transformer"
+    return group.runs[0]["state_size"] * (tokens if grows else 1)
+
+
+def _title(model: str) -> str:
+    return CONTROLS[model].title if model in CONTROLS else model

@@ -1,0 +1,129 @@
+"""Results of trials: a file of JSON lines, to which each run adds one."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.cli.errors import UsageError, warn
+
+Record = dict[str, Any]
+"""A line: "kind" ("run" or "search"), the cell's fields, and what was measured."""
+
+RUNS = "runs.jsonl"
+"""Name of the file in a suite's directory."""
+
+
+class Cell(NamedTuple):
+    """One combination of a suite; its runs differ by seed."""
+
+    problem: str
+    dim: int
+    depth: int
+    model: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.problem}, {self.model}, {self.dim} x {self.depth}, {self.dtype}"
+
+
+def cell_of(record: Record) -> Cell:
+    """The cell of a line."""
+    return Cell(*(record[name] for name in Cell._fields))
+
+
+class Records:
+    """The lines of a file, which may not exist yet.
+
+    Raises:
+        UsageError: the file cannot be read, or a line is no record.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            text = b""
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+        whole, _, cut = text.rpartition(b"\n")
+        if cut:  # by a kill
+            warn(f"{path}: the last line is cut short, and left out.")
+        self._whole_size = len(whole) + (b"\n" in text)
+        self.lines = [self._parse(i, x) for i, x in enumerate(whole.splitlines(), 1) if x]
+
+    def _parse(self, number: int, line: bytes) -> Record:
+        try:
+            record = json.loads(line)
+            cell_of(record)
+            return record | {"kind": str(record["kind"])}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UsageError(f"line {number} of {self.path} is no record of a trial.") from None
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Adds lines, and writes them through to the disk.
+
+        Raises:
+            UsageError: they cannot be written.
+        """
+        added = list(records)
+        text = "".join(json.dumps(record) + "\n" for record in added).encode()
+        try:
+            with self.path.open("r+b" if self.path.exists() else "xb") as file:
+                file.truncate(self._whole_size)
+                file.seek(self._whole_size)
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be written: {error.strerror}.") from None
+        self._whole_size += len(text)
+        self.lines += added
+
+    def seeds(self, cell: Cell) -> set[int]:
+        """Seeds whose runs are done."""
+        return {x["seed"] for x in self.lines if x["kind"] == "run" and cell_of(x) == cell}
+
+    def search(self, cell: Cell) -> dict[float, Record]:
+        """The lines of the search of a learning rate, by rate."""
+        found = (x for x in self.lines if x["kind"] == "search" and cell_of(x) == cell)
+        return {x["learning_rate"]: x for x in found}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The runs of one cell."""
+
+    cell: Cell
+    runs: list[Record]
+
+    def values(self, reading: str) -> list[float]:
+        """The runs' accuracies on a reading."""
+        return [run["accuracy"][reading] for run in self.runs]
+
+    @property
+    def readings(self) -> list[str]:
+        return list(self.runs[0]["accuracy"])
+
+    def horizon(self, solved: float = 0.99) -> int | None:
+        """The greatest length up to which every seed has `solved` of the answers; None if it is
+        not the shortest one."""
+        longest = None
+        for reading in self.readings:
+            if not reading.isdecimal() or min(self.values(reading)) < solved:
+                break
+            longest = int(reading)
+        return longest
+
+
+def groups(lines: Iterable[Record]) -> dict[Cell, Group]:
+    """The runs by cell, in the order of the lines."""
+    found: dict[Cell, Group] = {}
+    for record in lines:
+        if record["kind"] == "run":
+            cell = cell_of(record)
+            found.setdefault(cell, Group(cell, [])).runs.append(record)
+    return found

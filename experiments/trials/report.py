@@ -1,0 +1,145 @@
+"""Tables of a suite's results: Markdown and CSV."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.harness import run_directory
+
+from .controls import CONTROLS
+from .records import Cell, Group, Record, groups
+
+MARKDOWN, CSV = "report.md", "runs.csv"
+
+
+def write(directory: Path, lines: Sequence[Record], title: str, about: str) -> None:
+    """Writes the tables of the lines into a suite's directory."""
+    text = f"# {title}\n\n{about[0].upper()}{about[1:]}.\n\n{markdown(lines)}\n"
+    run_directory.write(directory / MARKDOWN, text.encode())
+    run_directory.write(directory / CSV, to_csv(lines).encode())
+
+
+def markdown(lines: Sequence[Record]) -> str:
+    """For each size and precision: accuracy at the training length, horizons, accuracy by length."""
+    found = groups(lines)
+    if not found:
+        return "No run is done yet."
+    parts: list[str] = [sources(lines)]
+    for dim, depth, dtype in dict.fromkeys((c.dim, c.depth, c.dtype) for c in found):
+        mine = {c: g for c, g in found.items() if (c.dim, c.depth, c.dtype) == (dim, depth, dtype)}
+        layers = "layer" if depth == 1 else "layers"
+        parts.append(f"## {depth} {layers} of dim {dim}, {dtype}")
+        parts.append(_summary(mine))
+        parts += [_by_length(problem, mine) for problem in _in_order(c.problem for c in mine)]
+    return "\n\n".join(parts)
+
+
+def sources(lines: Iterable[Record]) -> str:
+    """Devices, versions, commits and seeds of the runs."""
+    runs = [x for x in lines if x["kind"] == "run"]
+
+    def every(name: str) -> str:
+        return ", ".join(str(x) for x in _in_order(run[name] for run in runs))
+
+    seeds = len(_in_order(run["seed"] for run in runs))
+    return (
+        f"{every('device')}, JAX {every('jax')}, commit {every('commit')}; {len(runs)} runs of up "
+        f"to {seeds} seeds. Accuracies are means of seeds, with the lowest seed's in brackets where "
+        f"it is lower by 0.01 or more. The horizon is the greatest length read up to which every "
+        f"seed has 0.99; '>' marks one that is the greatest length read."
+    )
+
+
+def _summary(found: dict[Cell, Group]) -> str:
+    """A row for each model: accuracy and horizon of each problem, parameters, state, seconds."""
+    problems = _in_order(cell.problem for cell in found)
+    header = ["model", *problems, "parameters", "state", "s a run"]
+    rows: list[list[str]] = []
+    for model in _in_order(cell.model for cell in found):
+        mine = {c.problem: g for c, g in found.items() if c.model == model}
+        runs = [run for group in mine.values() for run in group.runs]
+        seconds = [run["seconds"] / run["lanes"] for run in runs]
+        row = [_title(model)]
+        for problem in problems:
+            group = mine.get(problem)
+            row.append("" if group is None else f"{accuracy(group)}, {_horizon(group)}")
+        counts = f"{max(run['parameters'] for run in runs):,}", _state(runs)
+        rows.append([*row, *counts, f"{sum(seconds) / len(seconds):,.1f}"])
+    chance = ["chance"]
+    for problem in problems:
+        group = next(g for c, g in found.items() if c.problem == problem)
+        chance.append(f"{group.runs[0]['chance'][group.readings[0]]:.3f}")
+    caption = "Accuracy at the training length, and horizon:"
+    return f"{caption}\n\n{table(header, [*rows, [*chance, '', '', '']])}"
+
+
+def _by_length(problem: str, found: dict[Cell, Group]) -> str:
+    mine = {c.model: g for c, g in found.items() if c.problem == problem}
+    first = next(iter(mine.values()))
+    length = first.runs[0]["length"]
+    header = ["model", *first.readings, "rate", "seeds"]
+    rows = [
+        [
+            _title(model),
+            *(accuracy(group, reading) for reading in first.readings),
+            f"{group.runs[0]['learning_rate']:g}",
+            str(len(group.runs)),
+        ]
+        for model, group in mine.items()
+    ]
+    chance = first.runs[0]["chance"]
+    rows.append(["chance", *(f"{chance[x]:.3f}" for x in first.readings), "", ""])
+    return f"**{problem}**, trained at {length}, read at:\n\n{table(header, rows)}"
+
+
+def accuracy(group: Group, reading: str | None = None) -> str:
+    """The mean of the seeds, by default on the first reading, and the lowest where it differs."""
+    values = group.values(reading or group.readings[0])
+    mean, low = sum(values) / len(values), min(values)
+    return f"{mean:.3f}" if mean - low < 0.01 else f"{mean:.3f} ({low:.3f})"
+
+
+def _horizon(group: Group) -> str:
+    horizon = group.horizon()
+    if horizon is None:
+        return "none"
+    last = [x for x in group.readings if x.isdecimal()][-1]
+    return f"> {horizon}" if str(horizon) == last else str(horizon)
+
+
+def _state(runs: Sequence[Record]) -> str:
+    state = f"{max(run['state_size'] for run in runs):,}"
+    grows = runs[0]["model"] in ("transformer", "hybrid")
+    return f"{state} and growing" if grows else state
+
+
+def _title(model: str) -> str:
+    return CONTROLS[model].title if model in CONTROLS else model
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def to_csv(lines: Iterable[Record]) -> str:
+    """A row for each run and reading."""
+    fields = ["problem", "model", "dim", "depth", "dtype", "seed", "learning_rate", "steps"]
+    fields += ["length", "batch_size", "parameters", "state_size", "seconds", "lanes", "device"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*fields, "read_at", "accuracy", "chance"])
+    for run in lines:
+        if run["kind"] == "run":
+            for reading, value in run["accuracy"].items():
+                row: list[Any] = [run[name] for name in fields]
+                writer.writerow([*row, reading, value, run["chance"][reading]])
+    return text.getvalue()
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """The values, each once, in the order of their first."""
+    return list(dict.fromkeys(values))
