@@ -1,5 +1,6 @@
 """What can E88 compute, and what do its controls? Suites of trainings on synthetic tasks."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from experiments.harness import devices, run_directory
 from experiments.harness.ownership import owned
 from experiments.harness.progress import Report
 from experiments.trials import report, running
-from experiments.trials.records import RUNS, Records
+from experiments.trials.records import RUNS, Records, groups
 from experiments.trials.suites import SUITES, Suite
 
 
@@ -98,9 +99,12 @@ def _draw(directory: Path, records: Records, suite: str) -> None:
 
 def describe(suite: Suite, left: Sequence[running.Work]) -> str:
     """The suite and what is left of it."""
-    cells = list(running.cells(suite))
-    lines = [f"{suite.about}: {len(cells)} cells of {len(suite.seeds)} seeds, {len(left)} left"]
-    lines += [f"  {work.cell}: {work.lane_steps:,} steps" for work in left]
+    cells = len(list(running.cells(suite)))
+    missing = len({work.cell for work in left})
+    lines = [f"{suite.about}: {cells} cells of {len(suite.seeds)} seeds, {missing} left"]
+    lines += [
+        f"  {work.cell}: {work.kind}, {work.lanes} x {work.trial.steps:,} steps" for work in left
+    ]
     return "\n".join(lines)
 
 
@@ -108,27 +112,37 @@ def _run(suite: Suite, records: Records, minutes: float | None) -> bool:
     """Does what is left; returns whether all of it is done."""
     left = running.left(suite, records)
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    done = 0
-    with Report(steps=sum(work.lane_steps for work in left)) as shown:
+    runner, done = running.Runner(suite, records), 0
+    with (
+        contextlib.closing(runner),
+        Report(steps=sum(work.lane_steps for work in left)) as shown,
+    ):
         shown.say(describe(suite, left).partition("\n")[0])
         for i, work in enumerate(left):
             if end is not None and time.monotonic() > end:
                 return False
+            if i == 0:
+                runner.prepare(work)
+            if i + 1 < len(left):
+                runner.prepare(left[i + 1])
             began = time.perf_counter()
 
             def advanced(steps: int, work: running.Work = work, before: int = done) -> None:
-                shown.show(before + steps, str(work.cell))
+                shown.show(before + steps, f"{work.cell}, {work.kind}")
 
-            running.run(suite, work, records, advanced)
+            runner.run(work, advanced)
             done += work.lane_steps
             shown.show(done, "")
-            (group,) = (g for c, g in report.groups(records.lines).items() if c == work.cell)
-            seconds = time.perf_counter() - began
-            shown.say(
-                f"{i + 1}/{len(left)}  {work.cell}: {report.accuracy(group)} at "
-                f"{group.readings[0]}, horizon {group.horizon()}, {seconds:.0f} s"
-            )
+            took = f"{time.perf_counter() - began:.0f} s"
+            shown.say(f"{i + 1}/{len(left)}  {work.cell}: {_outcome(work, records)}, {took}")
     return True
+
+
+def _outcome(work: running.Work, records: Records) -> str:
+    if work.kind == "search":
+        return f"rate {running.best_rate(records.search(work.cell)):g}"
+    group = groups(records.lines)[work.cell]
+    return f"{report.accuracy(group)} at {group.readings[0]}, horizon {group.horizon()}"
 
 
 if __name__ == "__main__":

@@ -15,11 +15,14 @@ from experiments.harness import program
 from experiments.harness.config import BatchConfig, OptimizerConfig, TrainConfig
 from experiments.tasks.synthetic import TASKS, Parity, SyntheticConfig
 
+DEFAULT_TASK = Parity()
+DEFAULT_BATCH = BatchConfig(seq_len=64, batch_size=32)
+DEFAULT_OPTIMIZER = OptimizerConfig(learning_rate=2e-3, weight_decay=0.01)
 DEFAULT_MODEL = LMConfig(
     dim=128,
     depth=2,
     layers=(E88Config(n_heads=4, n_state=32),),
-    vocab_size=Parity().vocab_size,
+    vocab_size=DEFAULT_TASK.vocab_size,
     execution=Execution(saved_state_interval=8),
 )
 """Model that learns parity within a minute on two CPU cores."""
@@ -29,12 +32,15 @@ DEFAULT_MODEL = LMConfig(
 class SyntheticTrainConfig(TrainConfig):
     """Train a model on a synthetic task: sequences of a program in, accuracy by length out."""
 
-    task_name: Annotated[Literal[tuple(TASKS)], tyro.conf.arg(name=TASK)] = Parity.NAME  # pyright: ignore
+    task_name: Annotated[
+        Literal[tuple(TASKS)],  # pyright: ignore[reportInvalidTypeForm]
+        tyro.conf.arg(name=TASK),
+    ] = Parity.NAME
     """What to learn; the task's own flags, below, depend on it."""
-    task: SyntheticConfig = Parity()
+    task: SyntheticConfig = DEFAULT_TASK
     steps: int = 400
-    batch: BatchConfig = BatchConfig(seq_len=64, batch_size=32)
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, weight_decay=0.01)
+    batch: BatchConfig = DEFAULT_BATCH
+    optimizer: OptimizerConfig = DEFAULT_OPTIMIZER
     model: LMConfig = DEFAULT_MODEL
 
     NAME: ClassVar[str] = "synthetic"

@@ -22,7 +22,7 @@ def write(directory: Path, lines: Sequence[Record], title: str, about: str) -> N
 
 
 def markdown(lines: Sequence[Record]) -> str:
-    """For each size and precision: accuracy at the training length, horizons, accuracy by length."""
+    """For each size and precision: accuracy at the training length, horizons, and by length."""
     found = groups(lines)
     if not found:
         return "No run is done yet."
@@ -46,9 +46,9 @@ def sources(lines: Iterable[Record]) -> str:
     seeds = len(_in_order(run["seed"] for run in runs))
     return (
         f"{every('device')}, JAX {every('jax')}, commit {every('commit')}; {len(runs)} runs of up "
-        f"to {seeds} seeds. Accuracies are means of seeds, with the lowest seed's in brackets where "
-        f"it is lower by 0.01 or more. The horizon is the greatest length read up to which every "
-        f"seed has 0.99; '>' marks one that is the greatest length read."
+        f"to {seeds} seeds. Accuracies are means of the seeds, with the lowest in brackets where "
+        "it is lower by 0.01 or more. The horizon is the greatest length up to which every seed "
+        "has 0.99; '>' marks one that is the greatest length read."
     )
 
 

@@ -5,133 +5,161 @@ import datetime
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 
 from e88_jax.mixers.base import Execution
 from experiments.harness import run_directory
+from experiments.tasks.synthetic.reading import Reading, accuracy
 
 from . import controls
 from .controls import Size
-from .reading import accuracy
 from .records import Cell, Record, Records
-from .suites import SEARCH_SEED, Problem, Suite
-from .training import Trained, train
-from .trial import Lane, Reading, Trial
+from .suites import SEARCH_SEED, Dtype, Problem, Suite
+from .training import Trained, Training
+from .trial import Lane, Trial
 
 SAVED_STATE_INTERVAL = 8
-"""E88's interval of saved states, where the GPU's kernels round it up to 32."""
+"""E88's interval of saved states; the GPU's kernels have their own."""
 
 
-def cells(suite: Suite) -> Iterator[tuple[Cell, Size]]:
+def cells(suite: Suite) -> Iterator[tuple[Cell, Size, Dtype]]:
     """The combinations of a suite; a hybrid of one layer is none."""
     for name in suite.problems:
         for size in suite.sizes:
             for model in suite.models:
                 for dtype in suite.dtypes:
                     if model != "hybrid" or size.depth > 1:
-                        yield Cell(name, size.dim, size.depth, model, dtype), size
+                        yield Cell(name, size.dim, size.depth, model, dtype), size, dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is left of a cell."""
+    """Trainings that run together: of a cell's seeds, or of the rates that are searched for it."""
 
     cell: Cell
-    size: Size
+    kind: str
+    """"run" or "search"."""
     seeds: tuple[int, ...]
-    """Seeds without a run."""
-    search: tuple[float, ...]
-    """Rates to search; empty if the rate is known."""
-    steps: int
-    """Steps of a run."""
-    search_steps: int
+    rates: tuple[float, ...]
+    """Rates to search; empty for a run."""
+    trial: Trial
+    readings: tuple[Reading, ...]
+
+    @property
+    def lanes(self) -> int:
+        """Trainings."""
+        return max(len(self.seeds), len(self.rates))
 
     @property
     def lane_steps(self) -> int:
-        """Steps of all trainings."""
-        return self.steps * len(self.seeds) + self.search_steps * len(self.search)
+        """Steps of all of them."""
+        return self.trial.steps * self.lanes
 
 
 def left(suite: Suite, records: Records) -> list[Work]:
-    """The work that the records lack."""
+    """The work that the records lack, in the order in which it is done."""
     found: list[Work] = []
-    for cell, size in cells(suite):
+    for cell, size, dtype in cells(suite):
         seeds = tuple(seed for seed in suite.seeds if seed not in records.seeds(cell))
         if not seeds:
             continue
-        steps = suite.problems[cell.problem].steps
-        searched = len(suite.rates) == 1 or records.search(cell).keys() >= set(suite.rates)
-        rates = () if searched else suite.rates
-        search_steps = math.ceil(suite.search_steps * steps)
-        found.append(Work(cell, size, seeds, rates, steps, search_steps))
+        problem = suite.problems[cell.problem]
+        execution = Execution(dtype=dtype, saved_state_interval=SAVED_STATE_INTERVAL)
+        model = controls.build(cell.model, size, problem.task.vocab_size, execution)
+        assert model is not None, "cells leave out what cannot be built"
+        trial = Trial(
+            task=problem.task,
+            model=model,
+            optimizer=suite.optimizer,
+            length=problem.length,
+            batch_size=suite.batch_size,
+            steps=problem.steps,
+            stop_at=suite.stop_at,
+        )
+        if len(suite.rates) > 1 and not records.search(cell).keys() >= set(suite.rates):
+            steps = math.ceil(suite.search_steps * problem.steps)
+            search = dataclasses.replace(trial, steps=steps, stop_at=None)
+            found.append(Work(cell, "search", (SEARCH_SEED,), suite.rates, search, ()))
+        found.append(Work(cell, "run", seeds, (), trial, problem.readings))
     return found
 
 
-def run(suite: Suite, work: Work, records: Records, advanced: Callable[[int], None]) -> None:
-    """Does the work of one cell, and adds its lines.
+class Runner:
+    """Does work, and adds its lines to the records; compiles the next while one runs."""
 
-    Args:
-        suite: of the cell.
-        work: to do.
-        records: where the lines go.
-        advanced: called with the steps of all trainings that are done.
-    """
-    problem = suite.problems[work.cell.problem]
-    execution = Execution(dtype=work.cell.dtype, saved_state_interval=SAVED_STATE_INTERVAL)  # pyright: ignore
-    model = controls.build(work.cell.model, work.size, problem.task.vocab_size, execution)
-    assert model is not None, "cells leave out what cannot be built"
-    trial = Trial(
-        task=problem.task,
-        model=model,
-        optimizer=suite.optimizer,
-        length=problem.length,
-        batch_size=suite.batch_size,
-        steps=work.steps,
-        stop_at=suite.stop_at,
-    )
-    about = work.cell._asdict() | {
-        "length": problem.length,
-        "batch_size": suite.batch_size,
-        "parameters": model.count_params(),
-        "state_size": model.state_size(),
-        **provenance(),
-    }
-    before = 0
-    if work.search:
-        search = dataclasses.replace(trial, steps=work.search_steps)
-        lanes = [Lane(seed=SEARCH_SEED, learning_rate=rate) for rate in work.search]
-        trained = train(search, lanes, lambda steps, _: advanced(steps * len(lanes)))
-        records.add(about | _of_lane(trained, i, lane, "search") for i, lane in enumerate(lanes))
-        before = work.search_steps * len(lanes)
-    rate = suite.rates[0] if len(suite.rates) == 1 else best_rate(records.search(work.cell))
-    lanes = [Lane(seed=seed, learning_rate=rate) for seed in work.seeds]
-    trained = train(trial, lanes, lambda steps, _: advanced(before + steps * len(lanes)))
-    began = time.perf_counter()
-    read = {
-        name(reading): accuracy(
-            trained.graphdef,
-            trained.params,
-            reading,
-            window=problem.length,
-            batches=suite.read_batches,
-            batch_size=suite.read_batch_size,
+    def __init__(self, suite: Suite, records: Records):
+        self._suite, self._records = suite, records
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
+        self._compiling: dict[int, Future[Training]] = {}
+
+    def close(self) -> None:
+        """Waits for what is being compiled."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def prepare(self, work: Work) -> None:
+        """Begins to compile."""
+        self._compiling[id(work)] = self._thread.submit(Training, work.trial, work.lanes)
+
+    def run(self, work: Work, advanced: Callable[[int], None]) -> None:
+        """Does work that was prepared.
+
+        Args:
+            work: to do.
+            advanced: called with the steps of all its trainings that are done.
+        """
+        training = self._compiling.pop(id(work)).result()
+        lanes = self._lanes(work)
+        trained = training(lanes, lambda steps: advanced(steps * len(lanes)))
+        measured = self._read(work, trained)
+        about = self._about(work)
+        self._records.add(
+            about | {"kind": work.kind} | _of_lane(trained, i, lane) | measured(i)
+            for i, lane in enumerate(lanes)
         )
-        for reading in problem.readings
-    }
-    chance = {name(x): round(x.task.chance(x.length), 4) for x in problem.readings}
-    reading_seconds = round(time.perf_counter() - began, 1)
-    records.add(
-        about
-        | _of_lane(trained, i, lane, "run")
-        | {
-            "accuracy": {label: round(float(values[i]), 5) for label, values in read.items()},
-            "chance": chance,
-            "reading_seconds": reading_seconds,
+
+    def _lanes(self, work: Work) -> list[Lane]:
+        if work.kind == "search":
+            return [Lane(seed=SEARCH_SEED, learning_rate=rate) for rate in work.rates]
+        rates = self._suite.rates
+        rate = rates[0] if len(rates) == 1 else best_rate(self._records.search(work.cell))
+        return [Lane(seed=seed, learning_rate=rate) for seed in work.seeds]
+
+    def _read(self, work: Work, trained: Trained) -> Callable[[int], Record]:
+        """From a lane to what is read."""
+        if not work.readings:
+            return lambda _: {}
+        suite, began = self._suite, time.perf_counter()
+        read = {
+            name(reading): accuracy(
+                trained.graphdef,
+                trained.params,
+                reading,
+                window=work.trial.length,
+                batches=suite.read_batches,
+                batch_size=suite.read_batch_size,
+            )
+            for reading in work.readings
         }
-        for i, lane in enumerate(lanes)
-    )
+        chance = {name(x): round(x.task.chance(x.length), 4) for x in work.readings}
+        seconds = round(time.perf_counter() - began, 1)
+        return lambda lane: {
+            "accuracy": {label: round(float(values[lane]), 5) for label, values in read.items()},
+            "chance": chance,
+            "reading_seconds": seconds,
+        }
+
+    def _about(self, work: Work) -> Record:
+        model = work.trial.model
+        return work.cell._asdict() | {
+            "length": work.trial.length,
+            "batch_size": work.trial.batch_size,
+            "parameters": model.count_params(),
+            "state_size": model.state_size(),
+            **provenance(),
+        }
 
 
 def name(reading: Reading) -> str:
@@ -155,9 +183,8 @@ def best_rate(search: dict[float, Record]) -> float:
     return max(search.values(), key=rank)["learning_rate"]
 
 
-def _of_lane(trained: Trained, lane: int, what: Lane, kind: str) -> Record:
+def _of_lane(trained: Trained, lane: int, what: Lane) -> Record:
     return {
-        "kind": kind,
         **dataclasses.asdict(what),
         "steps": trained.steps[-1],
         "training_steps": trained.steps,
@@ -182,29 +209,28 @@ def provenance() -> dict[str, Any]:
 def selected(
     suite: Suite,
     *,
-    problems: Sequence[str] | None = None,
-    models: Sequence[str] | None = None,
-    dtypes: Sequence[str] | None = None,
-    depths: Sequence[int] | None = None,
-    seeds: Sequence[int] | None = None,
+    problems: Sequence[str] = (),
+    models: Sequence[str] = (),
+    dtypes: Sequence[Dtype] = (),
+    depths: Sequence[int] = (),
+    seeds: Sequence[int] = (),
 ) -> Suite:
-    """The suite with some of its problems, models, precisions, depths or seeds.
+    """The suite with some of its problems, models, precisions, depths or seeds; none for all.
 
     Raises:
         ValueError: there is no such problem, model or depth.
     """
-    problems, depths = problems or tuple(suite.problems), depths or ()
     for problem in problems:
         if problem not in suite.problems:
             there_are = ", ".join(map(repr, suite.problems))
             raise ValueError(f"there is no problem {problem!r} in the suite: {there_are}.")
-    for model in models or ():
+    for model in models:
         if model not in controls.CONTROLS:
             raise ValueError(f"there is no model {model!r}: {', '.join(controls.CONTROLS)}.")
-    there = {size.depth for size in suite.sizes}
-    if wrong := set(depths) - there:
-        raise ValueError(f"the suite's depths are {sorted(there)}, got {sorted(wrong)}.")
-    chosen: dict[str, Problem] = {x: suite.problems[x] for x in problems}
+    there = sorted({size.depth for size in suite.sizes})
+    if wrong := sorted(set(depths) - set(there)):
+        raise ValueError(f"--depths are {there} in the suite, got {wrong}.")
+    chosen: dict[str, Problem] = {x: suite.problems[x] for x in problems or suite.problems}
     return dataclasses.replace(
         suite,
         problems=chosen,

@@ -18,12 +18,14 @@ from experiments.tasks.synthetic import (
     Ring,
     SyntheticConfig,
 )
+from experiments.tasks.synthetic.reading import Reading, lengths_from
 
 from .controls import CONTROLS, Size
-from .reading import lengths_from
-from .trial import Reading
 
 Dtype = Literal["bfloat16", "float32"]
+
+LONGEST = 4096
+"""Greatest length that trained models are read at."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,11 +40,10 @@ class Problem:
 
     @classmethod
     def at(
-        cls, task: SyntheticConfig, length: int, steps: int, longest: int | None = None
+        cls, task: SyntheticConfig, length: int, steps: int, longest: int = LONGEST
     ) -> "Problem":
         """Read at the training length and its multiples by powers of two, up to `longest`."""
-        lengths = lengths_from(length) if longest is None else lengths_from(length, longest)
-        readings = (Reading(task=task, length=n) for n in lengths)
+        readings = (Reading(task=task, length=n) for n in lengths_from(length, longest))
         return cls(task=task, length=length, steps=steps, readings=tuple(readings))
 
 
@@ -93,7 +94,7 @@ _AUTHOR = {
     "S5 swaps": Problem.at(Group(group="S5", tokens="swaps"), 128, 10_000),
 }
 
-# --- formal (arXiv:2411.12537) ----------------------------------------------------------------------
+# --- formal (arXiv:2411.12537) --------------------------------------------------------------------
 
 _TRAIN, _LONGEST = 40, 256
 
@@ -106,7 +107,7 @@ def _formal(task: SyntheticConfig, steps: int) -> Problem:
     return Problem(task=short, length=_TRAIN, steps=steps, readings=readings)
 
 
-# --- recall (arXiv:2312.04927) ----------------------------------------------------------------------
+# --- recall (arXiv:2312.04927) --------------------------------------------------------------------
 
 
 def _multi_query() -> Problem:
@@ -123,8 +124,8 @@ SUITES: dict[str, Suite] = {
     "quick": Suite(
         about="parity and recall at the size of a laptop, in minutes",
         problems={
-            "parity": Problem.at(Parity(), 32, 400, 128),
-            "recall": Problem.at(Recall(keys=8, values=8, pairs=4), 32, 400, 128),
+            "parity": Problem.at(Parity(), 32, 240, 128),
+            "recall": Problem.at(Recall(keys=8, values=8, pairs=4), 16, 600, 64),
         },
         sizes=(Size(dim=32, depth=2, n_heads=4, n_state=16),),
         models=("e88", "e88_linear", "gdn", "gdn_negative", "transformer"),
@@ -133,7 +134,9 @@ SUITES: dict[str, Suite] = {
         optimizer=OptimizerConfig(weight_decay=0.01, warmup_steps=40),
         batch_size=64,
         rates=(4e-3,),
-        read_batches=8,
+        stop_at=0.999,
+        read_batches=1,
+        read_batch_size=512,
     ),
     "author": Suite(
         about="the tasks and the protocol of E88's author, with Gated DeltaNet as it can be",

@@ -43,79 +43,103 @@ class Trained:
     compile_seconds: float
 
 
-def train(
-    trial: Trial, lanes: Sequence[Lane], advanced: Callable[[int, float], None] = lambda *_: None
-) -> Trained:
-    """Trains each lane as if alone.
+class Training:
+    """A trial compiled for a number of lanes, which are divided over the devices if these divide
+    it. It may be made in a thread while another one runs."""
 
-    Args:
-        trial: what to train.
-        lanes: seeds and rates. The lanes are divided over the devices if their number allows.
-        advanced: called after each chunk with the steps done and the lanes' mean accuracy.
-    """
-    seeds = jnp.asarray([lane.seed for lane in lanes], jnp.int32)
-    rates = jnp.asarray([lane.learning_rate for lane in lanes], jnp.float32)
-    by_lane = _over_devices(len(lanes))
-    seeds, rates = jax.device_put((seeds, rates), by_lane)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: _new_model(trial, jax.random.key(0))))
-    size = chunk_size(trial.steps)
+    def __init__(self, trial: Trial, lanes: int):
+        self.trial = trial
+        self._by_lane = _over_devices(lanes)
+        self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: _new_model(trial, jax.random.key(0))))
+        self._chunk_size = chunk_size(trial.steps)
+        began = time.perf_counter()
+        numbers = jax.ShapeDtypeStruct((lanes,), jnp.int32, sharding=self._by_lane)
+        rates = jax.ShapeDtypeStruct((lanes,), jnp.float32, sharding=self._by_lane)
+        with _standard_promotion():
+            start = jax.jit(jax.vmap(self._start_lane), out_shardings=self._by_lane)
+            self._start = start.lower(numbers, rates).compile()
+            state = jax.eval_shape(start, numbers, rates)
+            of_lanes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._by_lane), state
+            )
+            chunk = jax.vmap(self._run_lane, (0, 0, 0, None))
+            chunk = jax.jit(chunk, donate_argnums=0, out_shardings=self._by_lane)
+            step = jax.ShapeDtypeStruct((), jnp.int32)
+            lowered = chunk.lower(of_lanes, numbers, rates, step)
+            self._run = lowered.compile(compiler_options=xla_options())
+        self.compile_seconds = time.perf_counter() - began
 
-    def start(seed: Array, rate: Array) -> TrainState:
-        model = _new_model(trial, jax.random.fold_in(jax.random.key(2), seed))
-        return init_state(model, make_optimizer(trial.optimizer, trial.steps, rate), None)
+    def __call__(
+        self, lanes: Sequence[Lane], advanced: Callable[[int], None] = lambda _: None
+    ) -> Trained:
+        """Trains each lane as if alone.
 
-    def chunk(
-        state: TrainState, seed: Array, rate: Array, first: Array
+        Args:
+            lanes: seeds and rates, as many as compiled for.
+            advanced: called after each chunk with the steps done.
+        """
+        trial, size = self.trial, self._chunk_size
+        seeds = np.array([lane.seed for lane in lanes], np.int32)
+        rates = np.array([lane.learning_rate for lane in lanes], np.float32)
+        seeds, rates = jax.device_put((seeds, rates), self._by_lane)
+        state = self._start(seeds, rates)
+        began = time.perf_counter()
+        steps, curve = list[int](), list[StepMetrics]()
+        for done in range(size, trial.steps + 1, size):
+            state, metrics = self._run(state, seeds, rates, np.int32(done - size))
+            curve.append(jax.device_get(metrics))
+            steps.append(done)
+            advanced(done)
+            if trial.stop_at is not None and np.all(_score(curve[-1]) >= trial.stop_at):
+                break
+        seconds = time.perf_counter() - began
+        with _standard_promotion():
+            optimizer = make_optimizer(trial.optimizer, trial.steps)
+            params = jax.jit(jax.vmap(optimizer.eval_params))(state.optimizer, state.params)
+        return Trained(
+            graphdef=self._graphdef,
+            params=params,
+            steps=steps,
+            accuracy=np.stack([_score(metrics) for metrics in curve], axis=1),
+            loss=np.stack([np.asarray(metrics.loss) for metrics in curve], axis=1),
+            seconds=seconds,
+            compile_seconds=self.compile_seconds,
+        )
+
+    def _start_lane(self, seed: Array, rate: Array) -> TrainState:
+        model = _new_model(self.trial, jax.random.fold_in(jax.random.key(2), seed))
+        optimizer = make_optimizer(self.trial.optimizer, self.trial.steps, rate)
+        return init_state(model, optimizer, None)
+
+    def _run_lane(
+        self, state: TrainState, seed: Array, rate: Array, first: Array
     ) -> tuple[TrainState, StepMetrics]:
+        """A chunk of steps, with the means of their metrics."""
+        trial = self.trial
         optimizer = make_optimizer(trial.optimizer, trial.steps, rate)
-        step = make_train_step(graphdef, optimizer, trial.optimizer.clip_norm, ACCURACY)
+        step = make_train_step(self._graphdef, optimizer, trial.optimizer.clip_norm, ACCURACY)
 
         def body(state: TrainState, index: Array) -> tuple[TrainState, StepMetrics]:
             key = training_key(seed, index)
             drawn = trial.task.sample(key, trial.batch_size, trial.length)
             return step(state, Batch(*(x[None] for x in drawn), restart=True))
 
-        state, metrics = lax.scan(body, state, first + jnp.arange(size))
+        state, metrics = lax.scan(body, state, first + jnp.arange(self._chunk_size))
         return state, jax.tree.map(jnp.nanmean, metrics)
-
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        began = time.perf_counter()
-        state = jax.jit(jax.vmap(start), out_shardings=by_lane)(seeds, rates)
-        chunks = jax.vmap(chunk, (0, 0, 0, None))
-        chunks = jax.jit(chunks, donate_argnums=0, out_shardings=by_lane)
-        lowered = chunks.lower(state, seeds, rates, jnp.int32(0))
-        run = lowered.compile(compiler_options=xla_options())
-        compile_seconds = time.perf_counter() - began
-
-        began = time.perf_counter()
-        steps: list[int] = []
-        curve: list[StepMetrics] = []
-        for done in range(size, trial.steps + 1, size):
-            state, metrics = run(state, seeds, rates, jnp.int32(done - size))
-            curve.append(jax.device_get(metrics))
-            steps.append(done)
-            assert curve[-1].score is not None
-            advanced(done, float(np.mean(curve[-1].score)))
-            if trial.stop_at is not None and np.all(curve[-1].score >= trial.stop_at):
-                break
-        seconds = time.perf_counter() - began
-        optimizer = make_optimizer(trial.optimizer, trial.steps)
-        params = jax.jit(jax.vmap(optimizer.eval_params))(state.optimizer, state.params)
-    stacked: Any = jax.tree.map(lambda *x: np.stack(x, axis=1), *curve)
-    return Trained(
-        graphdef=graphdef,
-        params=params,
-        steps=steps,
-        accuracy=stacked.score,
-        loss=stacked.loss,
-        seconds=seconds,
-        compile_seconds=compile_seconds,
-    )
 
 
 def chunk_size(steps: int) -> int:
     """Steps of a chunk: the largest divisor of `steps` that gives at least `CHUNKS` chunks."""
     return max(n for n in range(1, max(2, steps // CHUNKS + 1)) if steps % n == 0)
+
+
+def _score(metrics: StepMetrics) -> np.ndarray:
+    assert metrics.score is not None, "accuracy is not the loss"
+    return np.asarray(metrics.score)
+
+
+def _standard_promotion() -> Any:
+    return jax.numpy_dtype_promotion("standard")  # optax raises floats to integer powers
 
 
 def _new_model(trial: Trial, key: Array) -> LanguageModel:

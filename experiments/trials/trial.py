@@ -8,16 +8,6 @@ from experiments.tasks.synthetic import SyntheticConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reading:
-    """Sequences on which a trained model is read."""
-
-    task: SyntheticConfig
-    """The task trained on, or a variation of it."""
-    length: int
-    """Tokens of a sequence."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
     """A training on a task, without its seed and rate."""
 

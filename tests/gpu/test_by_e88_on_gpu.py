@@ -1,4 +1,4 @@
-"""The gated delta rule by E88's kernels on the GPU that they are for, against the scan in float32."""
+"""The gated delta rule by E88's kernels on the GPU, against the scan in float32."""
 
 import numpy as np
 import pytest

@@ -23,7 +23,7 @@ BOUND = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 8e-3}
 
 
 def by_definition(*arrays: Array | None) -> tuple[Array, Array]:
-    return sequential(*arrays, None, delta_rule=True)  # pyright: ignore[reportArgumentType]
+    return sequential(*arrays, None, delta_rule=True)  # pyright: ignore
 
 
 def by_scan(*arrays: Array | None) -> tuple[Array, Array]:
@@ -70,7 +70,7 @@ def test_runs_by_the_kernels_where_others_refuse(
     monkeypatch.setattr(hopper, "PACKAGE", "no_such_package")
     call = make_call(GATED_DELTA_RULE, Size(2, 40, 2, 4, 31, 30)).without("lengths")
     arrays = tensors(GATED_DELTA_RULE, call, dtype)
-    run = functools.partial(gated_delta_rule, segment_ids=call.segment_ids)
+    run = functools.partial(gated_delta_rule, segment_ids=jnp.asarray(call.segment_ids))
     kernels.log_once.cache_clear()
     with target.use(target.H100), caplog.at_level(logging.INFO):
         program = jax.jit(run).trace(**arrays).lower(lowering_platforms=("cuda",)).as_text()

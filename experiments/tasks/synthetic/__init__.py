@@ -1,7 +1,7 @@
 """Synthetic tasks: what a model can track, compute and recall. Each is a class by its name."""
 
 from .arithmetic import Arithmetic
-from .base import Sequences, SyntheticConfig
+from .base import SyntheticConfig
 from .groups import Group
 from .memory import Copy, KeyedRing, Overwrite, Recall
 from .mqar import MultiQuery
@@ -16,9 +16,3 @@ TASKS: dict[str, type[SyntheticConfig]] = {
     )
 }
 """The tasks by name."""
-
-__all__ = [
-    *("TASKS", "Sequences", "SyntheticConfig"),
-    *("Arithmetic", "Copy", "Counter", "Dyck", "Group", "KeyedRing", "MultiQuery"),
-    *("Overwrite", "Parity", "Recall", "Ring"),
-]

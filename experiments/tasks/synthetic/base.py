@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from experiments.cli import require
@@ -159,6 +161,8 @@ class Synthetic:
     tokens = "tokens"
 
     VALIDATION_BATCHES: ClassVar[int] = 16
+    READ_ROWS: ClassVar[int] = 256
+    """Sequences of each length that the trained model reads."""
 
     def __init__(self, config: SyntheticConfig, batch: BatchConfig):
         self.config, self.vocab_size = config, config.vocab_size
@@ -188,4 +192,19 @@ class Synthetic:
         """Writes nothing: the flags and the seed are the data."""
 
     def finish(self, model: "LanguageModel", run: "Run") -> None:
-        """Does nothing."""
+        """Reads at the training length and up to 8 times it, and writes `lengths.json`."""
+        from .reading import Reading, accuracy, lengths_from
+
+        window = self._batch.seq_len
+        graphdef, params = nnx.split(model)
+        lane = jax.tree.map(lambda x: x[None], params)
+        found: dict[int, dict[str, float]] = {}
+        for length in lengths_from(window, 8 * window):
+            reading = Reading(task=self.config, length=length)
+            (value,) = accuracy(
+                graphdef, lane, reading, window=window, batches=1, batch_size=self.READ_ROWS
+            )
+            found[length] = {"accuracy": float(value), "chance": self.config.chance(length)}
+        run.write("lengths.json", json.dumps(found, indent=2).encode() + b"\n")
+        said = (f"{x['accuracy']:.3f} at {length}" for length, x in found.items())
+        run.say(f"accuracy by length: {', '.join(said)}; in lengths.json")

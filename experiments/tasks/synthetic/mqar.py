@@ -16,8 +16,8 @@ from .base import Sequences, SyntheticConfig
 class MultiQuery(SyntheticConfig):
     """Pairs of a key and a value, then every key once among random tokens: its value there.
 
-    Rows differ in length and pairs: settings are `lengths[i]` tokens with `pairs[i]` pairs, drawn in
-    proportion to `shares`; random tokens fill a row. Keys are tokens of the lower half of the
+    Rows differ in length and pairs: settings are `lengths[i]` tokens with `pairs[i]` pairs, drawn
+    in proportion to `shares`; random tokens fill a row. Keys are tokens of the lower half of the
     vocabulary, values of the upper. A key's distance from the pairs has a power law.
     """
 
@@ -64,7 +64,7 @@ class MultiQuery(SyntheticConfig):
         shares = jnp.log(jnp.asarray(self.shares, jnp.float32))
         setting = jax.random.categorical(of_setting, shares, shape=(rows,))
         settings = zip(keys, self.lengths, self.pairs, strict=True)
-        drawn = [self._of_setting(key, rows, *sizes, length) for key, *sizes in settings]
+        drawn = [self._of_setting(key, rows, size, n, length) for key, size, n in settings]
         row = jnp.arange(rows)
         return Sequences(*(jnp.stack(arrays)[setting, row] for arrays in zip(*drawn, strict=True)))
 

@@ -1,5 +1,6 @@
 """Accuracy of trained models on sequences of any length, with the state carried along."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -11,12 +12,18 @@ from jax import Array
 
 from e88_jax.model import LanguageModel, LMState
 from experiments.harness.optimizer import Params
-from experiments.tasks.synthetic.base import Sequences, held_out_key, is_right, sampler
 
-from .trial import Reading
+from .base import Sequences, SyntheticConfig, held_out_key, is_right, sampler
 
-LONGEST = 4096
-"""Greatest length that trained models are read at."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Sequences on which a trained model is read."""
+
+    task: SyntheticConfig
+    """The task trained on, or a variation of it."""
+    length: int
+    """Tokens of a sequence."""
 
 
 def accuracy(
@@ -70,7 +77,7 @@ def _programs(
     return jax.jit(jax.vmap(start)), jax.jit(jax.vmap(advance, (0, 0, None)), donate_argnums=1)
 
 
-def lengths_from(length: int, longest: int = LONGEST) -> list[int]:
+def lengths_from(length: int, longest: int) -> list[int]:
     """`length`, and its multiples by powers of two up to `longest`."""
     multiples = [length]
     while 2 * multiples[-1] <= longest:
