@@ -63,7 +63,8 @@ def _gated_deltanet(**options: Any) -> "Build":
 
 def _mamba2(size: Size, model: LMConfig) -> Iterable[LMConfig]:
     """The authors' heads and state, with as many channels as the parameters allow."""
-    for d_state, head_dim in ((128, 64), (64, 64), (128, 32), (64, 32), (64, 16), (64, 8)):
+    shapes = (128, 64), (64, 64), (128, 32), (64, 32), (64, 16), (64, 8), (32, 8), (32, 4)
+    for d_state, head_dim in shapes:
         middle = round(5 * size.values / 3 / head_dim)  # an E88 layer has about 5 dim * values
         for heads in sorted(range(1, 2 * middle + 1), key=lambda h: abs(h - middle)):
             layer = Mamba2Config(

@@ -1,0 +1,180 @@
+"""The program: a suite runs, goes on where it was stopped, and ends with tables and plots."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from experiments import expressivity
+from experiments.cli.errors import RunStopped, UsageError
+from experiments.harness.config import OptimizerConfig
+from experiments.tasks.synthetic import MultiQuery, Parity, Recall
+from experiments.tasks.synthetic.reading import Reading
+from experiments.trials import running, suites
+from experiments.trials.controls import CONTROLS, Size
+from experiments.trials.records import Records, groups
+from experiments.trials.suites import SUITES, Problem, Suite
+
+TINY = Suite(
+    about="two problems of a moment",
+    problems={
+        "parity": Problem.at(Parity(), 4, 4, 8),
+        "recall": Problem.at(Recall(keys=3, values=3, pairs=1), 5, 4, 10),
+    },
+    sizes=(Size(dim=8, depth=1, n_heads=1, n_state=4),),
+    models=("e88", "lstm"),
+    dtypes=("float32",),
+    seeds=(1, 2),
+    optimizer=OptimizerConfig(warmup_steps=1),
+    batch_size=2,
+    rates=(1e-3, 1e-2),
+    read_batches=1,
+    read_batch_size=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SUITES, "quick", TINY)
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "runs.jsonl").read_text().splitlines()]
+
+
+def test_a_suite_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "suite")]
+    directory = tmp_path / "suite"
+
+    # One cell, then nothing of it again.
+    some = ["quick", "--problems", "parity", "--models", "e88", *out]
+    expressivity.main(some)
+    first = lines(directory)
+    assert [x["kind"] for x in first] == ["search"] * 2 + ["run"] * 2
+    assert [x["seed"] for x in first] == [suites.SEARCH_SEED] * 2 + [1, 2]
+    searched = {x["learning_rate"]: x for x in first[:2]}
+    assert set(searched) == set(TINY.rates)
+    assert {x["learning_rate"] for x in first[2:]} == {running.best_rate(searched)}
+    assert [x["steps"] for x in first] == [2, 2, 4, 4]
+    assert set(first[2]["accuracy"]) == set(first[2]["chance"]) == {"4", "8"}
+    expressivity.main(some)
+    assert lines(directory) == first
+
+    # A time that is over at once stops with what there is.
+    with pytest.raises(RunStopped, match="goes on"):
+        expressivity.main(["quick", "--minutes", "1e-9", *out])
+    assert lines(directory) == first
+
+    # The rest; a line that a kill has cut short is made again.
+    with (directory / "runs.jsonl").open("a") as file:
+        file.write('{"kind": "run", "prob')
+    capsys.readouterr()
+    expressivity.main(["quick", "--problems", "parity", *out])
+    every = lines(directory)
+    assert every[: len(first)] == first
+    assert len(every) == 2 * len(first)
+    report = (directory / "report.md").read_text()
+    assert "| E88 |" in report
+    assert "| LSTM |" in report
+    with (directory / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    runs = [x for x in every if x["kind"] == "run"]
+    assert len(rows) == sum(len(run["accuracy"]) for run in runs)
+    assert {row["model"] for row in rows} == {"e88", "lstm"}
+    assert imread(directory / "accuracy_8x1_float32.png").shape[0] > 100
+
+
+def test_the_list_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expressivity.main(["quick", "--list", "--out", str(tmp_path / "suite")])
+    said = capsys.readouterr().out
+    assert "4 cells of 2 seeds, 4 left" in said
+    assert "parity, lstm, 8 x 1, float32: search, 2 x 2 steps" in said
+    assert not (tmp_path / "suite").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--problems", "parety"], ["parety", "'parity'", "'recall'"]),
+        (["--models", "e89"], ["e89", "e88_linear"]),
+        (["--depths", "3"], ["[1]", "[3]"]),
+        (["--minutes", "0"], ["--minutes", "above 0"]),
+        (["--seeds", "-1"], ["--seeds", "-1"]),
+        (["--modles", "e88"], ["--modles", "--models"]),
+    ],
+)
+def test_mistakes_cost_nothing(tmp_path: Path, flags: list[str], words: list[str]) -> None:
+    with pytest.raises(UsageError) as said:
+        expressivity.main(["quick", "--out", str(tmp_path / "suite"), *flags])
+    for word in words:
+        assert word in str(said.value)
+    assert not (tmp_path / "suite").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="--out"):
+        expressivity.main(["quick", "--out", str(tmp_path / "file" / "suite")])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+class TestSuites:
+    """The data of the real suites."""
+
+    def test_the_author_s(self) -> None:
+        suite = SUITES["author"]
+        assert len(suite.problems) == 12
+        assert {p.steps for p in suite.problems.values()} == {10_000}
+        assert suite.optimizer.optimizer == "schedule_free"
+        assert (suite.rates, suite.seeds, suite.batch_size) == ((3e-4,), (42, 123, 456), 32)
+
+    @pytest.mark.parametrize("name", [name for name in SUITES if name != "quick"])
+    def test_every_cell_can_be_built(self, name: str, tmp_path: Path) -> None:
+        suite = SUITES[name]
+        left = running.left(suite, Records(tmp_path / "runs.jsonl"))
+        assert len({work.cell for work in left}) == len(list(running.cells(suite)))
+        for problem in suite.problems.values():
+            problem.task.check_length(problem.length)
+            for reading in problem.readings:
+                reading.task.check_length(reading.length)
+                assert reading.task.vocab_size == problem.task.vocab_size
+
+    def test_searches_have_four_rates(self) -> None:
+        for name in ("groups", "formal", "recall"):
+            assert len(SUITES[name].rates) >= 4
+            assert set(SUITES[name].models) == set(CONTROLS)
+
+
+def test_names_of_readings() -> None:
+    assert running.name(Reading(task=Parity(), length=64)) == "64"
+    assert running.name(Reading(task=Parity(min_length=40), length=256)) == "40 to 256"
+    pairs = MultiQuery(lengths=(64,), pairs=(4,), shares=(1.0,))
+    assert running.name(Reading(task=pairs, length=64)) == "64, 4 pairs"
+
+
+def test_the_best_rate_breaks_ties_by_loss() -> None:
+    def search(accuracy: float, loss: float) -> dict[str, Any]:
+        return {"training_accuracy": [0.0, accuracy], "training_loss": [0.0, loss]}
+
+    def best(**rates: tuple[float, float]) -> float:
+        found = {
+            float(name): {**search(*x), "learning_rate": float(name)} for name, x in rates.items()
+        }
+        return running.best_rate(found)
+
+    assert best(**{"0.1": (0.5, 1.0), "0.2": (0.9, 2.0)}) == 0.2
+    assert best(**{"0.1": (1.0, 0.1), "0.2": (1.0, 0.01)}) == 0.2
+    assert best(**{"0.1": (0.5, 1.0), "0.2": (0.5, float("nan"))}) == 0.1
+
+
+def test_a_part_of_a_suite() -> None:
+    part = running.selected(TINY, problems=["recall"], dtypes=["bfloat16"], seeds=[5])
+    assert list(part.problems) == ["recall"]
+    assert (part.dtypes, part.seeds, part.models) == (("bfloat16",), (5,), TINY.models)
+    assert running.selected(TINY) == TINY
+    assert dataclasses.replace(part, seeds=TINY.seeds) != TINY
+    assert groups([]) == {}
