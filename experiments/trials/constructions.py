@@ -25,20 +25,17 @@ from experiments.trials.hand_set import (
     LARGE,
     LOWEST_SILU,
     SATURATED,
+    SMALL,
     Floats,
     Head,
     build,
     e88_model,
     lookup,
-    margin_scale,
     one_layer,
     silu_inverse,
     toggle,
+    two_layers,
 )
-
-SMALL = 2.0**-13
-"""Amplitude at which tanh(x) = x in float32, for |x| up to twice as large: correctly rounded tanh
-is x up to 3.5e-4, and XLA's up to 4e-4 on a CPU."""
 
 BIT_CODE = np.array([[-0.5], [0.5]])
 
@@ -49,7 +46,11 @@ def _shift_codes() -> Floats:
 
 
 def parity(
-    *, linear_state: bool = False, amplitude: float = SMALL, dtype: Dtype = "float32"
+    *,
+    linear_state: bool = False,
+    amplitude: float = SMALL,
+    saturation: float = SATURATED,
+    dtype: Dtype = "float32",
 ) -> LanguageModel:
     """Parity of bits in one layer of default options; the target is (x_1 + ... + x_t) mod 2.
 
@@ -58,10 +59,12 @@ def parity(
         s_t = c - s_{t-1} on a 1,  s_t = s_{t-1} on a 0;   s_0 = 0, so s_t = c * parity
 
     With tanh, s -> tanh(c - s) contracts to its fixed point, unless c is so small that tanh(c) = c
-    in float32.
+    in float32. Decays are sigmoids of -+saturation: at a saturation a below 17, where they are not
+    0 and 1 in float32, errors grow to c / 2 in about 3 e^a steps.
     """
     layer = E88Config(n_heads=2, n_state=2, linear_state=linear_state)
-    flip = toggle([False, True], amplitude, np.full((2, 1), LARGE), [[0.0, 0.0, 1.0]])
+    to_answer = [[0.0, 0.0, 1.0]]
+    flip = toggle([False, True], amplitude, np.full((2, 1), LARGE), to_answer, saturation)
     return one_layer(layer, BIT_CODE, [flip, lookup(_shift_codes(), linear_state)], dtype)
 
 
@@ -127,13 +130,34 @@ def error_correcting_parity(*, dtype: Dtype = "float32") -> LanguageModel:
     for x in range(2):
         key[[x, clock[x]], 1 + x] -= 30 * np.array([0.6, 1.0])  # below 0 at odd t
         key[1 - x, 1 + x] = -100.0
-    value[[0, 1, mark], 0] = 160 * np.array([-0.42, -0.42, 1])
+    value[[0, 1, mark], 0] = 160 * np.array([-0.44, -0.44, 1])
     forget, gate, write = np.zeros(rows), np.zeros((rows, 1)), np.zeros(rows)
     forget[clock], gate[token], write[token] = 3.0, 3.0, 4.0
     layer_2 = [Head(query, key, value, forget, gate, to([answer], 4.0), write)]
     config = e88_model(dim, (layer, dataclasses.replace(layer, n_heads=1)), 2, dtype)
     layers = [(token, 1.25 / dim, layer_1), (range(rows), 1.6 / dim, layer_2)]
     return build(config, embedding, layers, slice(answer, dim), 1.0)
+
+
+def counter_4(*, linear_state: bool = False, dtype: Dtype = "float32") -> LanguageModel:
+    """Sums of 0, 1, 2 and 3 modulo 4, in two layers of default options: parity twice.
+
+    Layer 1 has the low bit. Layer 2 has the high bit, which toggles on 2 and 3, and on a carry: an
+    odd number that leaves the low bit at 0.
+    """
+    layer = E88Config(n_heads=2, n_state=8, linear_state=linear_state)
+    bits = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])  # low, high
+    carries = [low == 0 and x % 2 == 1 for low in (0, 1) for x in range(4)]
+    toggles = [bool(high ^ carry) for high, carry in zip([0, 0, 1, 1] * 2, carries, strict=True)]
+    dim, answer = 4 + 2 + 8, slice(4, 6)
+    low_bit, high_bit = np.zeros((8, dim)), np.zeros((1, dim))
+    low_bit[:, answer] = -0.5
+    low_bit[4:, 4] = 0.5
+    high_bit[0, 5] = 1.0
+    amplitude = LARGE if linear_state else SMALL
+    flip = toggle(toggles, amplitude, np.full((8, 1), LARGE), high_bit)
+    heads = [flip, lookup(low_bit, linear_state)]
+    return two_layers([False, True, False, True], layer, bits - 0.5, heads, dtype)
 
 
 def track(
@@ -175,6 +199,10 @@ def track(
         amplitude: C.
         use_silu: with SiLU, keys and values with entries below 0 are small before it and not exact.
         dtype: compute dtype.
+
+    Raises:
+        ValueError: a token is neither a reflection nor, with a mirror, the product of two, or with
+            SiLU an entry of C k_t is too far below 0.
     """
     tokens, classes, query = (np.asarray(x, np.float64) for x in (tokens, classes, query))
     code = np.einsum("cij,i->cj", classes, query)
@@ -182,6 +210,8 @@ def track(
     mirrors = np.array([np.eye(n)] if mirror is None else [np.eye(n), mirror])
     # Rows of layer 2: x_t of every token with e_t = 0, then with e_t = 1.
     turns = np.linalg.det(tokens) > 0
+    if mirror is None and turns.any():
+        raise ValueError("tokens of determinant 1 need a mirror.")
     steps = [
         mirrors[e] @ x @ mirrors[e ^ turn]
         for e in range(len(mirrors))
@@ -198,8 +228,7 @@ def track(
         linear_state=linear_state,
         use_silu=use_silu,
     )
-    dim = n_tokens + n + (0 if mirror is None else rows)
-    answer, length = slice(n_tokens, n_tokens + n), float(np.linalg.norm(query))
+    dim, answer = n_tokens + n + (0 if mirror is None else rows), slice(n_tokens, n_tokens + n)
     values = amplitude * np.sqrt(2) * normals
     keys = np.tile(normals, 2) * (LARGE * np.sqrt(2))
     if use_silu:
@@ -207,7 +236,7 @@ def track(
             keys *= LOWEST_SILU / keys.min()
         keys, values = silu_inverse(keys), silu_inverse(values)
     read, constant = np.zeros((n, dim)), np.zeros((rows, dim))
-    read[:, answer] = -np.eye(n) * length / (amplitude * LARGE)
+    read[:, answer] = -np.eye(n) * np.linalg.norm(query) / (amplitude * LARGE)
     constant[:, answer] = queries
     reflect = Head(
         query=LARGE * queries,
@@ -221,27 +250,8 @@ def track(
     if mirror is None:
         constant[:, answer] -= code[:n_tokens]
         return one_layer(layer, code, [reflect, lookup(constant, linear_state)], dtype)
-
-    i, pairs = np.arange(n_tokens), np.arange(n_tokens + n, dim)
-    with_0, with_1 = pairs[:n_tokens], pairs[n_tokens:]
-    parity_of_turns, start = np.zeros((n_tokens, dim)), np.zeros((n_tokens, dim))
-    parity_of_turns[i, with_1], parity_of_turns[i, with_0] = 1.0, -1.0
-    start[i, with_0], start[:, answer] = 1.0, -code[:n_tokens]
-    first = E88Config(n_heads=2, n_state=max(2, n_tokens), linear_state=linear_state)
-    held = LARGE if linear_state else SMALL
-    layer_1 = [
-        toggle(list(turns), held, LARGE * np.eye(n_tokens), parity_of_turns),
-        lookup(start, linear_state),
-    ]
-    embedding = np.zeros((len(code), dim))
-    embedding[i, i], embedding[:, answer] = 1.0, code
-    layers = [
-        (range(n_tokens), (1 + length**2) / dim, layer_1),
-        (list(pairs), 2 / dim, [reflect, lookup(constant, linear_state)]),
-    ]
-    norm = margin_scale(code, (2 + length**2) / dim)
-    config = e88_model(dim, (first, layer), len(code), dtype)
-    return build(config, embedding, layers, answer, norm)
+    heads = [reflect, lookup(constant, linear_state)]
+    return two_layers(turns.tolist(), layer, code, heads, dtype)
 
 
 def _normal(reflection: Floats) -> Floats:

@@ -28,6 +28,9 @@ SATURATED = 200.0
 """Input of a sigmoid that is 1 in float32, and 0 for its negative: e^-200 is below float32."""
 LARGE = 64.0
 """Input that SiLU leaves as it is in float32; the 1e-6 of the l2 norm is rounded away beside it."""
+SMALL = 2.0**-13
+"""Amplitude at which tanh(x) = x in float32, for |x| up to twice as large: correctly rounded tanh
+is x up to 3.5e-4, and XLA's up to 4e-4 on a CPU."""
 LOWEST_SILU = -0.278
 """Lowest value of SiLU, at -1.278, rounded up to three digits."""
 
@@ -86,18 +89,24 @@ def lookup(table: Floats, linear_state: bool) -> Head:
     )
 
 
-def toggle(toggles: Sequence[bool], amplitude: float, gate: Floats, out: Any) -> Head:
+def toggle(
+    toggles: Sequence[bool],
+    amplitude: float,
+    gate: Floats,
+    out: Any,
+    saturation: float = SATURATED,
+) -> Head:
     """The head whose state, in every column, is `amplitude` times the parity of the toggles so far.
 
-    A toggle has decay 0 and reads the key that it writes, k = e_0: x -> amplitude - x, so that
-    0 -> amplitude -> 0. Any other token has decay 1, the key e_1 and v = 0: x -> x.
+    A toggle has decay 0, k = e_0 and v = amplitude: x -> amplitude - x, that is 0 -> amplitude ->
+    0. Any other token has decay 1, k = e_1 and v = 0: x -> x. Decays are sigmoids of -+saturation.
     """
     which = np.asarray(toggles, np.float64)[:, None]
     return Head(
         query=np.full((len(toggles), 1), LARGE),
         key=LARGE * np.concatenate([which, 1 - which], axis=1),
         value=silu_inverse(amplitude * which * np.ones((1, gate.shape[1]))),
-        forget=SATURATED * (2 * which[:, 0] - 1),
+        forget=saturation * (2 * which[:, 0] - 1),
         gate=gate,
         out=np.asarray(out) / (amplitude * LARGE),
     )
@@ -138,6 +147,39 @@ def one_layer(layer: E88Config, code: Floats, heads: list[Head], dtype: Dtype) -
     layers = [(range(tokens), mean_square, heads)]
     norm = margin_scale(code, mean_square)
     return build(config, embedding, layers, slice(tokens, dim), norm)
+
+
+def two_layers(
+    toggles: Sequence[bool], layer: E88Config, code: Floats, heads: list[Head], dtype: Dtype
+) -> LanguageModel:
+    """A model whose first layer tells the second, besides the token, the parity of the toggles.
+
+    The residual stream is a dimension per token, then the code of the answer, `[classes, n]`, then
+    a dimension for each token at parity 0 and for each at parity 1: of these pairs, the rows of the
+    second layer's heads, just one is 1. Layer 1 has default options: its output gate opens one
+    column for each token.
+    """
+    toggles = list(toggles)
+    i, tokens, n = np.arange(len(toggles)), len(toggles), code.shape[1]
+    answer, pairs = slice(tokens, tokens + n), tokens + n + np.arange(2 * tokens)
+    dim = tokens + n + len(pairs)
+    at_0, at_1 = pairs[:tokens], pairs[tokens:]
+    parity, start = np.zeros((tokens, dim)), np.zeros((tokens, dim))
+    parity[i, at_1], parity[i, at_0] = 1.0, -1.0
+    start[i, at_0], start[:, answer] = 1.0, -code[:tokens]
+    linear_state = layer.linear_state
+    first = E88Config(n_heads=2, n_state=max(2, tokens), linear_state=linear_state)
+    held = LARGE if linear_state else SMALL
+    layer_1 = [
+        toggle(toggles, held, LARGE * np.eye(tokens), parity),
+        lookup(start, linear_state),
+    ]
+    embedding = np.zeros((len(code), dim))
+    embedding[i, i], embedding[:, answer] = 1.0, code
+    square = np.sum(code[0] ** 2)
+    layers = [(range(tokens), (1 + square) / dim, layer_1), (list(pairs), 2 / dim, heads)]
+    config = e88_model(dim, (first, layer), len(code), dtype)
+    return build(config, embedding, layers, answer, margin_scale(code, (2 + square) / dim))
 
 
 def build(

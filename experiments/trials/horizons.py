@@ -1,6 +1,7 @@
 """Measures how long a model with weights set by hand is right, with and without noise."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,14 +17,18 @@ from e88_jax.mixers.base import Dtype
 from e88_jax.model import LanguageModel
 from e88_jax.typed import jit, split
 from experiments.trials import constructions as c
+from experiments.trials.hand_set import SMALL
 
 Ints = NDArray[np.int64]
 
 CHUNK = 2048
 """Tokens of one call; the state is handed on."""
 DTYPES: tuple[Dtype, ...] = "float32", "bfloat16"
-AMPLITUDES = 0.1, 0.03, 0.01, 0.001, c.SMALL
+AMPLITUDES = 0.16, 0.08, 0.04, 0.02, 0.01, SMALL
+SATURATIONS = 3.0, 5.0, 7.0, 9.0
 NOISES = 0.001, 0.01, 0.05
+NOISY = "parity, linear", "error correcting"
+"""Starts of the names of cases that are measured with noise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,41 +72,25 @@ def swaps_of_neighbours(n: int) -> list[tuple[int, ...]]:
 
 def cases() -> list[Case]:
     """Every construction."""
-    s_3 = list(itertools.permutations(range(3)))
-
-    def linear_parity(dtype: Dtype) -> LanguageModel:
-        return c.parity(linear_state=True, amplitude=1.0, dtype=dtype)
-
-    def small_swaps(dtype: Dtype) -> LanguageModel:
-        return c.adjacent_swaps(linear_state=False, amplitude=c.SMALL, dtype=dtype)
-
-    def counter(modulus: int) -> Callable[..., LanguageModel]:
-        return lambda dtype: c.counter(modulus, dtype=dtype)
+    s_3 = products(list(itertools.permutations(range(3))))
+    s_5 = products(swaps_of_neighbours(5))
+    reflections = "reflections, linear, gate 2"
+    linear_parity = functools.partial(c.parity, linear_state=True, amplitude=1.0)
+    small_swaps = functools.partial(c.adjacent_swaps, linear_state=False, amplitude=SMALL)
 
     return [
         Case("parity, linear", "parity", linear_parity, 2, sums(2)),
-        Case(f"parity, tanh, amplitude {c.SMALL:.2g}", "parity", c.parity, 2, sums(2)),
+        Case(f"parity, tanh, amplitude {SMALL:.2g}", "parity", c.parity, 2, sums(2)),
         Case("flip-flop, tanh, gate 2", "parity", c.flip_flop, 2, sums(2)),
         Case("error correcting, tanh, gate 2", "parity", c.error_correcting_parity, 2, sums(2)),
+        Case(f"parity twice, tanh, amplitude {SMALL:.2g}", "counter 4", c.counter_4, 4, sums(4)),
         *(
-            Case("reflections, linear, gate 2", f"counter {k}", counter(k), k, sums(k))
+            Case(reflections, f"counter {k}", functools.partial(c.counter, k), k, sums(k))
             for k in (3, 5, 20)
         ),
-        Case("reflections, linear, gate 2", "S3", c.symmetric_group_3, 6, products(s_3)),
-        Case(
-            "reflections, linear, gate 2",
-            "S5 swaps",
-            c.adjacent_swaps,
-            4,
-            products(swaps_of_neighbours(5)),
-        ),
-        Case(
-            f"reflections, tanh, gate 2, amplitude {c.SMALL:.2g}",
-            "S5 swaps",
-            small_swaps,
-            4,
-            products(swaps_of_neighbours(5)),
-        ),
+        Case(reflections, "S3", c.symmetric_group_3, 6, s_3),
+        Case(reflections, "S5 swaps", c.adjacent_swaps, 4, s_5),
+        Case(f"reflections, tanh, gate 2, amplitude {SMALL:.2g}", "S5 swaps", small_swaps, 4, s_5),
     ]
 
 
@@ -189,20 +178,26 @@ def report(length: int, count: int, seed: int) -> None:
     row(*["---"] * 4)
     s_5 = products(swaps_of_neighbours(5))
     for amplitude in AMPLITUDES:
-
-        def tanh(build: Callable[..., LanguageModel], amplitude: float = amplitude) -> Any:
-            return lambda dtype: build(linear_state=False, amplitude=amplitude, dtype=dtype)
-
-        row(
-            f"{amplitude:.2g}",
-            measured(Case("", "", tanh(c.parity), 2, sums(2)), "float32")[0],
-            measured(Case("", "", tanh(lambda **x: c.counter(5, **x)), 5, sums(5)), "float32")[0],
-            measured(Case("", "", tanh(c.adjacent_swaps), 4, s_5), "float32")[0],
-        )
+        options = {"linear_state": False, "amplitude": amplitude}
+        tanh = [
+            Case("", "", functools.partial(c.parity, **options), 2, sums(2)),
+            Case("", "", functools.partial(c.counter, 5, **options), 5, sums(5)),
+            Case("", "", functools.partial(c.adjacent_swaps, **options), 4, s_5),
+        ]
+        row(f"{amplitude:.2g}", *(measured(case, "float32")[0] for case in tanh))
 
     print()
-    linear, *_, correcting = cases()[:4]
+    row("parity, linear, float32: decays are sigmoids of -+", *SATURATIONS)
+    row(*["---"] * (1 + len(SATURATIONS)))
+    unsaturated = [
+        Case("", "", functools.partial(c.parity, linear_state=True, saturation=a), 2, sums(2))
+        for a in SATURATIONS
+    ]
+    row("right to length", *(measured(case, "float32")[0] for case in unsaturated))
+
+    print()
+    linear_and_correcting = [case for case in cases() if case.name.startswith(NOISY)]
     row("parity, float32: noise of every state at every step, uniform in +-", *NOISES)
     row(*["---"] * (1 + len(NOISES)))
-    for case in (linear, correcting):
+    for case in linear_and_correcting:
         row(case.name, *(measured(case, "float32", noise=noise)[0] for noise in NOISES))
