@@ -14,7 +14,7 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from e88_jax.mixers.base import Dtype
-from e88_jax.model import LanguageModel
+from e88_jax.model import LanguageModel, LMState
 from e88_jax.typed import jit, split
 from experiments.trials import constructions as c
 from experiments.trials.hand_set import SMALL
@@ -76,8 +76,8 @@ def cases() -> list[Case]:
     s_5 = products(swaps_of_neighbours(5))
     reflections = "reflections, linear, gate 2"
     linear_parity = functools.partial(c.parity, linear_state=True, amplitude=1.0)
+    exact_s_3 = functools.partial(c.symmetric_group_3, use_silu=False)
     small_swaps = functools.partial(c.adjacent_swaps, linear_state=False, amplitude=SMALL)
-
     return [
         Case("parity, linear", "parity", linear_parity, 2, sums(2)),
         Case(f"parity, tanh, amplitude {SMALL:.2g}", "parity", c.parity, 2, sums(2)),
@@ -89,6 +89,7 @@ def cases() -> list[Case]:
             for k in (3, 5, 20)
         ),
         Case(reflections, "S3", c.symmetric_group_3, 6, s_3),
+        Case(f"{reflections}, no SiLU", "S3", exact_s_3, 6, s_3),
         Case(reflections, "S5 swaps", c.adjacent_swaps, 4, s_5),
         Case(f"reflections, tanh, gate 2, amplitude {SMALL:.2g}", "S5 swaps", small_swaps, 4, s_5),
     ]
@@ -113,38 +114,54 @@ def margins(
         seed: of the noise.
     """
     graphdef, params = split(model)
-
-    def of_chunk(params: Any, state: Any, tokens: Array, answers: Array) -> tuple[Any, Array]:
-        logits, state = nnx.merge(graphdef, params)(tokens, state)
-        right = jax.nn.one_hot(answers, logits.shape[-1], dtype=bool)
-        others = jnp.max(jnp.where(right, -jnp.inf, logits), axis=-1)
-        return state, jnp.max(jnp.where(right, logits, -jnp.inf), axis=-1) - others
-
-    def with_noise(params: Any, state: Any, tokens: Array, answers: Array) -> tuple[Any, Array]:
-        def step(carry: tuple[Any, Array], now: tuple[Array, Array]) -> tuple[Any, Array]:
-            state, key = carry
-            state, margin = of_chunk(params, state, now[0][:, None], now[1][:, None])
-            leaves, structure = jax.tree.flatten(state)
-            key, *keys = jax.random.split(key, len(leaves) + 1)
-            noisy = [
-                x + jax.random.uniform(key, x.shape, x.dtype, -noise, noise)
-                for x, key in zip(leaves, keys, strict=True)
-            ]
-            return (jax.tree.unflatten(structure, noisy), key), margin[:, 0]
-
-        carry, margins = lax.scan(step, state, (tokens.T, answers.T))
-        return carry, margins.T
-
-    state: Any = model.init_state(len(tokens))
-    if noise:
-        state = state, jax.random.key(seed)
-    run, found = jit(with_noise if noise else of_chunk), []
+    state, key, found = model.init_state(len(tokens)), jax.random.key(seed), []
     for start in range(0, tokens.shape[1], CHUNK):
         chunk = slice(start, start + CHUNK)
         x, y = (jnp.asarray(a[:, chunk], jnp.int32) for a in (tokens, answers))
-        state, margin = run(params, state, x, y)
+        if noise:
+            state, key, margin = _chunk_with_noise(graphdef, params, state, x, y, noise, key)
+        else:
+            state, margin = _chunk(graphdef, params, state, x, y)
         found.append(np.asarray(margin))
     return np.concatenate(found, axis=1)
+
+
+@functools.partial(jit, static_argnums=0)
+def _chunk(
+    graphdef: Any, params: Any, state: LMState, tokens: Array, answers: Array
+) -> tuple[LMState, Array]:
+    """The state after the tokens `[B, T]` and the margins `[B, T]`."""
+    logits, state = nnx.merge(graphdef, params)(tokens, state)
+    right = jax.nn.one_hot(answers, logits.shape[-1], dtype=bool)
+    others = jnp.max(jnp.where(right, -jnp.inf, logits), axis=-1)
+    return state, jnp.max(jnp.where(right, logits, -jnp.inf), axis=-1) - others
+
+
+@functools.partial(jit, static_argnums=0)
+def _chunk_with_noise(
+    graphdef: Any,
+    params: Any,
+    state: LMState,
+    tokens: Array,
+    answers: Array,
+    noise: float,
+    key: Array,
+) -> tuple[LMState, Array, Array]:
+    """`_chunk` with noise after each token, and the next key."""
+
+    def step(carry: tuple[LMState, Array], now: tuple[Array, Array]) -> tuple[Any, Array]:
+        state, key = carry
+        state, margin = _chunk(graphdef, params, state, now[0][:, None], now[1][:, None])
+        leaves, structure = jax.tree.flatten(state)
+        key, *keys = jax.random.split(key, len(leaves) + 1)
+        noisy = [
+            x + jax.random.uniform(key, x.shape, x.dtype, -noise, noise)
+            for x, key in zip(leaves, keys, strict=True)
+        ]
+        return (jax.tree.unflatten(structure, noisy), key), margin[:, 0]
+
+    (state, key), margins = lax.scan(step, (state, key), (tokens.T, answers.T))
+    return state, key, margins.T
 
 
 def horizon(margins: NDArray[np.float32]) -> int:
@@ -156,9 +173,9 @@ def horizon(margins: NDArray[np.float32]) -> int:
 def report(length: int, count: int, seed: int) -> None:
     """Prints the horizons of all constructions, of tanh against amplitude, and under noise."""
 
-    def measured(case: Case, dtype: Dtype, **noise: Any) -> tuple[str, str]:
+    def measured(case: Case, model: LanguageModel, **noise: Any) -> tuple[str, str]:
         tokens = sequences(case.n_tokens, count, length, seed)
-        found = margins(case.build(dtype=dtype), tokens, case.answers(tokens), seed=seed, **noise)
+        found = margins(model, tokens, case.answers(tokens), seed=seed, **noise)
         until = horizon(found)
         longest = f"{until:,}" if until < length else f"all {length:,}"
         return longest, f"{found[:, :until].min():.3g}" if until else "none"
@@ -170,8 +187,8 @@ def report(length: int, count: int, seed: int) -> None:
     row(*["---"] * 6)
     for case in cases():
         for dtype in DTYPES:
-            depth = case.build(dtype=dtype).config.depth
-            row(case.name, case.task, depth, dtype, *measured(case, dtype))
+            model = case.build(dtype=dtype)
+            row(case.name, case.task, model.config.depth, dtype, *measured(case, model))
 
     print()
     row("tanh, float32: amplitude", "parity", "counter 5", "S5 swaps")
@@ -184,7 +201,7 @@ def report(length: int, count: int, seed: int) -> None:
             Case("", "", functools.partial(c.counter, 5, **options), 5, sums(5)),
             Case("", "", functools.partial(c.adjacent_swaps, **options), 4, s_5),
         ]
-        row(f"{amplitude:.2g}", *(measured(case, "float32")[0] for case in tanh))
+        row(f"{amplitude:.2g}", *(measured(case, case.build(dtype="float32"))[0] for case in tanh))
 
     print()
     row("parity, linear, float32: decays are sigmoids of -+", *SATURATIONS)
@@ -193,11 +210,16 @@ def report(length: int, count: int, seed: int) -> None:
         Case("", "", functools.partial(c.parity, linear_state=True, saturation=a), 2, sums(2))
         for a in SATURATIONS
     ]
-    row("right to length", *(measured(case, "float32")[0] for case in unsaturated))
+    row(
+        "right to length", *(measured(case, case.build(dtype="float32"))[0] for case in unsaturated)
+    )
 
     print()
     linear_and_correcting = [case for case in cases() if case.name.startswith(NOISY)]
     row("parity, float32: noise of every state at every step, uniform in +-", *NOISES)
     row(*["---"] * (1 + len(NOISES)))
     for case in linear_and_correcting:
-        row(case.name, *(measured(case, "float32", noise=noise)[0] for noise in NOISES))
+        row(
+            case.name,
+            *(measured(case, case.build(dtype="float32"), noise=noise)[0] for noise in NOISES),
+        )

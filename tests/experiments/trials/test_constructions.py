@@ -107,8 +107,9 @@ def test_every_answer_is_right(name: str, dtype: str) -> None:
     assert margins.min() > (0.9 if length == LENGTH else 0)
 
 
-@pytest.mark.parametrize("length", [7, 1000])
-@pytest.mark.parametrize("name", ["error correcting", "counter 5", "s5 swaps"])
+@pytest.mark.parametrize(
+    ("name", "length"), [("error correcting", 1000), ("counter 5", 7), ("s5 swaps", 128)]
+)
 def test_one_call_of_any_length_is_right(name: str, length: int) -> None:
     build, n_tokens, step, _ = TRACKERS[name]
     tokens = inputs(n_tokens, length)[-5:]
@@ -116,7 +117,7 @@ def test_one_call_of_any_length_is_right(name: str, length: int) -> None:
     np.testing.assert_array_equal(jnp.argmax(logits, axis=-1), answers(step, tokens))
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [2, 3])
 def test_swaps_of_fewer_things(n: int) -> None:
     tokens = np.random.default_rng(n).integers(0, n - 1, (3, 50))
     right = answers(compose([x[:n] for x in SWAPS[: n - 1]]), tokens)
@@ -317,7 +318,6 @@ def test_one_layer_becomes_periodic_with_period_2_on_one_token(conv_size: int | 
 MIXERS: dict[str, MixerConfig] = {
     "e88": E88Config(n_heads=4, n_state=5),
     "e88, linear": E88Config(n_heads=4, n_state=5, linear_state=True),
-    "e88, write gate": E88Config(n_heads=4, n_state=5, write_gate=True),
     "gated deltanet": GatedDeltaNetConfig(n_heads=2, head_dim=6, negative_eigenvalues=True),
 }
 
