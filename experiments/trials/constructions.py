@@ -100,7 +100,7 @@ def error_correcting_parity(*, dtype: Dtype = "float32") -> LanguageModel:
     so that layer 2 reads them together with x_t. It keeps a sign, with v > 0 at t = 1 alone:
 
         s_t = tanh(v - 1.9 s_{t-1})     t odd: k = e_0, decay near 0
-        s_t = tanh(-1.1 s_{t-1})        t even, x_t = x_{t-1}: k = e_0, decay near 0.9
+        s_t = tanh(-1.05 s_{t-1})       t even, x_t = x_{t-1}: k = e_0, decay near 0.9
         s_t = tanh(0.9 s_{t-1})         t even, x_t != x_{t-1}: k near e_1 or e_2, decay near 0.9
 
     Over two steps the sign changes by x_{t-1} + x_t, and a small |s| grows by at least 1.5. At even
