@@ -1,1 +1,2 @@
-"""Trials: models trained on synthetic tasks, several seeds at once, and read at many lengths."""
+"""Trials: models trained on synthetic tasks, several seeds at once, and models with weights set by
+hand."""
