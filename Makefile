@@ -1,13 +1,16 @@
-# `make train` and `make test` are all that a fresh machine needs; both create .venv on first use.
+# `make train`, `make tasks` and `make test` are all that a fresh machine needs; they create .venv.
 PYTHON ?= python3
 export PATH ?= /usr/local/bin:/usr/bin:/bin
 BIN := .venv/bin
 
-.PHONY: train test check clean
+.PHONY: train tasks test check clean
 .DELETE_ON_ERROR:
 
 train: .venv/.train
 	$(BIN)/python experiments/train_byte_lm.py $(ARGS)
+
+tasks: .venv/.train
+	$(BIN)/python experiments/expressivity.py quick $(ARGS)
 
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
