@@ -48,7 +48,9 @@ class SyntheticTrainConfig(TrainConfig):
     @classmethod
     def defaults(cls, args: Sequence[str]) -> Self | None:
         name = value_of("--" + TASK, args)
-        return cls(task_name=name, task=TASKS[name]()) if name in TASKS else None
+        if name not in TASKS:
+            return None
+        return cls(task_name=name, task=TASKS[name]()).with_defaults(DEFAULT_MODEL)
 
     def with_defaults(self, model: LMConfig) -> Self:
         vocab_size = self.task.vocab_size

@@ -13,6 +13,8 @@ from .base import Sequences, SyntheticConfig, draw_lengths
 
 OPERATORS = 3
 """Plus, minus, times."""
+MODULUS_LIMIT = 46342
+"""Values below the modulus are multiplied in int32: 46340^2 < 2^31."""
 # Items that the stack of an expression being written holds, besides lengths of expressions.
 _NOTHING, _OPERATOR, _CLOSE_BINARY, _CLOSE, _NEGATED_DIGIT = 0, -1, -2, -3, -4
 
@@ -30,10 +32,10 @@ class Arithmetic(SyntheticConfig):
     """Bracket every operation, as in ((1+-4)*(2)); digits may have a minus or brackets."""
     min_length: int | None = None
     """Lengths of expressions with "=" are drawn uniformly from this to --seq-len; None for
-    --seq-len alone. Blanks follow."""
+    --seq-len alone. Blanks follow. Without brackets an odd length becomes the even one below."""
 
     def __post_init__(self) -> None:
-        require(self, "modulus", minimum=2)
+        require(self, "modulus", minimum=2, below=MODULUS_LIMIT)
         require(self, "min_length", minimum=2)
 
     @property
@@ -41,8 +43,10 @@ class Arithmetic(SyntheticConfig):
         return self.modulus + OPERATORS + 4
 
     def check_length(self, length: int) -> None:
-        if length < (least := self.min_length or 2):
-            raise ValueError(f'{length} is too short for an expression and "=", {least}.')
+        if length < 2:
+            raise ValueError(f'{length} is too short for an expression and "=", 2.')
+        if self.min_length is not None and length < self.min_length:
+            raise ValueError(f"{length} is shorter than --min-length {self.min_length}.")
 
     def sample(self, key: Array, rows: int, length: int) -> Sequences:
         of_lengths, of_expressions = jax.random.split(key)

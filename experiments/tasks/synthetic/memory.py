@@ -95,7 +95,9 @@ class Recall(SyntheticConfig):
     def __post_init__(self) -> None:
         require(self, "keys", "values", "pairs", minimum=1)
         if self.pairs > self.keys:
-            raise ValueError(f"--pairs {self.pairs} of distinct keys need as many --keys.")
+            raise ValueError(
+                f"--pairs {self.pairs} of distinct keys need as many --keys, got {self.keys}."
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -131,7 +133,8 @@ class Recall(SyntheticConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Overwrite(SyntheticConfig):
     """Keys written again and again, then one of them: its newest value. Keys are 0, ..., then come
-    values and "cleared", which is a value too."""
+    values and "cleared", which is a value too. At an even length one "cleared" precedes the query.
+    """
 
     NAME: ClassVar[str] = "overwrite"
 
@@ -187,7 +190,9 @@ class KeyedRing(SyntheticConfig):
     def __post_init__(self) -> None:
         require(self, "keys", minimum=1)
         require(self, "states", minimum=2)
-        require(self, "density", above=0, below=1 + 2**-24)
+        require(self, "density", above=0)
+        if self.density > 1:
+            raise ValueError(f"--density must be at most 1, got {self.density}.")
 
     @property
     def vocab_size(self) -> int:

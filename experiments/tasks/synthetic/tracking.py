@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from experiments.cli import require
+from experiments.cli import INT32_LIMIT, require
 
 from .base import Tracking
 
@@ -44,6 +44,13 @@ class Counter(Tracking):
     @property
     def vocab_size(self) -> int:
         return self.modulus
+
+    def check_length(self, length: int) -> None:
+        super().check_length(length)
+        if (self.modulus - 1) * length >= INT32_LIMIT:
+            raise ValueError(
+                f"{length} times --modulus {self.modulus} must be below 2**31, as sums are int32."
+            )
 
     def walk(self, key: Array, rows: int, length: int) -> tuple[Array, Array]:
         steps = jax.random.randint(key, (rows, length), 0, self.modulus, jnp.int32)
