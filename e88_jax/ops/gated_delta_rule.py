@@ -77,7 +77,8 @@ def gated_delta_rule(
             every row has T.
         implementation: `"scan"` (step by step), `"chunked"` (chunks of 64 steps, plain JAX on every
             platform), `"mosaic_gpu"` (GPU kernels: those of jax-linear-attention, for bfloat16 and
-            heads of some sizes, else E88's, for K and V up to 128), or None for the fastest that takes the call.
+            heads of some sizes, else E88's, for K and V up to 128), or None for the fastest that
+            takes the call.
 
     Returns:
         `(out, final_state)`: out `[B, T, H, V]` in v's dtype, and the state after step T,

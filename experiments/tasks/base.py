@@ -119,7 +119,7 @@ class TaskConfig(ABC):
 
     @abstractmethod
     def open(self, batch: "BatchConfig", resumed: Path | None) -> Task:
-        """The task. Imports no JAX, so that mistakes are reported at once.
+        """The task. Starts no device of JAX, so that mistakes are reported at once.
 
         Args:
             batch: sizes and seed.

@@ -12,7 +12,7 @@ import jax
 
 from e88_jax.mixers.base import Execution
 from experiments.harness import run_directory
-from experiments.tasks.synthetic.reading import Reading, accuracy
+from experiments.tasks.synthetic.reading import Reader, Reading
 
 from . import controls
 from .controls import Size
@@ -93,7 +93,7 @@ class Runner:
     def __init__(self, suite: Suite, records: Records):
         self._suite, self._records = suite, records
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
-        self._compiling: dict[int, Future[Training]] = {}
+        self._compiling: dict[int, Future[tuple[Training, Reader]]] = {}
 
     def close(self) -> None:
         """Waits for what is being compiled."""
@@ -101,7 +101,20 @@ class Runner:
 
     def prepare(self, work: Work) -> None:
         """Begins to compile."""
-        self._compiling[id(work)] = self._thread.submit(Training, work.trial, work.lanes)
+        self._compiling[id(work)] = self._thread.submit(self._compile, work)
+
+    def _compile(self, work: Work) -> tuple[Training, Reader]:
+        training = Training(work.trial, work.lanes)
+        reader = Reader(
+            training.graphdef,
+            training.params,
+            work.readings,
+            window=work.trial.length,
+            batches=self._suite.read_batches,
+            batch_size=self._suite.read_batch_size,
+            by_lane=training.by_lane,
+        )
+        return training, reader
 
     def run(self, work: Work, advanced: Callable[[int], None]) -> None:
         """Does work that was prepared.
@@ -110,10 +123,10 @@ class Runner:
             work: to do.
             advanced: called with the steps of all its trainings that are done.
         """
-        training = self._compiling.pop(id(work)).result()
+        training, reader = self._compiling.pop(id(work)).result()
         lanes = self._lanes(work)
         trained = training(lanes, lambda steps: advanced(steps * len(lanes)))
-        measured = self._read(work, trained)
+        measured = self._read(work, trained, reader)
         about = self._about(work)
         self._records.add(
             about | {"kind": work.kind} | _of_lane(trained, i, lane) | measured(i)
@@ -127,23 +140,13 @@ class Runner:
         rate = rates[0] if len(rates) == 1 else best_rate(self._records.search(work.cell))
         return [Lane(seed=seed, learning_rate=rate) for seed in work.seeds]
 
-    def _read(self, work: Work, trained: Trained) -> Callable[[int], Record]:
+    def _read(self, work: Work, trained: Trained, reader: Reader) -> Callable[[int], Record]:
         """From a lane to what is read."""
         if not work.readings:
             return lambda _: {}
-        suite, began = self._suite, time.perf_counter()
-        read = {
-            name(reading): accuracy(
-                trained.graphdef,
-                trained.params,
-                reading,
-                window=work.trial.length,
-                batches=suite.read_batches,
-                batch_size=suite.read_batch_size,
-            )
-            for reading in work.readings
-        }
-        chance = {name(x): round(x.task.chance(x.length), 4) for x in work.readings}
+        rows, began = self._suite.read_batch_size, time.perf_counter()
+        read = dict(zip(map(name, work.readings), reader(trained.params), strict=True))
+        chance = {name(x): round(x.task.chance(x.length, rows), 4) for x in work.readings}
         seconds = round(time.perf_counter() - began, 1)
         return lambda lane: {
             "accuracy": {label: round(float(values[lane]), 5) for label, values in read.items()},

@@ -29,7 +29,6 @@ CHUNKS = 40
 class Trained:
     """Trained weights and how the training went, for each lane."""
 
-    graphdef: nnx.GraphDef[LanguageModel]
     params: Params
     """Weights to evaluate with; a leading axis of lanes."""
     steps: list[int]
@@ -49,21 +48,24 @@ class Training:
 
     def __init__(self, trial: Trial, lanes: int):
         self.trial = trial
-        self._by_lane = _over_devices(lanes)
-        self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: _new_model(trial, jax.random.key(0))))
+        self.by_lane = _over_devices(lanes)
+        """Sharding of arrays with a leading axis of lanes."""
+        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: _new_model(trial, jax.random.key(0))))
         self._chunk_size = chunk_size(trial.steps)
         began = time.perf_counter()
-        numbers = jax.ShapeDtypeStruct((lanes,), jnp.int32, sharding=self._by_lane)
-        rates = jax.ShapeDtypeStruct((lanes,), jnp.float32, sharding=self._by_lane)
+        numbers = jax.ShapeDtypeStruct((lanes,), jnp.int32, sharding=self.by_lane)
+        rates = jax.ShapeDtypeStruct((lanes,), jnp.float32, sharding=self.by_lane)
         with _standard_promotion():
-            start = jax.jit(jax.vmap(self._start_lane), out_shardings=self._by_lane)
+            start = jax.jit(jax.vmap(self._start_lane), out_shardings=self.by_lane)
             self._start = start.lower(numbers, rates).compile()
             state = jax.eval_shape(start, numbers, rates)
+            self.params = state.params
+            """Shapes of the lanes' weights."""
             of_lanes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._by_lane), state
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.by_lane), state
             )
             chunk = jax.vmap(self._run_lane, (0, 0, 0, None))
-            chunk = jax.jit(chunk, donate_argnums=0, out_shardings=self._by_lane)
+            chunk = jax.jit(chunk, donate_argnums=0, out_shardings=self.by_lane)
             step = jax.ShapeDtypeStruct((), jnp.int32)
             lowered = chunk.lower(of_lanes, numbers, rates, step)
             self._run = lowered.compile(compiler_options=xla_options())
@@ -81,7 +83,7 @@ class Training:
         trial, size = self.trial, self._chunk_size
         seeds = np.array([lane.seed for lane in lanes], np.int32)
         rates = np.array([lane.learning_rate for lane in lanes], np.float32)
-        seeds, rates = jax.device_put((seeds, rates), self._by_lane)
+        seeds, rates = jax.device_put((seeds, rates), self.by_lane)
         state = self._start(seeds, rates)
         began = time.perf_counter()
         steps, curve = list[int](), list[StepMetrics]()
@@ -95,9 +97,9 @@ class Training:
         seconds = time.perf_counter() - began
         with _standard_promotion():
             optimizer = make_optimizer(trial.optimizer, trial.steps)
-            params = jax.jit(jax.vmap(optimizer.eval_params))(state.optimizer, state.params)
+            weights = jax.jit(jax.vmap(optimizer.eval_params), out_shardings=self.by_lane)
+            params = weights(state.optimizer, state.params)
         return Trained(
-            graphdef=self._graphdef,
             params=params,
             steps=steps,
             accuracy=np.stack([_score(metrics) for metrics in curve], axis=1),
@@ -117,7 +119,7 @@ class Training:
         """A chunk of steps, with the means of their metrics."""
         trial = self.trial
         optimizer = make_optimizer(trial.optimizer, trial.steps, rate)
-        step = make_train_step(self._graphdef, optimizer, trial.optimizer.clip_norm, ACCURACY)
+        step = make_train_step(self.graphdef, optimizer, trial.optimizer.clip_norm, ACCURACY)
 
         def body(state: TrainState, index: Array) -> tuple[TrainState, StepMetrics]:
             key = training_key(seed, index)

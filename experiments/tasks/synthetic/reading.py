@@ -1,14 +1,15 @@
 """Accuracy of trained models on sequences of any length, with the state carried along."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Sharding
 
 from e88_jax.model import LanguageModel, LMState
 from experiments.harness.optimizer import Params
@@ -26,55 +27,104 @@ class Reading:
     """Tokens of a sequence."""
 
 
-def accuracy(
-    graphdef: nnx.GraphDef[LanguageModel],
-    params: Params,
-    reading: Reading,
-    *,
-    window: int,
-    batches: int,
-    batch_size: int,
-) -> np.ndarray:
-    """Share of right answers, `[lanes]`, on sequences that no training has seen.
+class Reader:
+    """Programs that read lanes of weights, compiled ahead, for readings in windows.
 
     Args:
         graphdef: of the model.
-        params: weights; a leading axis of lanes.
-        reading: the sequences.
+        params: weights or their shapes; a leading axis of lanes.
+        readings: the sequences.
         window: tokens read at once; the state is carried from one window to the next.
         batches: number of batches of sequences.
         batch_size: sequences of a batch.
+        by_lane: sharding of the weights, if they have one.
     """
-    needs_context = nnx.merge(graphdef, params).needs_context
-    start, advance = _programs(graphdef, batch_size, reading.length if needs_context else None)
-    right, asked = np.float64(0), 0.0
-    for batch in range(batches):
-        drawn = sampler(reading.task, batch_size, reading.length)(held_out_key(batch))
-        asked += float(drawn.weights.sum())
-        state = start(params)
-        for begin in range(0, reading.length, window):
-            part = Sequences(*(x[:, begin : begin + window] for x in drawn))
-            hits, state = advance(params, state, part)
-            right = right + np.asarray(hits, np.float64)
-    return np.asarray(right) / asked
 
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef[LanguageModel],
+        params: Params,
+        readings: Sequence[Reading],
+        *,
+        window: int,
+        batches: int,
+        batch_size: int,
+        by_lane: Sharding | None = None,
+    ):
+        self._graphdef = graphdef
+        self._params = _shapes(params, by_lane)
+        self._window, self._batches, self._rows = window, batches, batch_size
+        self._by_lane = by_lane
+        self._needs_context = nnx.merge(graphdef, self._params).needs_context
+        self._compiled: dict[Any, tuple[Any, dict[int, Any]]] = {}
+        self._readings = readings
+        for reading in readings:
+            sampler(reading.task, batch_size, reading.length)
+            self._programs(reading)
 
-@functools.lru_cache(maxsize=8)
-def _programs(
-    graphdef: nnx.GraphDef[LanguageModel], rows: int, context: int | None
-) -> tuple[Callable[[Params], LMState], Callable[..., tuple[Array, LMState]]]:
-    """Compiled functions: the lanes' states before the first token, and one window's right answers
-    with the states after it."""
+    def __call__(self, params: Params) -> list[np.ndarray]:
+        """For each reading the share of right answers, `[lanes]`, on sequences that no training has
+        seen."""
+        return [self._read(params, reading) for reading in self._readings]
 
-    def start(params: Params) -> LMState:
-        return nnx.merge(graphdef, params).init_state(rows, context)
+    def _read(self, params: Params, reading: Reading) -> np.ndarray:
+        start, advance = self._programs(reading)
+        sample = sampler(reading.task, self._rows, reading.length)
+        right: list[Array] = []
+        asked: list[Array] = []
+        for batch in range(self._batches):
+            drawn = sample(held_out_key(batch))
+            state = start(params)
+            for part in self._parts(drawn):
+                hits, state = advance[part.inputs.shape[1]](params, state, part)
+                right.append(hits)
+                asked.append(jnp.sum(part.weights))
+        right, asked = jax.device_get((right, asked))
+        return np.asarray(np.sum(right, axis=0, dtype=np.float64) / np.sum(asked))
 
-    def advance(params: Params, state: LMState, part: Sequences) -> tuple[Array, LMState]:
-        logits, state = nnx.merge(graphdef, params)(part.inputs, state)
+    def _parts(self, drawn: Sequences) -> list[Sequences]:
+        begins = range(0, drawn.inputs.shape[1], self._window)
+        return [Sequences(*(x[:, i : i + self._window] for x in drawn)) for i in begins]
+
+    def _programs(self, reading: Reading) -> tuple[Any, dict[int, Any]]:
+        """The lanes' states before the first token, and by width of a window its right answers
+        with the states after it."""
+        context = reading.length if self._needs_context else None
+        widths = {min(self._window, reading.length), reading.length % self._window} - {0}
+        key = frozenset(widths), context
+        if key not in self._compiled:
+            start = jax.jit(
+                jax.vmap(lambda params: self._model(params).init_state(self._rows, context)),
+                out_shardings=self._by_lane,
+            )
+            state = _shapes(jax.eval_shape(start, self._params), self._by_lane)
+            advance = jax.jit(
+                jax.vmap(self._advance, (0, 0, None)),
+                donate_argnums=1,
+                out_shardings=self._by_lane,
+            )
+            compiled = {
+                n: advance.lower(self._params, state, _part(self._rows, n)).compile()
+                for n in widths
+            }
+            self._compiled[key] = start.lower(self._params).compile(), compiled
+        return self._compiled[key]
+
+    def _model(self, params: Params) -> LanguageModel:
+        return nnx.merge(self._graphdef, params)
+
+    def _advance(self, params: Params, state: LMState, part: Sequences) -> tuple[Array, LMState]:
+        logits, state = self._model(params)(part.inputs, state)
         return jnp.sum(part.weights * is_right(logits, part.targets)), state
 
-    # The states are carried, and given up.
-    return jax.jit(jax.vmap(start)), jax.jit(jax.vmap(advance, (0, 0, None)), donate_argnums=1)
+
+def _part(rows: int, width: int) -> Sequences:
+    ids = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+    return Sequences(ids, ids, jax.ShapeDtypeStruct((rows, width), jnp.float32))  # pyright: ignore
+
+
+def _shapes(tree: Any, sharding: Sharding | None) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def lengths_from(length: int, longest: int) -> list[int]:

@@ -16,7 +16,7 @@ from experiments.harness.step import init_state, make_train_step
 from experiments.tasks.base import Batch
 from experiments.tasks.synthetic import Counter, Parity
 from experiments.tasks.synthetic.base import ACCURACY, held_out_key, sampler, training_key
-from experiments.tasks.synthetic.reading import Reading, accuracy, lengths_from
+from experiments.tasks.synthetic.reading import Reader, Reading, lengths_from
 from experiments.trials import training
 from experiments.trials.controls import Size, build
 from experiments.trials.training import Training, chunk_size
@@ -93,8 +93,9 @@ def test_reading_in_windows_equals_reading_at_once(name: str) -> None:
     logits, _ = whole(drawn.inputs)
     expected = np.mean(np.argmax(logits, axis=-1) == drawn.targets)
     lanes = jax.tree.map(lambda x: jnp.stack([x, 0 * x]), params)
-    reading = Reading(task=task, length=20)
-    read = accuracy(graphdef, lanes, reading, window=8, batches=1, batch_size=16)
+    readings = [Reading(task=task, length=n) for n in (4, 20, 8)]  # 20 is two windows and 4
+    reader = Reader(graphdef, lanes, readings, window=8, batches=1, batch_size=16)
+    _, read, _ = reader(lanes)
     zeros = np.mean(np.asarray(drawn.targets) == 0)  # of a model whose logits are all alike
     np.testing.assert_allclose(read, [expected, zeros], atol=1 / 320 + 1e-9)
 
@@ -106,7 +107,8 @@ def test_only_answers_that_are_asked_count() -> None:
     lane = jax.tree.map(lambda x: 0 * x[None], params)
     task = Parity(answers="last", min_length=3)
     reading = Reading(task=task, length=8)
-    (read,) = accuracy(graphdef, lane, reading, window=8, batches=2, batch_size=32)
+    reader = Reader(graphdef, lane, [reading], window=8, batches=2, batch_size=32)
+    ((read,),) = reader(lane)
     drawn = [sampler(task, 32, 8)(held_out_key(i)) for i in range(2)]
     zeros = [np.sum(np.asarray(x.weights) * (np.asarray(x.targets) == 0)) for x in drawn]
     assert read == pytest.approx(sum(zeros) / 64)
