@@ -6,18 +6,20 @@ them is rewritten. The recorded results are `benchmarks/results/` and `experimen
 
 import argparse
 import difflib
+import functools
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks import sizing_tables
+from benchmarks import expressivity_tables, sizing_tables
 from e88_jax import command
+from experiments import markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = "README.md", "docs/performance.md", "docs/sizing.md"
+PAGES = "README.md", "docs/expressivity.md", "docs/performance.md", "docs/sizing.md"
 
 DECODE = "benchmarks/results/decode_h100.json"
 RECURRENCE = "benchmarks/results/recurrence_h100.json"
@@ -34,12 +36,6 @@ Record: TypeAlias = Mapping[str, Any]
 def read(path: str) -> Record:
     """A results file."""
     return json.loads((ROOT / path).read_text())
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def provenance(result: Record, *passes: Record) -> str:
@@ -102,7 +98,7 @@ def recurrence() -> str:
         "forward + backward by the scan, ms",
     ]
     about = f"{_about_recurrence(result)}, {result['dtype']}"
-    return block(about, command, markdown(header, rows))
+    return block(about, command, markdown.table(header, rows))
 
 
 def recurrence_sizes() -> str:
@@ -114,7 +110,7 @@ def recurrence_sizes() -> str:
     ]
     header = ["N = V", *(str(shape["N"]) for shape in sweep)]
     about = f"{_about_recurrence(result)}, {result['dtype']}"
-    return block(about, command, markdown(header, rows))
+    return block(about, command, markdown.table(header, rows))
 
 
 def _passes(shape: Record) -> tuple[Record, Record, Record]:
@@ -159,7 +155,7 @@ def train_step() -> str:
     ]
     command = f"python -m benchmarks.train_step --grid presets --json {STEP_GPU}"
     (about,) = {provenance(point) for point in points.values()}
-    return block(about, command, markdown(header, rows))
+    return block(about, command, markdown.table(header, rows))
 
 
 def train_step_cpu() -> str:
@@ -171,7 +167,7 @@ def train_step_cpu() -> str:
         f"{result['tokens_per_second']:,.0f}",
         f"{result['compile_seconds']:.1f}",
     ]
-    table = markdown(["parameters", "tokens x batch", "tokens/s", "compile, s"], [row])
+    table = markdown.table(["parameters", "tokens x batch", "tokens/s", "compile, s"], [row])
     return block(provenance(result), f"python -m benchmarks.train_step --json {STEP_CPU}", table)
 
 
@@ -190,7 +186,7 @@ def decode() -> str:
     header = ["batch", "tokens read before", "prefill, tokens/s", "decode, tokens/s", "memory, GB"]
     preset = result["config"]["preset"]
     command = f"python -m benchmarks.decode --preset {preset} --json {DECODE}"
-    return block(provenance(result), command, markdown(header, rows))
+    return block(provenance(result), command, markdown.table(header, rows))
 
 
 def training_run() -> str:
@@ -211,7 +207,7 @@ def training_run() -> str:
     ]
     header = ["preset (parameters)", "tokens x batch", "steps", "stopped and resumed at step"]
     header += ["tokens/s, median", "validation, bits per byte"]
-    return f"{provenance(result)}:\n\n{markdown(header, [row])}"
+    return f"{provenance(result)}:\n\n{markdown.table(header, [row])}"
 
 
 _MIXERS = {
@@ -249,7 +245,7 @@ def mixers() -> str:
     commits = " and ".join(dict.fromkeys(point["commit"] for point in points.values()))
     (about,) = {provenance({**point, "commit": commits}) for point in points.values()}
     header = ["model", "parameters", "best batch", "tokens/s", "memory, GB"]
-    return block(f"{about}, bfloat16, T 2048, bytes", command, markdown(header, rows))
+    return block(f"{about}, bfloat16, T 2048, bytes", command, markdown.table(header, rows))
 
 
 def headline() -> str:
@@ -271,7 +267,7 @@ def headline() -> str:
         ],
         [f"decoding {preset}, batch {first['batch']}", first["decode_tokens_per_second"]],
     ]
-    table = markdown(["", "tokens/s"], [[what, f"{rate:,.0f}"] for what, rate in rows])
+    table = markdown.table(["", "tokens/s"], [[what, f"{rate:,.0f}"] for what, rate in rows])
     return f"{provenance(decoded)}, bfloat16:\n\n{table}"
 
 
@@ -304,7 +300,7 @@ def n_state() -> str:
     about = provenance(result, *(t for x in measured for t in x["timings"].values()))
     sizes = f"d_inner {config['d_inner']}, {config['seq_len']} x {config['batch_size']}"
     command = f"python experiments/n_state_scaling.py --out {Path(N_STATE).parent}"
-    table = markdown(["n_state", *(str(x["n_state"]) for x in measured)], rows)
+    table = markdown.table(["n_state", *(str(x["n_state"]) for x in measured)], rows)
     return block(f"{about}, {config['dtype']}, {sizes}", command, table)
 
 
@@ -313,7 +309,7 @@ def _millions(x: float, digits: int) -> str:
 
 
 def _text_of(table: Callable[[], sizing_tables.Table]) -> Callable[[], str]:
-    return lambda: markdown(*table())
+    return lambda: markdown.table(*table())
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -327,6 +323,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-step-cpu": train_step_cpu,
     "training-run": training_run,
     **{name: _text_of(table) for name, table in sizing_tables.TABLES.items()},
+    **{
+        f"expressivity-{name}": functools.partial(expressivity_tables.suite, ROOT, name)
+        for name in expressivity_tables.SUITES
+    },
 }
 
 _START = "<!-- table: "

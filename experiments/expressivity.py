@@ -84,7 +84,8 @@ def main(args: Sequence[str]) -> None:
             if records.lines:
                 report.write(directory, records.lines, f"Suite {config.suite}", suite.about)
                 _draw(directory, records, config.suite)
-    print(report.markdown(records.lines))
+    if records.lines:
+        print(report.markdown(records.lines))
     print(f"\nresults are in {directory}: {RUNS}, {report.MARKDOWN}, {report.CSV} and plots")
     if not complete:
         raise RunStopped("stopped by --minutes: the same command goes on.", exit_code=3)

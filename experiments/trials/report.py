@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from experiments.harness import run_directory
+from experiments.markdown import table
 
 from .controls import CONTROLS
 from .records import Cell, Group, Record, groups
 
 MARKDOWN, CSV = "report.md", "runs.csv"
+
+EXPLANATION = (
+    "Accuracies are means of the seeds, with the lowest in brackets where it is lower by 0.01 or "
+    "more. The horizon is the greatest length up to which every seed has 0.99; '>' marks one that "
+    "is the greatest length read."
+)
 
 
 def write(directory: Path, lines: Sequence[Record], title: str, about: str) -> None:
@@ -23,17 +30,29 @@ def write(directory: Path, lines: Sequence[Record], title: str, about: str) -> N
 
 def markdown(lines: Sequence[Record]) -> str:
     """For each size and precision: accuracy at the training length, horizons, and by length."""
-    found = groups(lines)
-    if not found:
-        return "No run is done yet."
-    parts: list[str] = [sources(lines)]
-    for dim, depth, dtype in dict.fromkeys((c.dim, c.depth, c.dtype) for c in found):
-        mine = {c: g for c, g in found.items() if (c.dim, c.depth, c.dtype) == (dim, depth, dtype)}
-        layers = "layer" if depth == 1 else "layers"
-        parts.append(f"## {depth} {layers} of dim {dim}, {dtype}")
-        parts.append(_summary(mine))
+    parts = [f"{sources(lines)}. {EXPLANATION}"]
+    for title, mine in _by_size(lines).items():
+        parts += [f"## {title}", "Accuracy at the training length, and horizon:", _summary(mine)]
         parts += [_by_length(problem, mine) for problem in _in_order(c.problem for c in mine)]
     return "\n\n".join(parts)
+
+
+def summaries(lines: Sequence[Record]) -> str:
+    """For each size and precision: accuracy at the training length, and horizons."""
+    return "\n\n".join(
+        f"{title}, accuracy at the training length and horizon:\n\n{_summary(mine)}"
+        for title, mine in _by_size(lines).items()
+    )
+
+
+def _by_size(lines: Sequence[Record]) -> dict[str, dict[Cell, Group]]:
+    """The runs by the size and the precision of their models."""
+    found: dict[str, dict[Cell, Group]] = {}
+    for cell, group in groups(lines).items():
+        layers = "layer" if cell.depth == 1 else "layers"
+        title = f"{cell.depth} {layers} of dim {cell.dim}, {cell.dtype}"
+        found.setdefault(title, {})[cell] = group
+    return found
 
 
 def sources(lines: Iterable[Record]) -> str:
@@ -46,9 +65,7 @@ def sources(lines: Iterable[Record]) -> str:
     seeds = len(_in_order(run["seed"] for run in runs))
     return (
         f"{every('device')}, JAX {every('jax')}, commit {every('commit')}; {len(runs)} runs of up "
-        f"to {seeds} seeds. Accuracies are means of the seeds, with the lowest in brackets where "
-        "it is lower by 0.01 or more. The horizon is the greatest length up to which every seed "
-        "has 0.99; '>' marks one that is the greatest length read."
+        f"to {seeds} seeds"
     )
 
 
@@ -71,8 +88,7 @@ def _summary(found: dict[Cell, Group]) -> str:
     for problem in problems:
         group = next(g for c, g in found.items() if c.problem == problem)
         chance.append(f"{group.runs[0]['chance'][group.readings[0]]:.3f}")
-    caption = "Accuracy at the training length, and horizon:"
-    return f"{caption}\n\n{table(header, [*rows, [*chance, '', '', '']])}"
+    return table(header, [*rows, [*chance, "", "", ""]])
 
 
 def _by_length(problem: str, found: dict[Cell, Group]) -> str:
@@ -117,12 +133,6 @@ def _state(runs: Sequence[Record]) -> str:
 
 def _title(model: str) -> str:
     return CONTROLS[model].title if model in CONTROLS else model
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_csv(lines: Iterable[Record]) -> str:

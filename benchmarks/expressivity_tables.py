@@ -1,0 +1,19 @@
+"""The tables of docs/expressivity.md: suites of trials."""
+
+import json
+from pathlib import Path
+
+from experiments.trials import report
+
+RESULTS = "experiments/results/expressivity"
+SUITES = "quick", "author"
+"""Suites whose results are recorded."""
+
+
+def suite(root: Path, name: str) -> str:
+    """Accuracy and horizon of every model on every problem."""
+    directory = f"{RESULTS}/{name}"
+    text = (root / directory / "runs.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    command = f"python experiments/expressivity.py {name} --out {directory}"
+    return f"{report.sources(lines)}:\n\n    {command}\n\n{report.summaries(lines)}"
