@@ -109,7 +109,7 @@ class LanguageModel(nnx.Module):
 
         x      = E[tokens]
         x      = x + mixer(rmsnorm(x))              depth times
-        logits = E rmsnorm(x)                       E `[vocab_size, dim]`, initially N(0, 0.02)
+        logits = E rmsnorm(x)                       E `[vocab_size, dim]`, initially N(0, embedding_std)
 
     One call serves training (no state), stateful truncated backpropagation (the state of the window
     before, no gradient through it unless the caller keeps it) and decoding (T = 1).
@@ -127,9 +127,8 @@ class LanguageModel(nnx.Module):
         require_rngs(rngs)
         self.config = config
         self.dtype = compute_dtype(config.execution.dtype)
-        self.embed = nnx.Embed(
-            config.vocab_size, config.dim, embedding_init=initializers.normal(0.02), rngs=rngs
-        )
+        init = initializers.normal(config.embedding_std)
+        self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, rngs=rngs)
         self.blocks = nnx.List([Block(config, mixer, rngs=rngs) for mixer in config.mixers])
         self.norm = nnx.RMSNorm(config.dim, epsilon=NORM_EPSILON, rngs=rngs)
 

@@ -169,6 +169,7 @@ def test_round_trip_through_json(toy: None) -> None:
         layers=(layer(conv_size=4, expansion=2.0, head_mix="sum"), ToyConfig(width=9)),
         vocab_size=300,
         channel_mixer_dim=128,
+        embedding_std=0.5,
         execution=Execution(dtype="bfloat16", saved_state_interval=64, remat="layer"),
     )
     assert read_back(config) == config

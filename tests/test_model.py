@@ -273,14 +273,17 @@ class TestRemat:
 
 
 class TestParameters:
-    def test_embedding_is_normal(self) -> None:
+    @pytest.mark.parametrize("std", [0.02, 1.5])
+    def test_embedding_is_normal(self, std: float) -> None:
         config = lm_config(dim=64, n_heads=1, dtype="float32", vocab_size=500)
+        assert config.embedding_std == 0.02
+        config = dataclasses.replace(config, embedding_std=std)
         model = LanguageModel(config, rngs=nnx.Rngs(0))
         embedding = np.asarray(model.embed.embedding[...])
         assert embedding.shape == (500, 64)
-        assert abs(np.std(embedding) - 0.02) < 5 * 0.02 / np.sqrt(2 * embedding.size)
-        assert abs(np.mean(embedding)) < 5 * 0.02 / np.sqrt(embedding.size)
-        assert np.max(np.abs(embedding)) > 3 * 0.02  # not cut off at two deviations
+        assert abs(np.std(embedding) - std) < 5 * std / np.sqrt(2 * embedding.size)
+        assert abs(np.mean(embedding)) < 5 * std / np.sqrt(embedding.size)
+        assert np.max(np.abs(embedding)) > 3 * std  # not cut off at two deviations
 
     def test_count(self, model: LanguageModel) -> None:
         keys, values, hidden = 12, 24, 14

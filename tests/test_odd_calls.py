@@ -83,7 +83,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, dict[str, A
         {"layers": NOT_CONFIGS | {"a layer": LAYER.config, "model": MODEL, "none": ()}}
         | {"execution": NOT_CONFIGS | {"of a layer": LAYER.config}}
         | dict.fromkeys(("dim", "depth", "vocab_size"), NOT_SIZES)
-        | {"channel_mixer_dim": without(NOT_SIZES, "None")},
+        | {"channel_mixer_dim": without(NOT_SIZES, "None")}
+        | {"embedding_std": NOT_NUMBERS | {"0": 0.0}},
     ),
     "one of the layers of a model": (
         LMConfig,

@@ -45,6 +45,8 @@ class ModelFlags:
     """Token ids run from 0 to vocab_size - 1; 256 for bytes."""
     channel_mixer_dim: int | None
     """Hidden width of a SwiGLU channel mixer after each layer's mixer; None for none."""
+    embedding_std: float
+    """Standard deviation of the initial embedding."""
     execution: Execution
 
 

@@ -130,6 +130,8 @@ def build(
     size: Size,
     vocab_size: int,
     execution: Execution = Execution(),  # noqa: B008  (frozen)
+    *,
+    embedding_std: float = 1.0,
 ) -> LMConfig | None:
     """A control of E88's parameters: the first candidate within `TOLERANCE`, else the nearest.
 
@@ -138,6 +140,7 @@ def build(
         size: of E88.
         vocab_size: of the task.
         execution: of the model.
+        embedding_std: of the model.
 
     Returns:
         None if there is none of this depth: a hybrid needs two layers.
@@ -147,6 +150,7 @@ def build(
         depth=size.depth,
         layers=(_e88(size),),
         vocab_size=vocab_size,
+        embedding_std=embedding_std,
         execution=execution,
     )
     budget = e88.count_params()

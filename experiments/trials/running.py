@@ -68,7 +68,13 @@ def left(suite: Suite, records: Records) -> list[Work]:
             continue
         problem = suite.problems[cell.problem]
         execution = Execution(dtype=dtype, saved_state_interval=SAVED_STATE_INTERVAL)
-        model = controls.build(cell.model, size, problem.task.vocab_size, execution)
+        model = controls.build(
+            cell.model,
+            size,
+            problem.task.vocab_size,
+            execution,
+            embedding_std=suite.embedding_std,
+        )
         assert model is not None, "cells leave out what cannot be built"
         trial = Trial(
             task=problem.task,

@@ -68,6 +68,8 @@ class Suite:
     """Steps of the search, as a share of the problem's."""
     stop_at: float | None = None
     """As `Trial.stop_at`."""
+    embedding_std: float = 1.0
+    """Standard deviation of the initial embeddings."""
     read_batches: int = 16
     read_batch_size: int = 32
 
@@ -127,7 +129,7 @@ SUITES: dict[str, Suite] = {
             "parity": Problem.at(Parity(), 32, 280, 128),
             "recall": Problem.at(Recall(keys=8, values=8, pairs=4), 16, 800, 64),
         },
-        sizes=(Size(dim=32, depth=2, n_heads=4, n_state=16, conv_size=4),),
+        sizes=(Size(dim=32, depth=2, n_heads=4, n_state=16),),
         models=("e88", "e88_linear", "gdn", "gdn_negative", "transformer"),
         dtypes=("float32",),
         seeds=(0, 1),
@@ -148,6 +150,7 @@ SUITES: dict[str, Suite] = {
         optimizer=OptimizerConfig(optimizer="schedule_free", weight_decay=0.01, warmup_steps=0),
         batch_size=32,
         rates=(3e-4,),
+        embedding_std=0.02,
         read_batches=1,
         read_batch_size=512,
     ),
