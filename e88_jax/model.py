@@ -109,10 +109,11 @@ class LanguageModel(nnx.Module):
 
         x      = E[tokens]
         x      = x + mixer(rmsnorm(x))              depth times
-        logits = E rmsnorm(x)                       E `[vocab_size, dim]`, initially N(0, embedding_std)
+        logits = E rmsnorm(x)                       E `[vocab_size, dim]`
 
-    One call serves training (no state), stateful truncated backpropagation (the state of the window
-    before, no gradient through it unless the caller keeps it) and decoding (T = 1).
+    E is initially N(0, embedding_std^2). One call serves training (no state), stateful truncated
+    backpropagation (the state of the window before, no gradient through it unless the caller keeps
+    it) and decoding (T = 1).
 
     Args:
         config: sizes and options.
