@@ -1,5 +1,6 @@
 """Settings that every test runs under; they must be set before JAX starts."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,8 +11,12 @@ import pytest
 # Four CPU devices, so that sharded programs run anywhere. Where there is no GPU, code that LLVM
 # does not optimize, and in JAX 0.10, as later ones have no such flag, the older code for fusions,
 # which is compiled in half the time: most of the tests' time is the compiler's. A GPU's programs
-# are tested as they are used. A caller's own flags are kept.
-_WANTED = ["--xla_force_host_platform_device_count=4"]
+# are tested as they are used. One LLVM module per program: splitting it costs more than the small
+# programs of tests gain from it. A caller's own flags are kept.
+_WANTED = [
+    "--xla_force_host_platform_device_count=4",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if shutil.which("nvidia-smi") is None:
     _WANTED.append("--xla_backend_optimization_level=0")
     if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
@@ -32,6 +37,17 @@ jax.config.update("jax_enable_compilation_cache", False)
 pytest.register_assert_rewrite(
     "tests.recurrence_contract", "tests.mixers.contract", "tests.ops", "tests.reference"
 )
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what is imported by now from garbage collection.
+
+    Tracing allocates enough objects for frequent full collections, and each would visit the
+    modules of JAX and of the tests again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 @pytest.fixture

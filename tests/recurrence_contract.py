@@ -96,10 +96,15 @@ def tensors(inputs: Inputs, dtype: str) -> Tensors:
     names = ("q", "k", "v", "decay", "write_gate", "initial_state")
     given = {name: getattr(inputs, name) for name in names}
     return {
-        name: jnp.asarray(value, dtypes.get(name, wide))
+        name: cast(value, dtypes.get(name, wide))
         for name, value in given.items()
         if value is not None
     }
+
+
+def cast(x: np.ndarray, dtype: str) -> jax.Array:
+    """x as a JAX array, without `jnp.asarray`, which compiles a program for each shape."""
+    return jax.device_put(x.astype(jnp.dtype(dtype)))
 
 
 def slice_time(arrays: Tensors, start: int, stop: int | None) -> Tensors:
@@ -125,6 +130,12 @@ def rows_by(
     lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
     options = {"linear_state": False, "saved_state_interval": 32, **options}
     return documents.of_rows(functools.partial(recurrence, **options), x, segment_ids, lengths)
+
+
+def _vjp_arguments(inputs: Inputs) -> Any:
+    """float32 arguments of `results_and_gradient`."""
+    cotangents = tuple(cast(x, "float32") for x in make_cotangents(inputs))
+    return tensors(inputs, "float32"), jax.device_put(inputs.segment_ids), cotangents
 
 
 @functools.cache  # one compilation for each set of shapes
@@ -183,8 +194,8 @@ class RecurrenceContract:
         run = _evaluator(type(self), tuple(sorted(options.items())), dtype)
         wide = "float64" if dtype == "float64" else "float32"
         d_out, d_final_state = cotangents
-        ids = None if inputs.segment_ids is None else jnp.asarray(inputs.segment_ids)
-        d_arrays = jnp.asarray(d_out, dtype), jnp.asarray(d_final_state, wide)
+        ids = None if inputs.segment_ids is None else jax.device_put(inputs.segment_ids)
+        d_arrays = cast(d_out, dtype), cast(d_final_state, wide)
         results = run(tensors(inputs, dtype), ids, d_arrays)
         return {name: np.asarray(x) for name, x in results.items()}
 
@@ -251,7 +262,7 @@ class RecurrenceContract:
         inputs = self.inputs(33, EVERY_OPTION)._replace(linear_state=linear_state)
 
         def rounded(x: np.ndarray) -> np.ndarray:
-            return np.asarray(jnp.asarray(x, "bfloat16").astype("float32"))
+            return np.asarray(cast(x, "bfloat16")).astype("float32")
 
         inputs = inputs._replace(q=rounded(inputs.q), k=rounded(inputs.k), v=rounded(inputs.v))
         d_out, d_final_state = make_cotangents(inputs)
@@ -274,7 +285,7 @@ class RecurrenceContract:
             def loss(*values: Any) -> Any:
                 out, final_state = self.call(
                     dict(zip(arrays, values, strict=True)),
-                    None if inputs.segment_ids is None else jnp.asarray(inputs.segment_ids),
+                    None if inputs.segment_ids is None else jax.device_put(inputs.segment_ids),
                     linear_state=inputs.linear_state,
                     saved_state_interval=2,
                 )
@@ -294,12 +305,8 @@ class RecurrenceContract:
         bounds = [0, 1, 12, whole_time]
         with jax.enable_x64(self.best_dtype == "float64"):
             arrays = tensors(inputs, self.best_dtype)
-            d_out, d_final_state = (
-                jnp.asarray(x, arrays["decay"].dtype) for x in make_cotangents(inputs)
-            )
-
-            def loss(out: Any, final_state: Any) -> Any:
-                return jnp.sum(out * d_out) + jnp.sum(final_state * d_final_state)
+            cotangents = make_cotangents(inputs)
+            d_out, d_final_state = (cast(x, str(arrays["decay"].dtype)) for x in cotangents)
 
             # A document that ends where a part ends is the next part's to start: only whole runs
             # see that change of id, so here documents change inside the parts.
@@ -308,26 +315,24 @@ class RecurrenceContract:
                 ids[:, start:] += ids[:, start - 1 : start] - ids[:, start : start + 1]
             assert np.any(ids[:, 1:] != ids[:, :-1])
 
-            def whole(arrays: Tensors) -> Any:
-                out, final_state = self.call(arrays, jnp.asarray(ids), saved_state_interval=4)
-                return loss(out, final_state), (out, final_state)
-
+            @functools.partial(jax.grad, has_aux=True)
             def split(arrays: Tensors) -> Any:
                 state = arrays["initial_state"]
                 outs = []
                 for start, stop in itertools.pairwise(bounds):
                     part = slice_time(arrays, start, stop) | {"initial_state": state}
-                    out, state = self.call(part, jnp.asarray(ids[:, start:stop]))
+                    out, state = self.call(part, jax.device_put(ids[:, start:stop]))
                     outs.append(out)
                 out = jnp.concatenate(outs, axis=1)
-                return loss(out, state), (out, state)
+                loss = jnp.sum(out * d_out) + jnp.sum(state * d_final_state)
+                return loss, {"out": out, "final_state": state}
 
-            def evaluate(f: Any) -> Tensors:
-                program = jax.jit(jax.grad(f, has_aux=True), compiler_options=QUICK_TO_COMPILE)
-                grads, (out, state) = program(arrays)
-                return {"out": out, "final_state": state, **grads}
-
-            assert_tensors_close(evaluate(split), evaluate(whole), BOUNDS[self.best_dtype])
+            program = jax.jit(split, compiler_options=QUICK_TO_COMPILE)
+            grads, results = program(arrays)
+            actual = results | {f"d_{name}": x for name, x in grads.items()}
+            # The program that other tests run too.
+            whole = self.evaluate(inputs._replace(segment_ids=ids), cotangents, self.best_dtype)
+            assert_tensors_close(actual, whole, BOUNDS[self.best_dtype])
 
     def test_packed_documents_equal_separate_runs(self) -> None:
         lengths = [1, 10, 10, 12]  # alike where a document may be: a program less
@@ -528,6 +533,20 @@ class RecurrenceContract:
 
     # Programs: transformations, sharding, memory.
 
+    def results_and_gradient(self, arrays: Tensors, ids: Any, cotangents: tuple[Any, Any]) -> Any:
+        results, pullback = jax.vjp(lambda a: self.call(a, ids, saved_state_interval=4), arrays)
+        return *results, *pullback(cotangents)
+
+    def check_against_one_program(self, actual: Any, inputs: Inputs) -> None:
+        """`results_and_gradient`, transformed, against what it is as it stands."""
+        out, final_state, gradient = actual
+        actual = {"out": out, "final_state": final_state}
+        actual |= {f"d_{name}": x for name, x in gradient.items()}
+        expected = self.evaluate(inputs, make_cotangents(inputs), "float32")
+        assert actual.keys() == expected.keys()
+        for name, x in actual.items():
+            np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
     def test_runs_are_bitwise_equal(self) -> None:
         inputs = make_inputs(67, 12, 8, EVERY_OPTION, **self.rows)
         cotangents = make_cotangents(inputs)
@@ -537,7 +556,7 @@ class RecurrenceContract:
 
     def test_jit_changes_nothing(self) -> None:
         inputs = self.inputs(9, EVERY_OPTION)
-        arrays, ids = tensors(inputs, "float32"), jnp.asarray(inputs.segment_ids)
+        arrays, ids = tensors(inputs, "float32"), jax.device_put(inputs.segment_ids)
         for eager, jitted in zip(
             self.call(arrays, ids), jax.jit(self.call)(arrays, ids), strict=True
         ):
@@ -546,27 +565,11 @@ class RecurrenceContract:
     def test_vmap(self) -> None:
         if not self.supports_vmap:
             pytest.skip(f"{self.implementation} does not support vmap")
-        inputs = self.inputs(9, EVERY_OPTION, batch=6)
-        d_out, d_state = make_cotangents(inputs)
-        ids = jnp.asarray(inputs.segment_ids)
-
-        def gradient(arrays: Tensors, ids: Any, d_out: Any, d_state: Any) -> Any:
-            results, pullback = jax.vjp(lambda a: self.call(a, ids, saved_state_interval=4), arrays)
-            return results, pullback((d_out, d_state))
-
-        arguments = (
-            tensors(inputs, "float32"),
-            ids,
-            jnp.asarray(d_out, "float32"),
-            jnp.asarray(d_state, "float32"),
-        )
-        nested = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), arguments)
-        mapped = jax.jit(jax.vmap(gradient))(*nested)
-        mapped = jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), mapped)
-        for actual, expected in zip(
-            jax.tree.leaves(mapped), jax.tree.leaves(jax.jit(gradient)(*arguments)), strict=True
-        ):
-            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+        inputs = self.inputs(9, EVERY_OPTION, batch=8)
+        nested = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), _vjp_arguments(inputs))
+        mapped = jax.jit(jax.vmap(self.results_and_gradient))(*nested)
+        mapped = jax.tree.map(lambda x: x.reshape(8, *x.shape[2:]), mapped)
+        self.check_against_one_program(mapped, inputs)
 
     def test_data_parallel_without_gathering(self) -> None:
         if not self.supports_sharding:
@@ -575,17 +578,11 @@ class RecurrenceContract:
         if n_devices < 2:
             pytest.skip("needs two devices")
         inputs = self.inputs(9, EVERY_OPTION, batch=2 * n_devices)
-        d_out, d_state = (jnp.asarray(x, "float32") for x in make_cotangents(inputs))
-        arguments = (tensors(inputs, "float32"), jnp.asarray(inputs.segment_ids), d_out, d_state)
-
-        def gradient(arrays: Tensors, ids: Any, d_out: Any, d_state: Any) -> Any:
-            results, pullback = jax.vjp(lambda a: self.call(a, ids, saved_state_interval=4), arrays)
-            return results, pullback((d_out, d_state))
-
+        arguments = _vjp_arguments(inputs)
         mesh = jax.make_mesh((n_devices,), ("data",), axis_types=(AxisType.Auto,))
         by_batch = NamedSharding(mesh, PartitionSpec("data"))
         compiled = (
-            jax.jit(gradient, out_shardings=by_batch)
+            jax.jit(self.results_and_gradient, out_shardings=by_batch)
             .lower(*jax.device_put(arguments, by_batch))
             .compile()
         )
@@ -594,11 +591,9 @@ class RecurrenceContract:
         for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
             assert collective not in program
         sharded = compiled(*jax.device_put(arguments, by_batch))
-        for actual, expected in zip(
-            jax.tree.leaves(sharded), jax.tree.leaves(jax.jit(gradient)(*arguments)), strict=True
-        ):
+        for actual in jax.tree.leaves(sharded):
             assert len(actual.sharding.device_set) == n_devices
-            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+        self.check_against_one_program(sharded, inputs)
 
     def test_memory_grows_with_checkpoints_only(self) -> None:
         if not self.uses_xla_memory:
