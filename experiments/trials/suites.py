@@ -127,7 +127,7 @@ SUITES: dict[str, Suite] = {
         about="parity and recall at the size of a laptop, in minutes",
         problems={
             "parity": Problem.at(Parity(), 32, 280, 128),
-            "recall": Problem.at(Recall(keys=8, values=8, pairs=4), 16, 800, 64),
+            "recall": Problem.at(Recall(keys=8, values=8, pairs=4), 16, 1_600, 64),
         },
         sizes=(Size(dim=32, depth=2, n_heads=4, n_state=16),),
         models=("e88", "e88_linear", "gdn", "gdn_negative", "transformer"),
