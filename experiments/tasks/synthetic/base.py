@@ -100,7 +100,7 @@ CHANCE_ROWS = 8192
 def _chance(task: SyntheticConfig, length: int, rows: int) -> float:
     # Chosen on one half and counted on the other: the largest of counts is above its expectation.
     chosen, counted = np.zeros((2, task.vocab_size))
-    for batch in range(-(-CHANCE_ROWS // rows)):
+    for batch in range(max(2, -(-CHANCE_ROWS // rows))):
         counts = chosen if batch % 2 == 0 else counted
         _, targets, weights = sampler(task, rows, length)(held_out_key(batch))
         targets, weights = np.asarray(targets).ravel(), np.asarray(weights).ravel()

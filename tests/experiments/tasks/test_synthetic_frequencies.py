@@ -267,3 +267,7 @@ def test_chance_is_the_share_of_the_most_frequent_answer(
     assert sum(shares) == pytest.approx(1)
     p = max(shares)
     assert abs(task.chance(length) - p) < SIGMAS * math.sqrt(p * (1 - p) / MANY)
+
+
+def test_chance_needs_two_batches_of_any_size() -> None:
+    assert Parity().chance(1, rows=20_000) == pytest.approx(0.5, abs=0.03)
