@@ -22,7 +22,13 @@ _MEMORY_SETTINGS = tuple(
     for client in ("CLIENT", "PYTHON_CLIENT")
     for setting in ("MEM_FRACTION", "PREALLOCATE", "ALLOCATOR")
 )
-_CPU_LIMITS = "PJRT_NPROC", "PYTHON_CPU_COUNT"
+SPARE_THREADS = 2
+"""Threads of XLA on a CPU beyond one for each device. In an all-reduce every device's thread waits
+for the others; a program that another thread of the trainer runs meanwhile, as a task may to draw
+its sequences, needs one thread and one more for its parts, else all wait for ever."""
+_XLA_THREADS = "PJRT_NPROC"
+"""Variable with the number of XLA's threads on a CPU."""
+_CPU_LIMITS = _XLA_THREADS, "PYTHON_CPU_COUNT"
 """Variables by which users limit the CPU cores of XLA and of Python."""
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """A container's limit: microseconds of CPU time per period of microseconds."""
@@ -46,7 +52,9 @@ def set_up() -> None:
     chosen = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if settings.jax_num_cpu_devices < 0 and not chosen:
         with contextlib.suppress(RuntimeError):  # JAX has started
-            jax.config.update("jax_num_cpu_devices", cores())
+            jax.config.update("jax_num_cpu_devices", n := cores())
+            if n > 1:
+                os.environ[_XLA_THREADS] = str(n + SPARE_THREADS)
     if (
         platform() == "gpu"
         and settings.jax_compilation_cache_dir is None

@@ -184,7 +184,9 @@ class Synthetic:
     def _draw(self, key: Array, shape: tuple[int, int]) -> Batch:
         passes, rows = shape
         drawn = sampler(self.config, passes * rows, self._batch.seq_len)(key)
-        arrays = (x.reshape(passes, rows, self._batch.seq_len) for x in drawn)
+        # On the host: a copy from one CPU device to another would wait for the sequences on a
+        # thread of XLA's, which has no more of them than an all-reduce may need.
+        arrays = (np.asarray(x).reshape(passes, rows, self._batch.seq_len) for x in drawn)
         return Batch(*arrays, restart=True)
 
     def fingerprint(self) -> str:

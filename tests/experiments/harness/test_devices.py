@@ -98,13 +98,19 @@ def test_memory_that_the_user_does_not_want_taken_at_once(
 
 def cpu_devices(monkeypatch: pytest.MonkeyPatch, **config: int) -> int | None:
     """How many `set_up` asks JAX for, which has not started yet; None if it leaves that alone."""
+    return asked_of_jax(monkeypatch, **config)[0]
+
+
+def asked_of_jax(monkeypatch: pytest.MonkeyPatch, **config: int) -> tuple[int | None, str | None]:
+    """CPU devices and threads that `set_up` asks JAX for, which has not started yet."""
     asked = {}
     with monkeypatch.context() as unstarted:
+        unstarted.setattr(os, "environ", environment := dict(os.environ))
         unstarted.setattr(jax.config, "update", asked.__setitem__)
         for name, value in config.items():
             unstarted.setattr(type(jax.config), name, value)
         devices.set_up()
-    return asked.get("jax_num_cpu_devices")
+    return asked.get("jax_num_cpu_devices"), environment.get("PJRT_NPROC")
 
 
 def test_a_device_for_each_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -127,6 +133,16 @@ def test_a_device_for_each_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         assert cpu_devices(monkeypatch) == 3
         monkeypatch.setenv(name, "99")
         assert cpu_devices(monkeypatch) == 6
+
+
+def test_threads_for_programs_beside_an_all_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert asked_of_jax(monkeypatch) == (6, "8")
+    monkeypatch.setenv("PJRT_NPROC", "2")
+    assert asked_of_jax(monkeypatch) == (2, "4")
+    monkeypatch.setenv("PJRT_NPROC", "1")
+    assert asked_of_jax(monkeypatch) == (1, "1")
 
 
 def test_as_many_devices_as_the_user_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,8 @@ def test_the_stream_of_a_run() -> None:
         task.open(dataclasses.replace(batch, seed=seed), None) for seed in (batch.seed, 1)
     )
     ahead = {step: stream[step] for step in (2, 0, 1)}
+    for array in (ahead[0].inputs, ahead[0].targets, ahead[0].weights):
+        assert isinstance(array, np.ndarray), "a thread beside an all-reduce makes no device wait"
     again = task.open(batch, None)
     for step in range(3):
         for one, two in zip(ahead[step], again[step], strict=True):
