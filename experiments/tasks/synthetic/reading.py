@@ -70,17 +70,17 @@ class Reader:
     def _read(self, params: Params, reading: Reading) -> np.ndarray:
         start, advance = self._programs(reading)
         sample = sampler(reading.task, self._rows, reading.length)
-        right: list[Array] = []
-        asked: list[Array] = []
+        right, asked = list[Array](), list[np.float64]()
         for batch in range(self._batches):
-            drawn = sample(held_out_key(batch))
+            # On the host: slices on the device would be a program for each place.
+            drawn = Sequences(*jax.device_get(sample(held_out_key(batch))))
             state = start(params)
             for part in self._parts(drawn):
-                hits, state = advance[part.inputs.shape[1]](params, state, part)
-                right.append(hits)
-                asked.append(jnp.sum(part.weights))
-        right, asked = jax.device_get((right, asked))
-        return np.asarray(np.sum(right, axis=0, dtype=np.float64) / np.sum(asked))
+                in_part, state = advance[part.inputs.shape[1]](params, state, part)
+                right.append(in_part)
+                asked.append(np.sum(part.weights, dtype=np.float64))
+        hits = np.sum(jax.device_get(right), axis=0, dtype=np.float64)
+        return np.asarray(hits / np.sum(asked))
 
     def _parts(self, drawn: Sequences) -> list[Sequences]:
         begins = range(0, drawn.inputs.shape[1], self._window)
