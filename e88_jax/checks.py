@@ -239,6 +239,21 @@ def as_lengths(value: Any, batch: int, time: Any) -> "Array":
     return lengths
 
 
+def as_positions(value: Any, batch: int, time: Any) -> "Array":
+    """Positions in the rows of a batch `[B, T, ...]` as a JAX array.
+
+    Raises:
+        TypeError: it cannot become an array.
+        ValueError: no integers `[B, N]`, or values out of range, if they can be read at no cost.
+    """
+    positions = as_integers("positions", value, "[B, N]")
+    if positions.shape[0] != batch:
+        raise ValueError(f"positions must be [B, N] with B = {batch}, got {positions.shape}.")
+    if isinstance(time, int):
+        require_range("positions", value, 0, time - 1)
+    return positions
+
+
 def require_range(
     name: str, value: Any, minimum: int, maximum: int, lengths: "Array | None" = None
 ) -> None:

@@ -11,6 +11,7 @@ from jax.nn import initializers
 from e88_jax.checks import (
     as_integers,
     as_lengths,
+    as_positions,
     require_instance,
     require_range,
     require_rngs,
@@ -158,6 +159,7 @@ class LanguageModel(nnx.Module):
         segment_ids: Array | None = None,
         *,
         lengths: Array | None = None,
+        positions: Array | None = None,
     ) -> tuple[Array, LMState]:
         """Next-token logits.
 
@@ -172,27 +174,31 @@ class LanguageModel(nnx.Module):
             lengths: tokens of each row, `[B]` int32 from 0 to T, of a batch padded on the right
                 with any ids: the state is that after a row's own last token; logits after it mean
                 nothing. None: T.
+            positions: tokens of each row whose logits are wanted, `[B, N]` int32 from 0 to T - 1,
+                in any order: with few of them a large vocabulary costs less. None: all.
 
         Returns:
-            `(logits, state)`: logits `[B, T, vocab_size]` float32.
+            `(logits, state)`: logits `[B, T, vocab_size]` float32, or `[B, N, vocab_size]`.
 
         Raises:
             TypeError: an argument of another type.
-            ValueError: tokens are not `[B, T]` integers of the vocabulary, or the state, the ids or
-                the lengths do not go with them.
+            ValueError: tokens are not `[B, T]` integers of the vocabulary, or the state, the ids,
+                the lengths or the positions do not go with them.
         """
         given, tokens = tokens, as_integers("tokens", tokens, "[B, T]")
         if segment_ids is not None:
             segment_ids = as_integers("segment_ids", segment_ids, "[B, T]", tokens.shape)
         if lengths is not None:
             lengths = as_lengths(lengths, *tokens.shape)
+        if positions is not None:
+            positions = as_positions(positions, *tokens.shape)
         require_range("tokens", given, 0, self.config.vocab_size - 1, lengths)
         if state is not None:
             state = self.check_state(state, tokens.shape[0])
-        arguments = tokens, state, segment_ids, lengths
+        arguments = tokens, state, segment_ids, lengths, positions
         if explicit_mesh((*arguments, self.embed.embedding[...])) is None:
             return self._compute(*arguments)
-        axes, results = ("b t", "b", "b t", "b"), ("b t", "b")
+        axes, results = ("b t", "b", "b t", "b", "b"), ("b t", "b")
         return call_with_automatic_axes(LanguageModel._compute, self, arguments, axes, results)
 
     def check_state(self, state: Any, batch: int) -> LMState:
@@ -217,6 +223,7 @@ class LanguageModel(nnx.Module):
         state: LMState | None,
         segment_ids: Array | None,
         lengths: Array | None,
+        positions: Array | None,
     ) -> tuple[Array, LMState]:
         """`__call__` with checked arguments."""
         if lengths is not None:
@@ -230,6 +237,8 @@ class LanguageModel(nnx.Module):
                 block, self.config.execution.remat, x, layer_state, segment_ids, lengths
             )
             new_state.append(layer_state)
+        if positions is not None:
+            x = jnp.take_along_axis(x, positions[:, :, None], axis=1)
         dtype = self.dtype
         logits = einsum(
             "btd,vd->btv",

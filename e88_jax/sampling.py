@@ -44,12 +44,13 @@ def read(
         The state after each row's last token, and the logits `[B, vocab]` there.
     """
     model = nnx.merge(graphdef, params)
+    rows, time = tokens.shape
     if lengths is None:
-        logits, state = model(tokens, state)
-        return state, logits[:, -1]
-    logits, state = model(tokens, state, lengths=lengths)
-    is_last = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] == lengths[:, None] - 1
-    return state, jnp.sum(jnp.where(is_last[:, :, None], logits, 0), axis=1)
+        last = jnp.full((rows, 1), time - 1, jnp.int32)
+    else:
+        last = jnp.maximum(lengths.astype(jnp.int32) - 1, 0)[:, None]
+    logits, state = model(tokens, state, lengths=lengths, positions=last)
+    return state, logits[:, 0]
 
 
 def read_and_draw(

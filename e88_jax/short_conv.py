@@ -145,15 +145,20 @@ def _convolve_backward(silu: bool, arguments: Any, d_out: Array) -> Any:
         (d_y,) = pullback(d_y)
     d_y = stored(d_y.astype(padded.dtype))
     reached = _reached(padded, documents, size)
-    over = 0, 1
-    d_taps = jnp.stack([jnp.sum(wide(d_y) * wide(x), axis=over) for x in reached])
-    d_bias = None if bias is None else jnp.sum(wide(d_y), axis=over).astype(bias.dtype)
+    d_taps = _sum_over_rows(jnp.stack([jnp.sum(wide(d_y) * wide(x), axis=1) for x in reached]))
+    d_bias = None if bias is None else _sum_over_rows(jnp.sum(wide(d_y), axis=1)).astype(bias.dtype)
     d_padded: Any = 0
     for tap in range(size):  # of the token at t the input at t + tap
         of_tap = d_y if documents is None else _zero_unless(_same(documents, size)[tap], d_y)
         of_tap = wide(lax.pad(of_tap, jnp.zeros((), d_y.dtype), _ends(tap, size - 1 - tap)))
         d_padded += taps[None, None, tap].astype(of_tap.dtype) * of_tap
     return d_padded.astype(padded.dtype), d_taps.astype(taps.dtype), d_bias, None
+
+
+def _sum_over_rows(sums: Array) -> Array:
+    """The sum of `[..., B, C]` over rows. At once with that over time, XLA would take it in no more
+    blocks than the channels fill: 3 times a whole step of short sequences."""
+    return jnp.sum(stored(sums), axis=-2)
 
 
 def _ends(before: int, after: int) -> list[tuple[int, int, int]]:

@@ -127,13 +127,16 @@ class LSTMMixer(nnx.Module):
         starts = None if segment_ids is None else document_starts(segment_ids)
         live = None if lengths is None else live_steps(lengths, x.shape[1])
         cell = cast(Any, self.cell)
+        x = cell.dense_i(x)  # of all steps at once: the matmul of a step is the state's alone
 
         def step(state: LSTMState, inputs: Any) -> tuple[LSTMState, Array]:
             x, start, live = inputs
             h, c = state
             if start is not None:
                 h, c = (jnp.where(start[:, None], 0, a) for a in (h, c))
-            (c, h), _ = cell((c, h), x)
+            i, f, g, o = jnp.split(x + cell.dense_h(h), 4, axis=-1)
+            c = cell.gate_fn(f) * c + cell.gate_fn(i) * cell.activation_fn(g)
+            h = cell.gate_fn(o) * cell.activation_fn(c)
             if live is None:
                 return LSTMState(h, c), h
             after = LSTMState(

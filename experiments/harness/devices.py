@@ -124,8 +124,8 @@ class Placement(NamedTuple):
         """The batch on the devices: by row if the number of devices divides it, else replicated."""
         divisible = batch.inputs.shape[1] % self.everywhere.num_devices == 0
         where = self.by_row if divisible else self.everywhere
-        arrays = jax.device_put(batch[:3], where)
-        return Batch(*arrays, restart=np.bool_(batch.restart))
+        arrays = jax.device_put(batch._replace(restart=None), where)
+        return arrays._replace(restart=np.bool_(batch.restart))
 
 
 def placement(rows: int) -> Placement:

@@ -1,7 +1,7 @@
 """One training step and one evaluation, as compiled functions of explicit state."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,8 @@ def mean_loss(
     The loss is the mean cross-entropy in nats, weighted as given: `relative` makes it a weighted
     mean. The metric's mean is None for a metric that is the loss.
     """
-    logits, state = model(jnp.asarray(batch.inputs, jnp.int32), state)
+    inputs = jnp.asarray(batch.inputs, jnp.int32)
+    logits, state = model(inputs, state, positions=cast("Array | None", batch.positions))
     targets = jnp.asarray(batch.targets, jnp.int32)
 
     def mean(values: Array) -> Array:
@@ -197,6 +198,7 @@ def make_evaluate(
         start = model.init_state(rows, seq_len) if stateful else None
         return jnp.mean(lax.scan(one, start, passes)[1])
 
-    joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(x[:3] for x in batches))
-    batch = where.put(Batch(*joined, restart=True))
+    arrays = [batch._replace(restart=None) for batch in batches]
+    joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *arrays)
+    batch = where.put(joined._replace(restart=True))
     return lambda params: float(evaluate(params, batch)) * metric.scale

@@ -58,12 +58,15 @@ class Batch(NamedTuple):
     inputs: "np.ndarray | Array"
     """Token ids `[passes, rows, T]`, of any integer dtype."""
     targets: "np.ndarray | Array"
-    """Token ids to predict, as `inputs`."""
+    """Token ids to predict, as `inputs`, or `[passes, rows, N]` at `positions`."""
     weights: "np.ndarray | Array | None"
-    """Weight of each target in loss and metric, float32 as `inputs`; None for 1. Only their ratios
+    """Weight of each target in loss and metric, float32 as `targets`; None for 1. Only their ratios
     count."""
     restart: "bool | np.bool_ | Array"
     """Whether the rows start anew instead of continuing those of the batch before."""
+    positions: "np.ndarray | Array | None" = None
+    """Tokens that have a target, `[passes, rows, N]` int32: where these are few, the logits of the
+    others cost nothing. None: all."""
 
 
 class Task(Protocol):

@@ -16,7 +16,6 @@ from e88_jax.model import LanguageModel
 from e88_jax.xla import xla_options
 from experiments.harness.optimizer import Params, make_optimizer
 from experiments.harness.step import StepMetrics, TrainState, init_state, make_train_step
-from experiments.tasks.base import Batch
 from experiments.tasks.synthetic.base import ACCURACY, training_key
 
 from .trial import Lane, Trial
@@ -123,8 +122,7 @@ class Training:
 
         def body(state: TrainState, index: Array) -> tuple[TrainState, StepMetrics]:
             key = training_key(seed, index)
-            drawn = trial.task.sample(key, trial.batch_size, trial.length)
-            return step(state, Batch(*(x[None] for x in drawn), restart=True))
+            return step(state, trial.task.batch(key, 1, trial.batch_size, trial.length))
 
         state, metrics = lax.scan(body, state, first + jnp.arange(self._chunk_size))
         return state, jax.tree.map(jnp.nanmean, metrics)

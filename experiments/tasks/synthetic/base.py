@@ -7,13 +7,13 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from experiments.cli import require
 from experiments.cli.errors import UsageError
@@ -60,6 +60,10 @@ class SyntheticConfig(TaskConfig):
     def check_length(self, length: int) -> None:
         """Raises ValueError if sequences of `length` tokens are too short for the task."""
 
+    def most_answers(self, length: int) -> int:
+        """Answers that are asked in a row of `length` tokens, at most."""
+        return length
+
     @abstractmethod
     def sample(self, key: Array, rows: int, length: int) -> Sequences:
         """Random sequences, the same ones for the same arguments; may be traced by `jax.jit`.
@@ -69,6 +73,24 @@ class SyntheticConfig(TaskConfig):
             rows: sequences.
             length: T, tokens of each.
         """
+
+    def batch(self, key: Array, passes: int, rows: int, length: int) -> Batch:
+        """Random sequences as a batch of passes; may be traced by `jax.jit`."""
+        drawn = self.sample(key, passes * rows, length)
+        n, positions = self.most_answers(length), None
+        if n < length:
+            _, positions = lax.top_k(drawn.weights, n)
+            targets, weights = (
+                jnp.take_along_axis(x, positions, axis=1) for x in (drawn.targets, drawn.weights)
+            )
+            drawn = Sequences(drawn.inputs, targets, weights)
+        arrays = *drawn, positions
+        inputs, targets, weights, positions = (
+            None if x is None else x.reshape(passes, rows, -1) for x in arrays
+        )
+        assert inputs is not None
+        assert targets is not None
+        return Batch(inputs, targets, weights, True, positions)
 
     def chance(self, length: int, rows: int = 256) -> float:
         """Accuracy of always giving the most frequent answer, at a length.
@@ -111,8 +133,17 @@ def _chance(task: SyntheticConfig, length: int, rows: int) -> float:
 @functools.cache
 def sampler(task: SyntheticConfig, rows: int, length: int) -> Callable[[Array], Sequences]:
     """`task.sample` of `rows` sequences of `length` tokens, from a key, compiled."""
-    sample = jax.jit(functools.partial(task.sample, rows=rows, length=length))
-    return sample.lower(jax.eval_shape(jax.random.key, 0)).compile()
+    return _compiled(functools.partial(task.sample, rows=rows, length=length))
+
+
+@functools.cache
+def _batches(task: SyntheticConfig, *shape: int) -> Callable[[Array], Batch]:
+    """`task.batch` of `shape`, from a key, compiled."""
+    return _compiled(lambda key: task.batch(key, *shape))
+
+
+def _compiled(draw: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    return jax.jit(draw).lower(jax.eval_shape(jax.random.key, 0)).compile()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,12 +213,10 @@ class Synthetic:
         return [self._draw(held_out_key(i), shape) for i in range(self.VALIDATION_BATCHES)]
 
     def _draw(self, key: Array, shape: tuple[int, int]) -> Batch:
-        passes, rows = shape
-        drawn = sampler(self.config, passes * rows, self._batch.seq_len)(key)
+        drawn = _batches(self.config, *shape, self._batch.seq_len)(key)
         # On the host: a copy from one CPU device to another would wait for the sequences on a
         # thread of XLA's, which has no more of them than an all-reduce may need.
-        arrays = (np.asarray(x).reshape(passes, rows, self._batch.seq_len) for x in drawn)
-        return Batch(*arrays, restart=True)
+        return jax.tree.map(np.asarray, drawn)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(repr((self.config, self._batch.seq_len)).encode()).hexdigest()

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from experiments.cli import require
 
@@ -59,40 +59,44 @@ class MultiQuery(SyntheticConfig):
         if length < max(self.lengths):
             raise ValueError(f"{length} is shorter than --lengths {max(self.lengths)}.")
 
+    def most_answers(self, length: int) -> int:
+        return max(self.pairs)
+
     def sample(self, key: Array, rows: int, length: int) -> Sequences:
-        of_setting, *keys = jax.random.split(key, 1 + len(self.lengths))
+        of_setting, of_keys, of_values, of_gaps, of_filler = jax.random.split(key, 5)
         shares = jnp.log(jnp.asarray(self.shares, jnp.float32))
         setting = jax.random.categorical(of_setting, shares, shape=(rows,))
-        settings = zip(keys, self.lengths, self.pairs, strict=True)
-        drawn = [self._of_setting(key, rows, size, n, length) for key, size, n in settings]
-        row = jnp.arange(rows)
-        return Sequences(*(jnp.stack(arrays)[setting, row] for arrays in zip(*drawn, strict=True)))
-
-    def _of_setting(
-        self, key: Array, rows: int, size: int, pairs: int, length: int
-    ) -> tuple[Array, Array, Array]:
-        """Sequences of one setting, filled to `length`."""
-        of_keys, of_values, of_gaps, of_filler = jax.random.split(key, 4)
-        half = self.n_tokens // 2
-        keys = _distinct(of_keys, rows, half, pairs)
-        values = half + _distinct(of_values, rows, self.n_tokens - half, pairs)
+        size, pairs = (
+            jnp.asarray(x, jnp.int32)[setting][:, None] for x in (self.lengths, self.pairs)
+        )
+        # For the largest setting; a smaller one has the first of them.
+        half, most = self.n_tokens // 2, max(self.pairs)
+        keys = _distinct(of_keys, rows, half, most)
+        values = half + _distinct(of_values, rows, self.n_tokens - half, most)
         # Queries stand at every second token after the pairs.
         slots = (size - 2 * pairs) // 2
-        distance = jnp.arange(1, slots + 1, dtype=jnp.float32)
-        weight = (self.power - 1) * jnp.log(distance)
-        noise = jax.random.gumbel(of_gaps, (rows, slots))
-        _, gaps = jax.lax.top_k(weight[None] + noise, pairs)  # without replacement
-        at = 2 * pairs + 2 * gaps
-        row = jnp.arange(rows)[:, None]
+        most_slots = max((n - 2 * m) // 2 for n, m in zip(self.lengths, self.pairs, strict=True))
+        slot = jnp.arange(most_slots, dtype=jnp.int32)[None]
+        weight = (self.power - 1) * jnp.log(slot.astype(jnp.float32) + 1)
+        noise = jax.random.gumbel(of_gaps, (rows, most_slots))
+        drawn = jnp.where(slot < slots, weight + noise, -jnp.inf)
+        _, gaps = lax.top_k(drawn, most)  # without replacement
+        pair, row = jnp.arange(most, dtype=jnp.int32)[None], jnp.arange(rows)[:, None]
+
+        def placed(array: Array, at: Array, what: Array | float) -> Array:
+            at = jnp.where(pair < pairs, at, length)  # out of the array: of a larger setting
+            return array.at[row, at].set(what, mode="drop")
+
+        asked = 2 * pairs + 2 * gaps
         inputs = jax.random.randint(of_filler, (rows, length), 0, self.n_tokens, jnp.int32)
-        written = jnp.stack([keys, values], axis=2).reshape(rows, -1)
-        inputs = inputs.at[:, : 2 * pairs].set(written).at[row, at].set(keys)
-        targets = jnp.zeros_like(inputs).at[row, at].set(values)
-        weights = jnp.zeros((rows, length), jnp.float32).at[row, at].set(1.0)
-        return inputs, targets, weights
+        for at, what in ((2 * pair, keys), (2 * pair + 1, values), (asked, keys)):
+            inputs = placed(inputs, at, what)
+        targets = placed(jnp.zeros_like(inputs), asked, values)
+        weights = placed(jnp.zeros((rows, length), jnp.float32), asked, 1.0)
+        return Sequences(inputs, targets, weights)
 
 
 def _distinct(key: Array, rows: int, below: int, n: int) -> Array:
     """`n` distinct integers from 0 to `below` - 1, `[rows, n]` int32, in random order."""
-    _, chosen = jax.lax.top_k(jax.random.uniform(key, (rows, below)), n)
+    _, chosen = lax.top_k(jax.random.uniform(key, (rows, below)), n)
     return chosen.astype(jnp.int32)
