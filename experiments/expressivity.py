@@ -1,13 +1,14 @@
-"""What can E88 compute, and what do its controls? Suites of trainings on synthetic tasks."""
+"""Suites of trainings on synthetic tasks: the tasks that E88 can learn, and its controls."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
+from jax.sharding import SingleDeviceSharding
 
 from experiments import cli
 from experiments.cli import require
@@ -17,6 +18,7 @@ from experiments.harness.ownership import owned
 from experiments.harness.progress import Report
 from experiments.trials import report, running
 from experiments.trials.records import RUNS, Records, groups
+from experiments.trials.scheduling import Schedule
 from experiments.trials.suites import SUITES, Suite
 
 
@@ -112,31 +114,20 @@ def describe(suite: Suite, left: Sequence[running.Work]) -> str:
 def _run(suite: Suite, records: Records, minutes: float | None) -> bool:
     """Does what is left; returns whether all of it is done."""
     left = running.left(suite, records)
-    end = None if minutes is None else time.monotonic() + 60 * minutes
-    runner, done = running.Runner(suite, records), 0
-    with (
-        contextlib.closing(runner),
-        Report(steps=sum(work.lane_steps for work in left)) as shown,
-    ):
+    with Report(steps=sum(work.lane_steps for work in left)) as shown:
         shown.say(describe(suite, left).partition("\n")[0])
-        for i, work in enumerate(left):
-            if end is not None and time.monotonic() > end:
-                return False
-            if i == 0:
-                runner.prepare(work)
-            if i + 1 < len(left):
-                runner.prepare(left[i + 1])
-            began = time.perf_counter()
 
-            def advanced(steps: int, work: running.Work = work, before: int = done) -> None:
-                shown.show(before + steps, f"{work.cell}, {work.kind}")
+        def advanced(work: running.Work, steps: int) -> None:
+            shown.show(steps, f"{work.cell}, {work.kind}")
 
-            runner.run(work, advanced)
-            done += work.lane_steps
-            shown.show(done, "")
-            took = f"{time.perf_counter() - began:.0f} s"
-            shown.say(f"{i + 1}/{len(left)}  {work.cell}: {_outcome(work, records)}, {took}")
-    return True
+        def finished(work: running.Work, done: int, seconds: float) -> None:
+            what = f"{work.cell}: {_outcome(work, records)}, {seconds:.0f} s"
+            shown.say(f"{done}/{len(left)}  {what}")
+
+        end = None if minutes is None else time.monotonic() + 60 * minutes
+        schedule = Schedule(left, advanced=advanced, finished=finished, end=end)
+        places = map(SingleDeviceSharding, jax.local_devices())
+        return schedule.run([running.Runner(suite, records, where) for where in places])
 
 
 def _outcome(work: running.Work, records: Records) -> str:

@@ -36,7 +36,7 @@ class SyntheticTrainConfig(TrainConfig):
         Literal[tuple(TASKS)],  # pyright: ignore[reportInvalidTypeForm]
         tyro.conf.arg(name=TASK),
     ] = Parity.NAME
-    """What to learn; the task's own flags, below, depend on it."""
+    """Task to learn; its own flags, below, depend on it."""
     task: SyntheticConfig = DEFAULT_TASK
     steps: int = 400
     batch: BatchConfig = DEFAULT_BATCH

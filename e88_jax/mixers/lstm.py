@@ -29,6 +29,10 @@ class LSTMState(NamedTuple):
 
 export.register_namedtuple_serialization(LSTMState, serialized_name="e88_jax.LSTMState")
 
+UNROLL = 8
+"""Steps of one turn of XLA's loop, at most. On an H200 a layer of 137 units on 3 x 256 sequences of
+128 tokens, forward and backward, takes 6.0 ms with them, and 8.9 ms with single steps."""
+
 _STATE_AXES = LSTMState("b", "b")  # pyright: ignore[reportArgumentType]
 
 
@@ -146,7 +150,9 @@ class LSTMMixer(nnx.Module):
 
         state, *inputs, _ = varying_alike(state, x, starts, live, params_of(self.cell))
         over_time = [None if a is None else jnp.moveaxis(a, 1, 0) for a in inputs]
-        state, hidden = lax.scan(step, state, tuple(over_time))
+        time: Any = x.shape[1]
+        unroll = UNROLL if isinstance(time, int) else 1  # a symbolic one, of `jax.export`
+        state, hidden = lax.scan(step, state, tuple(over_time), unroll=unroll)
         return self.output(jnp.moveaxis(hidden, 0, 1)), state
 
     def for_inference(self) -> "LSTMMixer":

@@ -94,10 +94,9 @@ class Match:
         return ", ".join(words)
 
     def states(self, length: int) -> dict[str, int]:
-        """Elements that a layer of each kind keeps of a sequence of `length` tokens: its state, or
-        the keys and values of attention."""
+        """`state_after` of a layer of each kind."""
         dim = self.config.dim
-        return {layer.kind: _state(layer, dim, length) for layer in self.config.layers}
+        return {layer.kind: state_after(layer, dim, length) for layer in self.config.layers}
 
     def state(self, length: int) -> int:
         """Elements that all layers keep of a sequence of `length` tokens."""
@@ -105,7 +104,9 @@ class Match:
         return sum(by_kind[layer.kind] for layer in self.config.mixers)
 
 
-def _state(layer: MixerConfig, dim: int, length: int) -> int:
+def state_after(layer: MixerConfig, dim: int, length: int) -> int:
+    """Elements that a layer keeps of a sequence of `length` tokens: its state, or the keys and
+    values of attention."""
     if isinstance(layer, AttentionConfig):
         tokens = length if layer.window is None else min(length, layer.window)
         return 2 * layer.kv_heads * layer.head_dim * tokens

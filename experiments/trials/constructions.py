@@ -41,7 +41,7 @@ BIT_CODE = np.array([[-0.5], [0.5]])
 
 
 def _shift_codes() -> Floats:
-    """What turns the code of either bit, in dimension 2, into the code of 0; `[2, 3]`."""
+    """Matrix `[2, 3]` that turns the code of either bit, in dimension 2, into the code of 0."""
     return np.pad(BIT_CODE[:1] - BIT_CODE, ((0, 0), (2, 0)))
 
 

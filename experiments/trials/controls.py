@@ -35,9 +35,8 @@ class Size:
 
 
 def _e88(size: Size, **options: Any) -> E88Config:
-    return E88Config(
-        n_heads=size.n_heads, n_state=size.n_state, conv_size=size.conv_size, **options
-    )
+    options = {"conv_size": size.conv_size} | options
+    return E88Config(n_heads=size.n_heads, n_state=size.n_state, **options)
 
 
 def _variant(**options: Any) -> "Build":
@@ -122,7 +121,25 @@ CONTROLS: dict[str, Control] = {
     "lstm": Control("LSTM", _lstm),
     "hybrid": Control("E88 and attention", _hybrid),
 }
-"""The models by name. Gated DeltaNet is named by the range of its eigenvalues."""
+"""The models of the suites by name. Gated DeltaNet is named by the range of its eigenvalues."""
+
+VARIANTS: dict[str, Control] = {
+    "e88_conv": Control("E88, convolution of 4", _variant(conv_size=4)),
+    "e88_linear_conv": Control(
+        "E88 without tanh, convolution of 4", _variant(linear_state=True, conv_size=4)
+    ),
+    "e88_raw_keys": Control("E88, keys not normalised", _variant(use_l2_norm=False)),
+    "e88_no_silu": Control("E88, no SiLU on q, k, v", _variant(use_silu=False)),
+    "e88_constant_decay": Control("E88, constant decay", _variant(decay_mode="constant")),
+}
+"""Changes of the layer, for ablations."""
+
+MODELS = CONTROLS | VARIANTS
+
+
+def title(name: str) -> str:
+    """A model's name in tables and plots."""
+    return MODELS[name].title if name in MODELS else name
 
 
 def build(
@@ -136,7 +153,7 @@ def build(
     """A control of E88's parameters: the first candidate within `TOLERANCE`, else the nearest.
 
     Args:
-        name: in `CONTROLS`.
+        name: in `MODELS`.
         size: of E88.
         vocab_size: of the task.
         execution: of the model.
@@ -155,7 +172,7 @@ def build(
     )
     budget = e88.count_params()
     nearest, distance = None, 0.0
-    for candidate in CONTROLS[name].build(size, e88):
+    for candidate in MODELS[name].build(size, e88):
         off = abs(candidate.count_params() / budget - 1)
         if nearest is None or off < distance:
             nearest, distance = candidate, off

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from .controls import CONTROLS
-from .records import Cell, Group, Record, groups
+from .controls import title
+from .records import Cell, Group, Record, by_size, groups
 
 _COLORS = {
     "e88": "#0072b2",
@@ -26,21 +26,22 @@ _COLORS = {
 _COLUMNS = 4
 
 
-def write(directory: Path, lines: Sequence[Record], title: str) -> list[Path]:
+def write(directory: Path, lines: Sequence[Record], heading: str) -> list[Path]:
     """Draws the plots of the lines into a suite's directory; returns their files."""
-    found, files = groups(lines), list[Path]()
-    for dim, depth, dtype in dict.fromkeys((c.dim, c.depth, c.dtype) for c in found):
-        mine = {c: g for c, g in found.items() if (c.dim, c.depth, c.dtype) == (dim, depth, dtype)}
+    files = list[Path]()
+    for size, mine in by_size(lines).items():
         by_length = {c: g for c, g in mine.items() if len(_lengths(g)) > 1}
         if by_length:
-            image = directory / f"accuracy_{dim}x{depth}_{dtype}.png"
-            layers = "layer" if depth == 1 else "layers"
-            _draw_lengths(by_length, f"{title}: {depth} {layers} of dim {dim}, {dtype}", image)
+            cell = next(iter(mine))
+            image = directory / f"accuracy_{cell.dim}x{cell.depth}_{cell.dtype}.png"
+            _draw_lengths(by_length, f"{heading}: {size}", image)
             files.append(image)
-    by_state = {c: g for c, g in found.items() if any("pairs" in x for x in g.readings)}
+    by_state = {
+        c: g for c, g in groups(lines).items() if any("pairs" in reading for reading in g.readings)
+    }
     if by_state:
         image = directory / "recall_by_state.png"
-        _draw_states(by_state, title, image)
+        _draw_states(by_state, heading, image)
         files.append(image)
     return files
 
@@ -49,11 +50,11 @@ def _lengths(group: Group) -> list[int]:
     return [int(x) for x in group.readings if x.isdecimal()]
 
 
-def _panels(n: int, title: str) -> tuple[Figure, list[Axes]]:
+def _panels(n: int, heading: str) -> tuple[Figure, list[Axes]]:
     columns = min(n, _COLUMNS)
     rows = -(-n // columns)
     figure = Figure(figsize=(4 * columns + 0.5, 3.2 * rows + 0.9), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(heading)
     panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for unused in panels[n:]:
         unused.set_visible(False)
@@ -71,9 +72,9 @@ def _finish(figure: Figure, panels: Sequence[Axes], image: Path) -> None:
     figure.savefig(image, dpi=110)
 
 
-def _draw_lengths(found: dict[Cell, Group], title: str, image: Path) -> None:
+def _draw_lengths(found: dict[Cell, Group], heading: str, image: Path) -> None:
     problems = list(dict.fromkeys(cell.problem for cell in found))
-    figure, panels = _panels(len(problems), title)
+    figure, panels = _panels(len(problems), heading)
     for axes, problem in zip(panels, problems, strict=True):
         mine = {c.model: g for c, g in found.items() if c.problem == problem}
         for model, group in mine.items():
@@ -81,14 +82,16 @@ def _draw_lengths(found: dict[Cell, Group], title: str, image: Path) -> None:
             values = [group.values(str(n)) for n in lengths]
             means = [sum(x) / len(x) for x in values]
             color = _COLORS.get(model)
-            axes.plot(lengths, means, marker="o", ms=3, color=color, label=_title(model))
+            axes.plot(lengths, means, marker="o", ms=3, color=color, label=title(model))
             lows, highs = [min(x) for x in values], [max(x) for x in values]
             axes.fill_between(lengths, lows, highs, alpha=0.15, color=color, lw=0)
         first = next(iter(mine.values()))
         lengths, chance = _lengths(first), first.runs[0]["chance"]
         levels = [chance[str(n)] for n in lengths]
         axes.plot(lengths, levels, color="gray", ls=":", label="chance")
-        axes.axvline(first.runs[0]["length"], color="gray", ls="--", lw=0.8, label="trained at")
+        axes.axvline(
+            first.runs[0]["protocol"]["length"], color="gray", ls="--", lw=0.8, label="trained at"
+        )
         axes.set_title(problem)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(n) for n in lengths], fontsize=8)
@@ -100,14 +103,13 @@ def _draw_lengths(found: dict[Cell, Group], title: str, image: Path) -> None:
     _finish(figure, panels, image)
 
 
-def _draw_states(found: dict[Cell, Group], title: str, image: Path) -> None:
+def _draw_states(found: dict[Cell, Group], heading: str, image: Path) -> None:
     readings = list(dict.fromkeys(x for g in found.values() for x in g.readings))
-    figure, panels = _panels(len(readings), title)
+    figure, panels = _panels(len(readings), heading)
     for axes, reading in zip(panels, readings, strict=True):
-        tokens = int(reading.partition(",")[0])
         for model in dict.fromkeys(cell.model for cell in found):
             points = sorted(
-                (_state(g, tokens), sum(x) / len(x))
+                (g.runs[0]["state"][reading], sum(x) / len(x))
                 for c, g in found.items()
                 if c.model == model and (x := g.values(reading))
             )
@@ -116,7 +118,7 @@ def _draw_states(found: dict[Cell, Group], title: str, image: Path) -> None:
                 [y for _, y in points],
                 marker="o",
                 color=_COLORS.get(model),
-                label=_title(model),
+                label=title(model),
             )
         axes.set_title(reading)
         axes.set_xscale("log", base=2)
@@ -125,13 +127,3 @@ def _draw_states(found: dict[Cell, Group], title: str, image: Path) -> None:
         axes.set_ylabel("accuracy")
         axes.grid(alpha=0.25)
     _finish(figure, panels, image)
-
-
-def _state(group: Group, tokens: int) -> int:
-    """Numbers of state after `tokens` tokens; attention's, of a transformer, grow."""
-    grows = group.cell.model == "transformer"
-    return group.runs[0]["state_size"] * (tokens if grows else 1)
-
-
-def _title(model: str) -> str:
-    return CONTROLS[model].title if model in CONTROLS else model

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,12 @@ class Cell(NamedTuple):
     def __str__(self) -> str:
         return f"{self.problem}, {self.model}, {self.dim} x {self.depth}, {self.dtype}"
 
+    @property
+    def size(self) -> str:
+        """Size and precision of the model, in words."""
+        layers = "layer" if self.depth == 1 else "layers"
+        return f"{self.depth} {layers} of dim {self.dim}, {self.dtype}"
+
 
 def cell_of(record: Record) -> Cell:
     """The cell of a line."""
@@ -42,7 +49,7 @@ class Records:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._lock = path, threading.Lock()
         try:
             text = path.read_bytes()
         except FileNotFoundError:
@@ -59,17 +66,21 @@ class Records:
         try:
             record = json.loads(line)
             cell_of(record)
-            return record | {"kind": str(record["kind"])}
+            return record | {"kind": str(record["kind"]), "protocol": dict(record["protocol"])}
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(f"line {number} of {self.path} is no record of a trial.") from None
 
     def add(self, records: Iterable[Record]) -> None:
-        """Adds lines, and writes them through to the disk.
+        """Adds lines, and writes them through to the disk; threads may do so at the same time.
 
         Raises:
             UsageError: they cannot be written.
         """
         added = list(records)
+        with self._lock:
+            self._append(added)
+
+    def _append(self, added: list[Record]) -> None:
         text = "".join(json.dumps(record) + "\n" for record in added).encode()
         try:
             with self.path.open("r+b" if self.path.exists() else "xb") as file:
@@ -82,6 +93,19 @@ class Records:
             raise UsageError(f"{self.path} cannot be written: {error.strerror}.") from None
         self._whole_size += len(text)
         self.lines += added
+
+    def require_protocol(self, cell: Cell, protocol: Record) -> None:
+        """Raises:
+        UsageError: a line of the cell is of a training by another protocol.
+        """
+        for line in self.lines:
+            there = line["protocol"] if cell_of(line) == cell else {}
+            for name in there.keys() & protocol.keys():
+                if there[name] != protocol[name]:
+                    raise UsageError(
+                        f"{self.path} has runs of {cell} with {name} {there[name]}, not "
+                        f"{protocol[name]}: --out names another directory."
+                    )
 
     def seeds(self, cell: Cell) -> set[int]:
         """Seeds whose runs are done."""
@@ -126,4 +150,12 @@ def groups(lines: Iterable[Record]) -> dict[Cell, Group]:
         if record["kind"] == "run":
             cell = cell_of(record)
             found.setdefault(cell, Group(cell, [])).runs.append(record)
+    return found
+
+
+def by_size(lines: Iterable[Record]) -> dict[str, dict[Cell, Group]]:
+    """The runs by size and precision of their models, then by cell."""
+    found: dict[str, dict[Cell, Group]] = {}
+    for cell, group in groups(lines).items():
+        found.setdefault(cell.size, {})[cell] = group
     return found

@@ -9,8 +9,8 @@ from typing import Any
 from experiments.harness import run_directory
 from experiments.markdown import table
 
-from .controls import CONTROLS
-from .records import Cell, Group, Record, groups
+from .controls import title
+from .records import Cell, Group, Record, by_size
 
 MARKDOWN, CSV = "report.md", "runs.csv"
 
@@ -21,9 +21,9 @@ EXPLANATION = (
 )
 
 
-def write(directory: Path, lines: Sequence[Record], title: str, about: str) -> None:
+def write(directory: Path, lines: Sequence[Record], heading: str, about: str) -> None:
     """Writes the tables of the lines into a suite's directory."""
-    text = f"# {title}\n\n{about[0].upper()}{about[1:]}.\n\n{markdown(lines)}\n"
+    text = f"# {heading}\n\n{about[0].upper()}{about[1:]}.\n\n{markdown(lines)}\n"
     run_directory.write(directory / MARKDOWN, text.encode())
     run_directory.write(directory / CSV, to_csv(lines).encode())
 
@@ -31,8 +31,8 @@ def write(directory: Path, lines: Sequence[Record], title: str, about: str) -> N
 def markdown(lines: Sequence[Record]) -> str:
     """For each size and precision: accuracy at the training length, horizons, and by length."""
     parts = [f"{sources(lines)}. {EXPLANATION}"]
-    for title, mine in _by_size(lines).items():
-        parts += [f"## {title}", "Accuracy at the training length, and horizon:", _summary(mine)]
+    for size, mine in by_size(lines).items():
+        parts += [f"## {size}", "Accuracy at the training length, and horizon:", _summary(mine)]
         parts += [_by_length(problem, mine) for problem in _in_order(c.problem for c in mine)]
     return "\n\n".join(parts)
 
@@ -40,19 +40,9 @@ def markdown(lines: Sequence[Record]) -> str:
 def summaries(lines: Sequence[Record]) -> str:
     """For each size and precision: accuracy at the training length, and horizons."""
     return "\n\n".join(
-        f"{title}, accuracy at the training length and horizon:\n\n{_summary(mine)}"
-        for title, mine in _by_size(lines).items()
+        f"{size}, accuracy at the training length and horizon:\n\n{_summary(mine)}"
+        for size, mine in by_size(lines).items()
     )
-
-
-def _by_size(lines: Sequence[Record]) -> dict[str, dict[Cell, Group]]:
-    """The runs by the size and the precision of their models."""
-    found: dict[str, dict[Cell, Group]] = {}
-    for cell, group in groups(lines).items():
-        layers = "layer" if cell.depth == 1 else "layers"
-        title = f"{cell.depth} {layers} of dim {cell.dim}, {cell.dtype}"
-        found.setdefault(title, {})[cell] = group
-    return found
 
 
 def sources(lines: Iterable[Record]) -> str:
@@ -78,7 +68,7 @@ def _summary(found: dict[Cell, Group]) -> str:
         mine = {c.problem: g for c, g in found.items() if c.model == model}
         runs = [run for group in mine.values() for run in group.runs]
         seconds = [run["seconds"] / run["lanes"] for run in runs]
-        row = [_title(model)]
+        row = [title(model)]
         for problem in problems:
             group = mine.get(problem)
             row.append("" if group is None else f"{accuracy(group)}, {_horizon(group)}")
@@ -94,11 +84,11 @@ def _summary(found: dict[Cell, Group]) -> str:
 def _by_length(problem: str, found: dict[Cell, Group]) -> str:
     mine = {c.model: g for c, g in found.items() if c.problem == problem}
     first = next(iter(mine.values()))
-    length = first.runs[0]["length"]
+    length = first.runs[0]["protocol"]["length"]
     header = ["model", *first.readings, "rate", "seeds"]
     rows = [
         [
-            _title(model),
+            title(model),
             *(accuracy(group, reading) for reading in first.readings),
             f"{group.runs[0]['learning_rate']:g}",
             str(len(group.runs)),
@@ -126,27 +116,26 @@ def _horizon(group: Group) -> str:
 
 
 def _state(runs: Sequence[Record]) -> str:
-    state = f"{max(run['state_size'] for run in runs):,}"
-    grows = runs[0]["model"] in ("transformer", "hybrid")
-    return f"{state} and growing" if grows else state
-
-
-def _title(model: str) -> str:
-    return CONTROLS[model].title if model in CONTROLS else model
+    """The most elements of state, after sequences of the training length."""
+    first, last = (max(list(run["state"].values())[i] for run in runs) for i in (0, -1))
+    return f"{first:,}" if first == last else f"{first:,} and growing"
 
 
 def to_csv(lines: Iterable[Record]) -> str:
     """A row for each run and reading."""
     fields = ["problem", "model", "dim", "depth", "dtype", "seed", "learning_rate", "steps"]
-    fields += ["length", "batch_size", "parameters", "state_size", "seconds", "lanes", "device"]
+    fields += ["parameters", "seconds", "lanes", "device"]
+    of_protocol = ["length", "batch_size"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*fields, "read_at", "accuracy", "chance"])
+    writer.writerow([*fields, *of_protocol, "read_at", "state", "accuracy", "chance"])
     for run in lines:
         if run["kind"] == "run":
             for reading, value in run["accuracy"].items():
                 row: list[Any] = [run[name] for name in fields]
-                writer.writerow([*row, reading, value, run["chance"][reading]])
+                row += [run["protocol"][name] for name in of_protocol]
+                row += [reading, run["state"][reading], value, run["chance"][reading]]
+                writer.writerow(row)
     return text.getvalue()
 
 

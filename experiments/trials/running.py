@@ -1,7 +1,8 @@
-"""A suite while it runs: one cell after the other, done ones skipped."""
+"""A suite while it runs: what is left of it, and how a device does that."""
 
 import dataclasses
 import datetime
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
 
 from e88_jax.mixers.base import Execution
+from e88_jax.sizing.compare import state_after
 from experiments.harness import run_directory
 from experiments.tasks.synthetic.reading import Reader, Reading
 
@@ -27,12 +30,10 @@ SAVED_STATE_INTERVAL = 8
 
 def cells(suite: Suite) -> Iterator[tuple[Cell, Size, Dtype]]:
     """The combinations of a suite; a hybrid of one layer is none."""
-    for name in suite.problems:
-        for size in suite.sizes:
-            for model in suite.models:
-                for dtype in suite.dtypes:
-                    if model != "hybrid" or size.depth > 1:
-                        yield Cell(name, size.dim, size.depth, model, dtype), size, dtype
+    combinations = itertools.product(suite.problems, suite.sizes, suite.models, suite.dtypes)
+    for problem, size, model, dtype in combinations:
+        if model != "hybrid" or size.depth > 1:
+            yield Cell(problem, size.dim, size.depth, model, dtype), size, dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Work:
     rates: tuple[float, ...]
     """Rates to search; empty for a run."""
     trial: Trial
+    protocol: Record
+    """How the cell's models are trained, for its lines."""
     readings: tuple[Reading, ...]
 
     @property
@@ -60,9 +63,15 @@ class Work:
 
 
 def left(suite: Suite, records: Records) -> list[Work]:
-    """The work that the records lack, in the order in which it is done."""
+    """The work that the records lack, in the order in which it is done.
+
+    Raises:
+        UsageError: the records of a cell are of another protocol.
+    """
     found: list[Work] = []
     for cell, size, dtype in cells(suite):
+        how = protocol(suite, suite.problems[cell.problem])
+        records.require_protocol(cell, how)
         seeds = tuple(seed for seed in suite.seeds if seed not in records.seeds(cell))
         if not seeds:
             continue
@@ -88,16 +97,33 @@ def left(suite: Suite, records: Records) -> list[Work]:
         if len(suite.rates) > 1 and not records.search(cell).keys() >= set(suite.rates):
             steps = math.ceil(suite.search_steps * problem.steps)
             search = dataclasses.replace(trial, steps=steps, stop_at=None)
-            found.append(Work(cell, "search", (SEARCH_SEED,), suite.rates, search, ()))
-        found.append(Work(cell, "run", seeds, (), trial, problem.readings))
+            found.append(Work(cell, "search", (SEARCH_SEED,), suite.rates, search, how, ()))
+        found.append(Work(cell, "run", seeds, (), trial, how, problem.readings))
     return found
 
 
-class Runner:
-    """Does work, and adds its lines to the records; compiles the next while one runs."""
+def protocol(suite: Suite, problem: Problem) -> Record:
+    """How a suite trains the models of a problem."""
+    optimizer = dataclasses.asdict(suite.optimizer)
+    del optimizer["learning_rate"], optimizer["max_skipped_steps"]  # a lane's own; not used
+    return {
+        "length": problem.length,
+        "steps": problem.steps,
+        "batch_size": suite.batch_size,
+        "rates": list(suite.rates),
+        "search_steps": suite.search_steps,
+        "stop_at": suite.stop_at,
+        "embedding_std": suite.embedding_std,
+        **optimizer,
+    }
 
-    def __init__(self, suite: Suite, records: Records):
-        self._suite, self._records = suite, records
+
+class Runner:
+    """Does work on the device of a sharding, and adds its lines to the records; compiles what comes
+    next while one runs."""
+
+    def __init__(self, suite: Suite, records: Records, where: Sharding):
+        self._suite, self._records, self._where = suite, records, where
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
         self._compiling: dict[int, Future[tuple[Training, Reader]]] = {}
 
@@ -110,7 +136,7 @@ class Runner:
         self._compiling[id(work)] = self._thread.submit(self._compile, work)
 
     def _compile(self, work: Work) -> tuple[Training, Reader]:
-        training = Training(work.trial, work.lanes)
+        training = Training(work.trial, work.lanes, self._where)
         reader = Reader(
             training.graphdef,
             training.params,
@@ -118,7 +144,7 @@ class Runner:
             window=work.trial.length,
             batches=self._suite.read_batches,
             batch_size=self._suite.read_batch_size,
-            by_lane=training.by_lane,
+            where=self._where,
         )
         return training, reader
 
@@ -162,11 +188,14 @@ class Runner:
 
     def _about(self, work: Work) -> Record:
         model = work.trial.model
+        state = {
+            name(x): sum(state_after(mixer, model.dim, x.length) for mixer in model.mixers)
+            for x in work.readings
+        }
         return work.cell._asdict() | {
-            "length": work.trial.length,
-            "batch_size": work.trial.batch_size,
+            "protocol": work.protocol,
             "parameters": model.count_params(),
-            "state_size": model.state_size(),
+            "state": state,
             **provenance(),
         }
 
@@ -196,7 +225,7 @@ def _of_lane(trained: Trained, lane: int, what: Lane) -> Record:
     return {
         **dataclasses.asdict(what),
         "steps": trained.steps[-1],
-        "training_steps": trained.steps,
+        # Of equal parts of the steps.
         "training_accuracy": [round(float(x), 4) for x in trained.accuracy[lane]],
         "training_loss": [round(float(x), 4) for x in trained.loss[lane]],
         "seconds": round(trained.seconds, 2),
@@ -234,8 +263,8 @@ def selected(
             there_are = ", ".join(map(repr, suite.problems))
             raise ValueError(f"there is no problem {problem!r} in the suite: {there_are}.")
     for model in models:
-        if model not in controls.CONTROLS:
-            raise ValueError(f"there is no model {model!r}: {', '.join(controls.CONTROLS)}.")
+        if model not in controls.MODELS:
+            raise ValueError(f"there is no model {model!r}: {', '.join(controls.MODELS)}.")
     there = sorted({size.depth for size in suite.sizes})
     if wrong := sorted(set(depths) - set(there)):
         raise ValueError(f"--depths are {there} in the suite, got {wrong}.")

@@ -20,7 +20,7 @@ from experiments.tasks.synthetic import (
 )
 from experiments.tasks.synthetic.reading import Reading, lengths_from
 
-from .controls import CONTROLS, Size
+from .controls import CONTROLS, VARIANTS, Size
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -52,11 +52,11 @@ class Suite:
     """Problems, sizes, models and precisions, all of which are combined, and a protocol."""
 
     about: str
-    """What it is for, in a sentence."""
+    """Its purpose, in a phrase."""
     problems: dict[str, Problem]
     sizes: tuple[Size, ...]
     models: tuple[str, ...]
-    """Names in `CONTROLS`."""
+    """Names in `MODELS`."""
     dtypes: tuple[Dtype, ...]
     seeds: tuple[int, ...]
     optimizer: OptimizerConfig
@@ -109,6 +109,15 @@ def _formal(task: SyntheticConfig, steps: int) -> Problem:
     return Problem(task=short, length=_TRAIN, steps=steps, readings=readings)
 
 
+# --- ablations ------------------------------------------------------------------------------------
+
+
+def _all_lengths(task: SyntheticConfig, length: int, steps: int) -> Problem:
+    """Trained on lengths from 1 to `length`."""
+    shorter = dataclasses.replace(task, min_length=1)  # pyright: ignore[reportCallIssue]
+    return dataclasses.replace(Problem.at(task, length, steps), task=shorter)
+
+
 # --- recall (arXiv:2312.04927) --------------------------------------------------------------------
 
 
@@ -119,7 +128,7 @@ def _multi_query() -> Problem:
         Reading(task=MultiQuery(lengths=(n,), pairs=(pairs,), shares=(1.0,)), length=n)
         for n, pairs in settings
     )
-    return Problem(task=MultiQuery(), length=256, steps=22_500, readings=readings)
+    return Problem(task=MultiQuery(), length=256, steps=8_000, readings=readings)
 
 
 SUITES: dict[str, Suite] = {
@@ -155,7 +164,7 @@ SUITES: dict[str, Suite] = {
         read_batch_size=512,
     ),
     "groups": Suite(
-        about="word problems of groups, by models of one, two and four layers",
+        about="word problems of groups, by models of one layer and of four",
         problems={
             "S3": Problem.at(Group(group="S3"), 128, 4_000),
             "S4": Problem.at(Group(group="S4"), 128, 4_000),
@@ -166,19 +175,38 @@ SUITES: dict[str, Suite] = {
             "fsm": Problem.at(Ring(states=4), 128, 4_000),
             "parity": Problem.at(Parity(), 128, 4_000),
         },
-        sizes=tuple(Size(dim=128, depth=depth, n_heads=8) for depth in (1, 2, 4)),
+        sizes=tuple(Size(dim=128, depth=depth, n_heads=8) for depth in (1, 4)),
         models=tuple(CONTROLS),
-        dtypes=("float32", "bfloat16"),
+        dtypes=("bfloat16",),
         seeds=(0, 1, 2),
         optimizer=OptimizerConfig(weight_decay=1e-6, warmup_steps=100),
-        batch_size=256,
+        batch_size=128,
+        rates=RATES,
+        stop_at=0.999,
+    ),
+    "ablations": Suite(
+        about="small changes of E88 and of its training, on tasks that it does not learn at once",
+        problems={
+            "overwrite": Problem.at(Overwrite(), 128, 4_000),
+            "counter 5": Problem.at(Counter(modulus=5), 128, 4_000),
+            "counter 20": Problem.at(Counter(modulus=20), 256, 4_000),
+            "counter 20, all lengths": _all_lengths(Counter(modulus=20), 256, 4_000),
+            "S5": Problem.at(Group(group="S5"), 128, 4_000),
+            "S5, all lengths": _all_lengths(Group(group="S5"), 128, 4_000),
+        },
+        sizes=(Size(dim=128, depth=2, n_heads=8),),
+        models=("e88", "e88_linear", "e88_gate2", "e88_linear_gate2", *VARIANTS),
+        dtypes=("bfloat16",),
+        seeds=(0, 1, 2),
+        optimizer=OptimizerConfig(weight_decay=1e-6, warmup_steps=100),
+        batch_size=128,
         rates=RATES,
         stop_at=0.999,
     ),
     "formal": Suite(
         about="parity and modular arithmetic, trained on short expressions and read on long ones",
         problems={
-            "parity": _formal(Parity(answers="last"), 20_000),
+            "parity": _formal(Parity(answers="last"), 5_000),
             "arithmetic": _formal(Arithmetic(), 20_000),
             "arithmetic, brackets": _formal(Arithmetic(brackets=True), 20_000),
         },
@@ -186,7 +214,7 @@ SUITES: dict[str, Suite] = {
         models=tuple(CONTROLS),
         dtypes=("float32",),
         seeds=(0, 1, 2),
-        optimizer=OptimizerConfig(weight_decay=0.1, warmup_steps=2_000),
+        optimizer=OptimizerConfig(weight_decay=0.1, warmup_steps=500),
         batch_size=256,
         rates=RATES,
         stop_at=0.9999,
@@ -202,7 +230,7 @@ SUITES: dict[str, Suite] = {
         models=tuple(CONTROLS),
         dtypes=("bfloat16",),
         seeds=(0, 1, 2),
-        optimizer=OptimizerConfig(weight_decay=0.1, warmup_steps=2_000),
+        optimizer=OptimizerConfig(weight_decay=0.1, warmup_steps=800),
         batch_size=256,
         rates=(1e-3, 3e-3, 1e-2, 3e-2),
         stop_at=0.999,

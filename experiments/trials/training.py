@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Sharding
 
 from e88_jax.model import LanguageModel
 from e88_jax.xla import xla_options
@@ -42,29 +42,28 @@ class Trained:
 
 
 class Training:
-    """A trial compiled for a number of lanes, which are divided over the devices if these divide
-    it. It may be made in a thread while another one runs."""
+    """A trial compiled for a number of lanes, on the device of a sharding. It may be made in a
+    thread while another one runs."""
 
-    def __init__(self, trial: Trial, lanes: int):
+    def __init__(self, trial: Trial, lanes: int, where: Sharding):
         self.trial = trial
-        self.by_lane = _over_devices(lanes)
-        """Sharding of arrays with a leading axis of lanes."""
+        self._where = where
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: _new_model(trial, jax.random.key(0))))
         self._chunk_size = chunk_size(trial.steps)
         began = time.perf_counter()
-        numbers = jax.ShapeDtypeStruct((lanes,), jnp.int32, sharding=self.by_lane)
-        rates = jax.ShapeDtypeStruct((lanes,), jnp.float32, sharding=self.by_lane)
+        numbers = jax.ShapeDtypeStruct((lanes,), jnp.int32, sharding=self._where)
+        rates = jax.ShapeDtypeStruct((lanes,), jnp.float32, sharding=self._where)
         with _standard_promotion():
-            start = jax.jit(jax.vmap(self._start_lane), out_shardings=self.by_lane)
+            start = jax.jit(jax.vmap(self._start_lane), out_shardings=self._where)
             self._start = start.lower(numbers, rates).compile()
             state = jax.eval_shape(start, numbers, rates)
             self.params = state.params
             """Shapes of the lanes' weights."""
             of_lanes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.by_lane), state
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._where), state
             )
             chunk = jax.vmap(self._run_lane, (0, 0, 0, None))
-            chunk = jax.jit(chunk, donate_argnums=0, out_shardings=self.by_lane)
+            chunk = jax.jit(chunk, donate_argnums=0, out_shardings=self._where)
             step = jax.ShapeDtypeStruct((), jnp.int32)
             lowered = chunk.lower(of_lanes, numbers, rates, step)
             self._run = lowered.compile(compiler_options=xla_options())
@@ -82,7 +81,7 @@ class Training:
         trial, size = self.trial, self._chunk_size
         seeds = np.array([lane.seed for lane in lanes], np.int32)
         rates = np.array([lane.learning_rate for lane in lanes], np.float32)
-        seeds, rates = jax.device_put((seeds, rates), self.by_lane)
+        seeds, rates = jax.device_put((seeds, rates), self._where)
         state = self._start(seeds, rates)
         began = time.perf_counter()
         steps, curve = list[int](), list[StepMetrics]()
@@ -96,7 +95,7 @@ class Training:
         seconds = time.perf_counter() - began
         with _standard_promotion():
             optimizer = make_optimizer(trial.optimizer, trial.steps)
-            weights = jax.jit(jax.vmap(optimizer.eval_params), out_shardings=self.by_lane)
+            weights = jax.jit(jax.vmap(optimizer.eval_params), out_shardings=self._where)
             params = weights(state.optimizer, state.params)
         return Trained(
             params=params,
@@ -144,10 +143,3 @@ def _standard_promotion() -> Any:
 
 def _new_model(trial: Trial, key: Array) -> LanguageModel:
     return LanguageModel(trial.model, rngs=nnx.Rngs(params=key))
-
-
-def _over_devices(lanes: int) -> NamedSharding:
-    """Lanes over as many devices as divide them."""
-    devices = jax.devices()
-    n = max(n for n in range(1, len(devices) + 1) if lanes % n == 0)
-    return NamedSharding(Mesh(np.array(devices[:n]), ("lanes",)), PartitionSpec("lanes"))

@@ -25,7 +25,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lane:
-    """What differs between trainings that run together."""
+    """Seed and rate, in which trainings that run together differ."""
 
     seed: int
     """Seed of the initial weights and of the sequences."""

@@ -176,6 +176,6 @@ class _Writer(NamedTuple):
     """An expression while it is written and evaluated."""
 
     pending: _Stack
-    """What is still to be written: lengths of expressions, and items below 0."""
+    """Parts that are still to be written: lengths of expressions, and items below 0."""
     values: _Stack
     operators: _Stack

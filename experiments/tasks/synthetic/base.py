@@ -1,4 +1,4 @@
-"""What synthetic tasks have in common: sequences from a key, and a data stream for the trainer."""
+"""The base of synthetic tasks: sequences from a key, and a data stream for the trainer."""
 
 import dataclasses
 import functools

@@ -37,7 +37,7 @@ class Reader:
         window: tokens read at once; the state is carried from one window to the next.
         batches: number of batches of sequences.
         batch_size: sequences of a batch.
-        by_lane: sharding of the weights, if they have one.
+        where: sharding of the weights, if they have one.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Reader:
         window: int,
         batches: int,
         batch_size: int,
-        by_lane: Sharding | None = None,
+        where: Sharding | None = None,
     ):
         self._graphdef = graphdef
-        self._params = _shapes(params, by_lane)
+        self._params = _shapes(params, where)
         self._window, self._batches, self._rows = window, batches, batch_size
-        self._by_lane = by_lane
+        self._where = where
         self._needs_context = nnx.merge(graphdef, self._params).needs_context
         self._compiled: dict[Any, tuple[Any, dict[int, Any]]] = {}
         self._readings = readings
@@ -95,13 +95,13 @@ class Reader:
         if key not in self._compiled:
             start = jax.jit(
                 jax.vmap(lambda params: self._model(params).init_state(self._rows, context)),
-                out_shardings=self._by_lane,
+                out_shardings=self._where,
             )
-            state = _shapes(jax.eval_shape(start, self._params), self._by_lane)
+            state = _shapes(jax.eval_shape(start, self._params), self._where)
             advance = jax.jit(
                 jax.vmap(self._advance, (0, 0, None)),
                 donate_argnums=1,
-                out_shardings=self._by_lane,
+                out_shardings=self._where,
             )
             compiled = {
                 n: advance.lower(self._params, state, _part(self._rows, n)).compile()

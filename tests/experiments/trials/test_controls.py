@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from experiments.trials.controls import CONTROLS, TOLERANCE, Size, build
+from experiments.trials.controls import CONTROLS, TOLERANCE, VARIANTS, Size, build
 from experiments.trials.suites import SUITES
 
 SIZES = list(dict.fromkeys(size for suite in SUITES.values() for size in suite.sizes))
@@ -12,7 +12,14 @@ SIZES = list(dict.fromkeys(size for suite in SUITES.values() for size in suite.s
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [(n, s) for n, s in itertools.product(CONTROLS, SIZES) if n != "hybrid" or s.depth > 1],
+    [
+        (name, size)
+        for name, size in [
+            *itertools.product(CONTROLS, SIZES),
+            *itertools.product(VARIANTS, SUITES["ablations"].sizes),
+        ]
+        if name != "hybrid" or size.depth > 1
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("vocab_size", [2, 120])

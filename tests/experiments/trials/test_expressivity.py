@@ -16,7 +16,7 @@ from experiments.tasks.synthetic import MultiQuery, Parity, Recall
 from experiments.tasks.synthetic.reading import Reading
 from experiments.trials import running, suites
 from experiments.trials.controls import CONTROLS, Size
-from experiments.trials.records import Records, groups
+from experiments.trials.records import Records
 from experiments.trials.suites import SUITES, Problem, Suite
 
 TINY = Suite(
@@ -173,8 +173,22 @@ def test_the_best_rate_breaks_ties_by_loss() -> None:
 
 def test_a_part_of_a_suite() -> None:
     part = running.selected(TINY, problems=["recall"], dtypes=["bfloat16"], seeds=[5])
-    assert list(part.problems) == ["recall"]
-    assert (part.dtypes, part.seeds, part.models) == (("bfloat16",), (5,), TINY.models)
+    expected = dataclasses.replace(
+        TINY, problems={"recall": TINY.problems["recall"]}, dtypes=("bfloat16",), seeds=(5,)
+    )
+    assert part == expected
     assert running.selected(TINY) == TINY
-    assert dataclasses.replace(part, seeds=TINY.seeds) != TINY
-    assert groups([]) == {}
+    assert running.selected(TINY, models=["gdn"], depths=[1]).models == ("gdn",)
+
+
+def test_runs_of_another_protocol_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["quick", "--problems", "parity", "--models", "e88", "--out", str(tmp_path / "suite")]
+    expressivity.main([*flags, "--seeds", "1"])
+    before = lines(tmp_path / "suite")
+    other = dataclasses.replace(TINY.optimizer, weight_decay=0.5)
+    monkeypatch.setitem(SUITES, "quick", dataclasses.replace(TINY, optimizer=other))
+    with pytest.raises(UsageError, match=r"with weight_decay 0\.1, not 0\.5: --out"):
+        expressivity.main(flags)
+    assert lines(tmp_path / "suite") == before

@@ -12,7 +12,14 @@ CELL = Cell("parity", 8, 1, "e88", "float32")
 
 
 def line(kind: str = "run", cell: Cell = CELL, **values: Any) -> dict[str, Any]:
-    return {"kind": kind, **cell._asdict(), "seed": 0, "learning_rate": 0.1, **values}
+    return {
+        "kind": kind,
+        **cell._asdict(),
+        "seed": 0,
+        "learning_rate": 0.1,
+        "protocol": {},
+        **values,
+    }
 
 
 def test_lines_are_added_and_read_again(tmp_path: Path) -> None:

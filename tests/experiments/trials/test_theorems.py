@@ -27,7 +27,7 @@ def strict_dtype_promotion(standard_dtype_promotion: None) -> Iterator[None]:
 
 @dataclasses.dataclass
 class Steps:
-    """What a layer's first head multiplies with and adds, by step."""
+    """Keys, values and gates of a layer's first head, by step."""
 
     key: np.ndarray
     value: np.ndarray

@@ -1,0 +1,97 @@
+"""The cells of a suite over the devices of a machine: each device takes the next one."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+
+from .running import Runner, Work
+
+
+class _StoppedError(Exception):
+    """Another device's thread has failed, or the user has stopped the program."""
+
+
+class Schedule:
+    """Work, divided over runners.
+
+    Args:
+        left: the work; that of one cell follows in a row, and one runner does it.
+        advanced: called with work, and with the steps of all work that are done.
+        finished: called with work that is done, the number of such, and its seconds.
+        end: nothing new begins after this time of `time.monotonic`; None for no end.
+
+    The callbacks are never called by two threads at once.
+    """
+
+    def __init__(
+        self,
+        left: Sequence[Work],
+        *,
+        advanced: Callable[[Work, int], None],
+        finished: Callable[[Work, int, float], None],
+        end: float | None = None,
+    ):
+        cells = itertools.groupby(left, key=lambda work: work.cell)
+        self._jobs = iter([list(job) for _, job in cells])
+        self._left, self._end = len(left), end
+        self._advanced, self._finished = advanced, finished
+        self._steps = self._done = 0
+        self._lock, self._stop = threading.Lock(), threading.Event()
+
+    def run(self, runners: Sequence[Runner]) -> bool:
+        """Does the work; returns whether all of it is done."""
+        with ThreadPoolExecutor(len(runners), thread_name_prefix="device") as threads:
+            # Each has its first cell before any compiles its second.
+            first = [(runner, self._take(runner)) for runner in runners]
+            futures = [threads.submit(self._drive, *x) for x in first]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                self._stop.set()
+                raise
+        return self._done == self._left
+
+    def _drive(self, runner: Runner, ahead: list[Work]) -> None:
+        """Does cell after cell, and compiles the next while one runs."""
+        with closing(runner):
+            while job := ahead:
+                ahead = self._take(runner)
+                for work in job:
+                    if self._is_over():
+                        return
+                    self._do(runner, work)
+
+    def _take(self, runner: Runner) -> list[Work]:
+        """The work of another cell, which the runner begins to compile; none if there is none."""
+        if self._is_over():
+            return []
+        with self._lock:
+            job = next(self._jobs, [])
+        for work in job:
+            runner.prepare(work)
+        return job
+
+    def _is_over(self) -> bool:
+        return self._stop.is_set() or (self._end is not None and time.monotonic() > self._end)
+
+    def _do(self, runner: Runner, work: Work) -> None:
+        began, counted = time.perf_counter(), 0
+
+        def count(steps: int) -> None:
+            nonlocal counted
+            if self._stop.is_set():
+                raise _StoppedError
+            with self._lock:
+                self._steps += steps - counted
+                counted = steps
+                self._advanced(work, self._steps)
+
+        runner.run(work, count)
+        count(work.lane_steps)  # also those that learning early has left out
+        with self._lock:
+            self._done += 1
+            self._finished(work, self._done, time.perf_counter() - began)

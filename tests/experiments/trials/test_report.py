@@ -1,0 +1,76 @@
+"""Tables of results: means, lowest seeds, horizons, states."""
+
+import csv
+import io
+from typing import Any
+
+from experiments.trials import report
+
+PROTOCOL = {"length": 8, "batch_size": 4}
+
+
+def run(model: str, seed: int, *accuracy: float, grows: bool = False, **cell: Any) -> report.Record:
+    lengths = [str(8 * 2**i) for i in range(len(accuracy))]
+    return {
+        "kind": "run",
+        "problem": "parity",
+        "dim": 16,
+        "depth": 1,
+        "model": model,
+        "dtype": "float32",
+        **cell,
+        "seed": seed,
+        "protocol": PROTOCOL,
+        "learning_rate": 0.001,
+        "steps": 100,
+        "parameters": 1234,
+        "state": {n: 64 * (int(n) if grows else 1) for n in lengths},
+        "accuracy": dict(zip(lengths, accuracy, strict=True)),
+        "chance": dict.fromkeys(lengths, 0.5),
+        "seconds": 6.0,
+        "lanes": 2,
+        "device": "cpu",
+        "jax": "1",
+        "commit": "abc",
+    }
+
+
+LINES = [
+    run("e88", 0, 1.0, 0.995, 0.992),
+    run("e88", 1, 1.0, 1.0, 0.991),
+    run("gdn", 0, 1.0, 0.99, 0.6),
+    run("gdn", 1, 0.992, 0.98, 0.7),
+    run("transformer", 0, 0.7, 0.6, 0.5, grows=True),
+    run("unknown", 0, 1.0, 1.0, 1.0, depth=2),
+    {**run("e88", 2, 0.0, 0.0, 0.0), "kind": "search"},
+]
+
+
+def rows(text: str, model: str) -> list[list[str]]:
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [row for row in table if row[0] == model]
+
+
+def test_summary_and_lengths() -> None:
+    text = report.markdown(LINES)
+    summary, by_length = rows(text, "E88")
+    assert summary == ["E88", "1.000, > 32", "1,234", "64", "3.0"]
+    assert by_length == ["E88", "1.000", "0.998", "0.992", "0.001", "2"]
+    summary, by_length = rows(text, "Gated DeltaNet in [0, 1]")
+    assert summary[1] == "0.996, 8"
+    assert by_length[1:4] == ["0.996", "0.985", "0.650 (0.600)"]
+    summary, _ = rows(text, "transformer")
+    assert summary[1] == "0.700, none"
+    assert summary[3] == "512 and growing"
+    assert "## 1 layer of dim 16, float32" in text
+    assert "## 2 layers of dim 16, float32" in text
+    assert rows(text, "unknown")
+    assert text.startswith("cpu, JAX 1, commit abc; 6 runs of up to 2 seeds.")
+
+
+def test_csv_has_a_row_for_each_run_and_reading() -> None:
+    found = list(csv.DictReader(io.StringIO(report.to_csv(LINES))))
+    assert len(found) == 6 * 3
+    row = found[14]
+    assert (row["model"], row["read_at"], row["state"]) == ("transformer", "32", "2048")
+    assert (row["length"], row["batch_size"], row["accuracy"]) == ("8", "4", "0.5")

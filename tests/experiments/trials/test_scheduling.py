@@ -1,0 +1,114 @@
+"""Work over several devices: each cell is done once, by one of them, in its order."""
+
+import itertools
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from experiments.trials.scheduling import Schedule
+
+
+def works(cells: int) -> list[Any]:
+    """A search and a run for each cell."""
+    return [
+        SimpleNamespace(cell=cell, kind=kind, lane_steps=10)
+        for cell, kind in itertools.product(range(cells), ("search", "run"))
+    ]
+
+
+class Device:
+    """A runner that notes what it does."""
+
+    def __init__(self, error: Exception | None = None, meet: threading.Barrier | None = None):
+        self.done: list[Any] = []
+        self.prepared: list[Any] = []
+        self.closed = False
+        self._error, self._meet = error, meet
+
+    def prepare(self, work: Any) -> None:
+        self.prepared.append(work)
+
+    def run(self, work: Any, advanced: Any) -> None:
+        if self._meet is not None:
+            self._meet.wait(timeout=60)
+        if self._error is not None:
+            raise self._error
+        assert work in self.prepared
+        for steps in (4, 8):
+            advanced(steps)
+        self.done.append(work)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Slow(Device):
+    """One whose work does not end."""
+
+    def run(self, work: Any, advanced: Any) -> None:
+        while True:
+            time.sleep(0.01)
+            advanced(1)
+
+
+class Watch:
+    """What a schedule reports."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.finished: list[int] = []
+
+    def schedule(self, left: list[Any], end: float | None = None) -> Schedule:
+        return Schedule(left, advanced=self._advanced, finished=self._finished, end=end)
+
+    def _advanced(self, work: Any, steps: int) -> None:
+        del work
+        self.steps.append(steps)
+
+    def _finished(self, work: Any, done: int, seconds: float) -> None:
+        assert work.lane_steps == 10
+        assert seconds >= 0
+        self.finished.append(done)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_every_cell_is_done_once_by_one_device(n: int) -> None:
+    left, devices, watch = works(7), [Device() for _ in range(n)], Watch()
+    runners: Any = devices
+    assert watch.schedule(left).run(runners)
+    by_device = [[(work.cell, work.kind) for work in device.done] for device in devices]
+    for done in by_device:
+        assert [kind for _, kind in done] == ["search", "run"] * (len(done) // 2)
+        assert [cell for cell, _ in done] == sorted(cell for cell, _ in done)
+    every = sorted(itertools.chain(*by_device))
+    assert every == sorted((work.cell, work.kind) for work in left)
+    assert watch.finished == list(range(1, 15))
+    assert watch.steps == sorted(watch.steps)
+    assert watch.steps[-1] == 10 * len(left)
+    assert all(device.closed for device in devices)
+
+
+def test_devices_work_at_the_same_time() -> None:
+    """Each waits in every piece of work until the other is in one."""
+    meet = threading.Barrier(2)
+    devices: Any = [Device(meet=meet), Device(meet=meet)]
+    assert Watch().schedule(works(2)).run(devices)
+    assert [len(device.done) for device in devices] == [2, 2]
+
+
+def test_a_failure_of_one_device_stops_the_others() -> None:
+    devices: Any = [Slow(), Device(error=RuntimeError("out of memory"))]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Watch().schedule(works(4)).run(devices)
+    assert all(device.closed for device in devices)
+
+
+def test_nothing_begins_after_the_end() -> None:
+    device, watch = Device(), Watch()
+    runners: Any = [device]
+    assert not watch.schedule(works(2), end=time.monotonic() - 1).run(runners)
+    assert device.closed
+    assert (device.done, watch.finished) == ([], [])
