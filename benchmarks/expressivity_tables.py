@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from experiments.trials import report
+from experiments.trials.suites import in_order
 
 RESULTS = "experiments/results/expressivity"
 SUITES = "quick", "author"
@@ -14,6 +15,6 @@ def suite(root: Path, name: str) -> str:
     """Accuracy and horizon of every model on every problem."""
     directory = f"{RESULTS}/{name}"
     text = (root / directory / "runs.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = in_order(name, map(json.loads, text.splitlines()))
     command = f"python experiments/expressivity.py {name} --out {directory}"
     return f"{report.sources(lines)}:\n\n    {command}\n\n{report.summaries(lines)}"

@@ -17,9 +17,9 @@ from experiments.harness import devices, run_directory
 from experiments.harness.ownership import owned
 from experiments.harness.progress import Report
 from experiments.trials import report, running
-from experiments.trials.records import RUNS, Records, groups
+from experiments.trials.records import RUNS, Record, Records, groups
 from experiments.trials.scheduling import Schedule
-from experiments.trials.suites import SUITES, Suite
+from experiments.trials.suites import SUITES, Suite, in_order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,21 +83,21 @@ def main(args: Sequence[str]) -> None:
         try:
             complete = _run(suite, records, config.minutes)
         finally:
-            if records.lines:
-                report.write(directory, records.lines, f"Suite {config.suite}", suite.about)
-                _draw(directory, records, config.suite)
-    if records.lines:
-        print(report.markdown(records.lines))
+            if lines := in_order(config.suite, records.lines):
+                report.write(directory, lines, f"Suite {config.suite}", suite.about)
+                _draw(directory, lines, config.suite)
+    if lines:
+        print(report.markdown(lines))
     print(f"\nresults are in {directory}: {RUNS}, {report.MARKDOWN}, {report.CSV} and plots")
     if not complete:
         raise RunStopped("stopped by --minutes: the same command goes on.", exit_code=3)
 
 
-def _draw(directory: Path, records: Records, suite: str) -> None:
+def _draw(directory: Path, lines: Sequence[Record], suite: str) -> None:
     with run_directory.optional(directory / "accuracy.png"):
         from experiments.trials import plot  # a failure of matplotlib's costs no result
 
-        plot.write(directory, records.lines, f"Suite {suite}")
+        plot.write(directory, lines, f"Suite {suite}")
 
 
 def describe(suite: Suite, left: Sequence[running.Work]) -> str:

@@ -77,12 +77,13 @@ def _draw_lengths(found: dict[Cell, Group], heading: str, image: Path) -> None:
     figure, panels = _panels(len(problems), heading)
     for axes, problem in zip(panels, problems, strict=True):
         mine = {c.model: g for c, g in found.items() if c.problem == problem}
-        for model, group in mine.items():
+        for drawn, (model, group) in enumerate(mine.items()):
             lengths = _lengths(group)
             values = [group.values(str(n)) for n in lengths]
             means = [sum(x) / len(x) for x in values]
             color = _COLORS.get(model)
-            axes.plot(lengths, means, marker="o", ms=3, color=color, label=title(model))
+            width = max(1.2, 5 - 1.2 * drawn)  # lines that coincide show, the first as the edge
+            axes.plot(lengths, means, marker="o", ms=3, lw=width, color=color, label=title(model))
             lows, highs = [min(x) for x in values], [max(x) for x in values]
             axes.fill_between(lengths, lows, highs, alpha=0.15, color=color, lw=0)
         first = next(iter(mine.values()))

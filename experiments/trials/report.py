@@ -60,7 +60,8 @@ def sources(lines: Iterable[Record]) -> str:
 
 
 def _summary(found: dict[Cell, Group]) -> str:
-    """A row for each model: accuracy and horizon of each problem, parameters, state, seconds."""
+    """Accuracy and horizon of each problem, parameters, state and seconds of each model: a row for
+    each model, or a column if there are fewer models than problems."""
     problems = _in_order(cell.problem for cell in found)
     header = ["model", *problems, "parameters", "state", "s a run"]
     rows: list[list[str]] = []
@@ -78,7 +79,11 @@ def _summary(found: dict[Cell, Group]) -> str:
     for problem in problems:
         group = next(g for c, g in found.items() if c.problem == problem)
         chance.append(f"{group.runs[0]['chance'][group.readings[0]]:.3f}")
-    return table(header, [*rows, [*chance, "", "", ""]])
+    rows.append([*chance, "", "", ""])
+    if len(rows) <= len(problems):
+        header, *rows = map(list, zip(header, *rows, strict=True))
+        header[0] = "problem"
+    return table(header, rows)
 
 
 def _by_length(problem: str, found: dict[Cell, Group]) -> str:

@@ -1,7 +1,8 @@
 """The suites of `expressivity.py`, as data: problems, sizes, models, protocol."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from experiments.harness.config import OptimizerConfig
 from experiments.tasks.synthetic import (
@@ -20,7 +21,8 @@ from experiments.tasks.synthetic import (
 )
 from experiments.tasks.synthetic.reading import Reading, lengths_from
 
-from .controls import CONTROLS, VARIANTS, Size
+from .controls import CONTROLS, MODELS, VARIANTS, Size
+from .records import Record, cell_of
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -238,3 +240,16 @@ SUITES: dict[str, Suite] = {
     ),
 }
 """The suites by name."""
+
+
+def in_order(name: str, lines: Iterable[Record]) -> list[Record]:
+    """The lines of a suite in its order, as devices may have added them in another."""
+    problems, models = ({x: i for i, x in enumerate(xs)} for xs in (SUITES[name].problems, MODELS))
+
+    def place(line: Record) -> tuple[Any, ...]:
+        cell = cell_of(line)  # perhaps of another version
+        at = problems.get(cell.problem, len(problems)), cell.depth, cell.dim, cell.dtype
+        model = models.get(cell.model, len(models))
+        return *at, model, line["seed"], line["learning_rate"]
+
+    return sorted(lines, key=place)

@@ -149,6 +149,23 @@ class TestSuites:
             assert set(SUITES[name].models) == set(CONTROLS)
 
 
+def test_lines_are_put_in_the_suite_s_order() -> None:
+    def line(problem: str, model: str, seed: int, depth: int = 1) -> dict[str, Any]:
+        cell = {"problem": problem, "dim": 8, "depth": depth, "model": model, "dtype": "float32"}
+        return {**cell, "kind": "run", "seed": seed, "learning_rate": 0.1}
+
+    expected = [
+        line("parity", "e88", 2),
+        line("parity", "lstm", 1),
+        line("parity", "lstm", 2),
+        line("parity", "e88", 1, depth=4),
+        line("recall", "e88", 1),
+        line("recall", "of before", 1),
+        line("of before", "e88", 1),
+    ]
+    assert suites.in_order("quick", [expected[i] for i in (6, 4, 2, 5, 3, 0, 1)]) == expected
+
+
 def test_names_of_readings() -> None:
     assert running.name(Reading(task=Parity(), length=64)) == "64"
     assert running.name(Reading(task=Parity(min_length=40), length=256)) == "40 to 256"
