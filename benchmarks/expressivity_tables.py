@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from experiments.trials import report
-from experiments.trials.suites import in_order
+from experiments.trials.suites import SUITES, in_order
 
 RESULTS = "experiments/results/expressivity"
-SUITES = "quick", "author"
+RECORDED = "quick", "author"
 """Suites whose results are recorded."""
 
 
@@ -17,4 +17,7 @@ def suite(root: Path, name: str) -> str:
     text = (root / directory / "runs.jsonl").read_text()
     lines = in_order(name, map(json.loads, text.splitlines()))
     command = f"python experiments/expressivity.py {name} --out {directory}"
+    models = list(dict.fromkeys(line["model"] for line in lines))
+    if set(models) != set(SUITES[name].models):
+        command += f" --models {' '.join(models)}"
     return f"{report.sources(lines)}:\n\n    {command}\n\n{report.summaries(lines)}"

@@ -325,7 +325,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: _text_of(table) for name, table in sizing_tables.TABLES.items()},
     **{
         f"expressivity-{name}": functools.partial(expressivity_tables.suite, ROOT, name)
-        for name in expressivity_tables.SUITES
+        for name in expressivity_tables.RECORDED
     },
 }
 

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
-from jax.sharding import SingleDeviceSharding
 
 from experiments import cli
 from experiments.cli import require
@@ -31,7 +30,7 @@ class ExpressivityConfig:
     """
 
     suite: Annotated[tyro.conf.Positional[Literal[tuple(SUITES)]], tyro.conf.arg(metavar="SUITE")]  # pyright: ignore
-    """Which suite: quick, author, groups, formal or recall."""
+    """The suite: quick, author, groups, formal, ablations or recall."""
     problems: tuple[str, ...] = ()
     """Problems of the suite; none for all."""
     models: tuple[str, ...] = ()
@@ -126,8 +125,7 @@ def _run(suite: Suite, records: Records, minutes: float | None) -> bool:
 
         end = None if minutes is None else time.monotonic() + 60 * minutes
         schedule = Schedule(left, advanced=advanced, finished=finished, end=end)
-        places = map(SingleDeviceSharding, jax.local_devices())
-        return schedule.run([running.Runner(suite, records, where) for where in places])
+        return schedule.run([running.Runner(suite, records, x) for x in jax.local_devices()])
 
 
 def _outcome(work: running.Work, records: Records) -> str:

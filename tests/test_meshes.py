@@ -185,6 +185,17 @@ def test_model_over_explicit_axes(
     assert jax.tree.map(jax.typeof, gradient) == jax.tree.map(jax.typeof, params)
 
 
+def test_model_at_positions_over_explicit_axes(explicit: Mesh, model: LanguageModel) -> None:
+    positions = np.array([[4, 0], [1, 3]] * (len(TOKENS) // 2), np.int32)
+    tokens, at = (
+        jax.device_put(x, NamedSharding(explicit, P("x", None))) for x in (TOKENS, positions)
+    )
+    with jax.set_mesh(explicit):
+        logits, _ = nnx.jit(lambda model, *x: model(x[0], positions=x[1]))(model, tokens, at)
+    assert jax.typeof(logits).sharding.spec[0] == "x"
+    assert_close(logits, model(jnp.asarray(TOKENS), positions=jnp.asarray(positions))[0])
+
+
 def test_model_gathers_time(explicit: Mesh, model: LanguageModel) -> None:
     tokens = jax.device_put(TOKENS, NamedSharding(explicit, P("x", "y")))
     with jax.set_mesh(explicit):

@@ -1,5 +1,5 @@
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import chex
 import jax
@@ -143,6 +143,25 @@ class TestForward:
         assert rms_ratio(packed, jnp.concatenate([first, second], axis=1)) < 1e-5
         chex.assert_trees_all_close(state, second_state, rtol=1e-4, atol=1e-5)
 
+    def test_logits_at_positions(self, model: LanguageModel) -> None:
+        """In any order, one of them twice, with the state and the gradient of the whole."""
+        positions = jnp.asarray([[7, 0, 3], [2, 2, 5]], jnp.int32)
+        tokens = jnp.asarray(TOKENS)
+
+        def loss(model: LanguageModel, alone: bool) -> Any:
+            logits, state = model(tokens, positions=positions if alone else None)
+            if not alone:
+                logits = jnp.take_along_axis(logits, positions[:, :, None], axis=1)
+            return jnp.mean(logits**2), (logits, state)
+
+        @nnx.jit(static_argnums=1)
+        def grads(model: LanguageModel, alone: bool) -> Any:
+            return nnx.grad(loss, has_aux=True)(model, alone)
+
+        picked, gathered = grads(model, True), grads(model, False)
+        assert picked[1][0].shape == (2, 3, VOCAB)
+        chex.assert_trees_all_close(picked, gathered, rtol=1e-4, atol=1e-6)
+
     def test_bad_input(self, model: LanguageModel) -> None:
         with pytest.raises(ValueError, match=r"float32 of shape \(2, 8\)"):
             model(jnp.zeros((2, 8)))
@@ -150,6 +169,14 @@ class TestForward:
             model(jnp.zeros(8, jnp.int32))
         with pytest.raises(ValueError, match=r"2 mixers' states.*length 1"):
             model(jnp.asarray(TOKENS), model.init_state(2)[:1])
+        for positions, said in {
+            ((8,), (0,)): "positions must be from 0 to 7, got 0 to 8",
+            ((-1,), (0,)): "positions must be from 0 to 7, got -1 to 0",
+            ((0, 1),): r"positions must be \[B, N\] with B = 2, got \(1, 2\)",
+            (0, 1): r"positions must be integers \[B, N\]",
+        }.items():
+            with pytest.raises(ValueError, match=said):
+                model(jnp.asarray(TOKENS), positions=cast(Any, np.array(positions)))
 
 
 class TestDtypes:

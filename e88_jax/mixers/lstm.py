@@ -16,6 +16,7 @@ from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.precision import compute_dtype, wide_dtype
 from e88_jax.projection import InferenceProjection, Projection
 from e88_jax.typed import params_of
+from pallas_kernels import target
 
 
 class LSTMState(NamedTuple):
@@ -30,8 +31,9 @@ class LSTMState(NamedTuple):
 export.register_namedtuple_serialization(LSTMState, serialized_name="e88_jax.LSTMState")
 
 UNROLL = 8
-"""Steps of one turn of XLA's loop, at most. On an H200 a layer of 137 units on 3 x 256 sequences of
-128 tokens, forward and backward, takes 6.0 ms with them, and 8.9 ms with single steps."""
+"""Steps of one turn of XLA's loop on a GPU, at most. On an H200 a layer of 137 units on 3 x 256
+sequences of 128 tokens, forward and backward, takes 6.0 ms with them, and 8.9 ms with single steps.
+On a CPU they gain nothing."""
 
 _STATE_AXES = LSTMState("b", "b")  # pyright: ignore[reportArgumentType]
 
@@ -151,7 +153,9 @@ class LSTMMixer(nnx.Module):
         state, *inputs, _ = varying_alike(state, x, starts, live, params_of(self.cell))
         over_time = [None if a is None else jnp.moveaxis(a, 1, 0) for a in inputs]
         time: Any = x.shape[1]
-        unroll = UNROLL if isinstance(time, int) else 1  # a symbolic one, of `jax.export`
+        is_symbolic = not isinstance(time, int)  # of `jax.export`
+        on_gpu = target.current().platform == "gpu"
+        unroll = UNROLL if on_gpu and not is_symbolic else 1
         state, hidden = lax.scan(step, state, tuple(over_time), unroll=unroll)
         return self.output(jnp.moveaxis(hidden, 0, 1)), state
 

@@ -94,7 +94,7 @@ class Match:
         return ", ".join(words)
 
     def states(self, length: int) -> dict[str, int]:
-        """`state_after` of a layer of each kind."""
+        """Elements that a layer keeps of a sequence of `length` tokens, by the layer's kind."""
         dim = self.config.dim
         return {layer.kind: state_after(layer, dim, length) for layer in self.config.layers}
 

@@ -38,7 +38,8 @@ def set_up() -> None:
     """Sets up JAX, except where the user has chosen or JAX has started.
 
     - Each CPU core of the process is a JAX device: XLA's threads gain nothing on operations as
-      small as a step of the recurrence; rows of the batch on separate cores do.
+      small as a step of the recurrence; rows of the batch on separate cores do. XLA has
+      `SPARE_THREADS` more threads, also beyond a number in PJRT_NPROC, which then limits devices.
     - JAX may use nearly all of a GPU's memory.
     - Programs compiled for a GPU are cached in `$XDG_CACHE_HOME/e88_jax` (or `~/.cache`). Those for
       a CPU compile in seconds, and might not run on another CPU that shares the directory.

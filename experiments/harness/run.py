@@ -92,7 +92,7 @@ class Run:
             self.say(f"continuing from step {self.step}")
         self._log = enter(contextlib.closing(MetricsLog(directory, start=self.step)))
         self._exits.callback(plot_metric, directory, metric)
-        self._clock, self._n_targets, self._skipped_in_a_row = TrainingClock(), 0, 0
+        self._clock, self._n_tokens, self._skipped_in_a_row = TrainingClock(), 0, 0
         return state
 
     def say(self, message: str) -> None:
@@ -125,7 +125,7 @@ class Run:
                 exit_code=1,
             ) from None
 
-    def stepped(self, metrics: "StepMetrics", n_targets: int) -> None:
+    def stepped(self, metrics: "StepMetrics", n_tokens: int) -> None:
         """Counts a step, and writes a record every `log_every` steps.
 
         Raises:
@@ -135,7 +135,7 @@ class Run:
 
         self.step += 1
         self._pending.append(metrics)
-        self._n_targets += n_targets
+        self._n_tokens += n_tokens
         if not self._due(self._config.log_every):
             return
         steps = jax.device_get(self._pending)
@@ -147,7 +147,7 @@ class Run:
         record["learning_rate"] = float(newest.learning_rate)
         record["skipped"] = int(newest.skipped)
         record["skipped_in_a_row"] = self._skipped_in_a_row = int(newest.skipped_in_a_row)
-        rate = self._n_targets / self._clock.lap()
+        rate = self._n_tokens / self._clock.lap()
         record[f"{self._task.tokens}_per_second"] = rate
         self._log.write("train", self.step, **record)
         line = [f"{rate:,.0f} {self._task.tokens}/s", f"rate {record['learning_rate']:.1e}"]
@@ -157,7 +157,7 @@ class Run:
             line.append(f"{record['skipped']} steps skipped: not finite")
         self._report.advance(self.step, ", ".join(line))
         self._pending.clear()
-        self._interval, self._n_targets = type(self._interval)(), 0
+        self._interval, self._n_tokens = type(self._interval)(), 0
         self._checkpoints.check()
 
     @property

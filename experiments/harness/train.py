@@ -50,7 +50,7 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
         with run.reading(state):
             batch = next(batches)
         state, metrics = train_step(state, where.put(batch))
-        run.stepped(metrics, batch.targets.size)
+        run.stepped(metrics, batch.inputs.size)
         value = None
         if run.evaluates:
             with run.paused(state):

@@ -34,8 +34,8 @@ class Metric:
     scale: float = 1.0
     """Factor of the mean."""
     per_target: "Callable[[Array, Array], Array] | None" = None
-    """Value of each target from logits `[rows, T, vocab]` and targets `[rows, T]`; None for the
-    cross-entropy in nats, which is the loss."""
+    """Value of each target from logits `[rows, N, vocab]` and targets `[rows, N]`, where N is T or
+    the number of a batch's positions; None for the cross-entropy in nats, which is the loss."""
 
     def improves(self, value: float, best: float | None) -> bool:
         """Whether `value` is better than `best`; any finite one is better than None."""
@@ -75,7 +75,7 @@ class Task(Protocol):
     vocab_size: int
     metric: Metric
     tokens: str
-    """Noun for targets in reports, such as "bytes"."""
+    """Noun for tokens in reports, such as "bytes"."""
 
     def __getitem__(self, step: int, /) -> Batch:
         """The batch of a step; raises DataError if it cannot be read any more."""

@@ -121,7 +121,7 @@ CONTROLS: dict[str, Control] = {
     "lstm": Control("LSTM", _lstm),
     "hybrid": Control("E88 and attention", _hybrid),
 }
-"""The models of the suites by name. Gated DeltaNet is named by the range of its eigenvalues."""
+"""The models of most suites by name. Gated DeltaNet is named by the range of its eigenvalues."""
 
 VARIANTS: dict[str, Control] = {
     "e88_conv": Control("E88, convolution of 4", _variant(conv_size=4)),
@@ -135,6 +135,7 @@ VARIANTS: dict[str, Control] = {
 """Changes of the layer, for ablations."""
 
 MODELS = CONTROLS | VARIANTS
+"""All of them."""
 
 
 def title(name: str) -> str:

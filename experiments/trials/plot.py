@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from .controls import title
-from .records import Cell, Group, Record, by_size, groups
+from .records import Cell, Group, Record, by_heading, groups
 
 _COLORS = {
     "e88": "#0072b2",
@@ -21,20 +21,25 @@ _COLORS = {
     "transformer": "#555555",
     "lstm": "#000000",
     "hybrid": "#8c6bb1",
+    "e88_conv": "#f0e442",
+    "e88_linear_conv": "#b2df8a",
+    "e88_raw_keys": "#b15928",
+    "e88_no_silu": "#fb9a99",
+    "e88_constant_decay": "#888888",
 }
-"""Okabe and Ito's palette, and three more."""
+"""Okabe and Ito's palette, and others."""
 _COLUMNS = 4
 
 
 def write(directory: Path, lines: Sequence[Record], heading: str) -> list[Path]:
     """Draws the plots of the lines into a suite's directory; returns their files."""
     files = list[Path]()
-    for size, mine in by_size(lines).items():
+    for models, mine in by_heading(lines).items():
         by_length = {c: g for c, g in mine.items() if len(_lengths(g)) > 1}
         if by_length:
             cell = next(iter(mine))
             image = directory / f"accuracy_{cell.dim}x{cell.depth}_{cell.dtype}.png"
-            _draw_lengths(by_length, f"{heading}: {size}", image)
+            _draw_lengths(by_length, f"{heading}: {models}", image)
             files.append(image)
     by_state = {
         c: g for c, g in groups(lines).items() if any("pairs" in reading for reading in g.readings)

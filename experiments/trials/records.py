@@ -30,7 +30,7 @@ class Cell(NamedTuple):
         return f"{self.problem}, {self.model}, {self.dim} x {self.depth}, {self.dtype}"
 
     @property
-    def size(self) -> str:
+    def heading(self) -> str:
         """Size and precision of the model, in words."""
         layers = "layer" if self.depth == 1 else "layers"
         return f"{self.depth} {layers} of dim {self.dim}, {self.dtype}"
@@ -98,13 +98,13 @@ class Records:
         """Raises:
         UsageError: a line of the cell is of a training by another protocol.
         """
-        for line in self.lines:
-            there = line["protocol"] if cell_of(line) == cell else {}
-            for name in there.keys() & protocol.keys():
-                if there[name] != protocol[name]:
+        for there in (line["protocol"] for line in self.lines if cell_of(line) == cell):
+            for name in sorted(there.keys() | protocol.keys()):
+                before, now = (x.get(name, "unknown") for x in (there, protocol))
+                if before != now:
                     raise UsageError(
-                        f"{self.path} has runs of {cell} with {name} {there[name]}, not "
-                        f"{protocol[name]}: --out names another directory."
+                        f"{self.path} has runs of {cell} with {name} {before}, not {now}: --out "
+                        "names another directory."
                     )
 
     def seeds(self, cell: Cell) -> set[int]:
@@ -153,9 +153,9 @@ def groups(lines: Iterable[Record]) -> dict[Cell, Group]:
     return found
 
 
-def by_size(lines: Iterable[Record]) -> dict[str, dict[Cell, Group]]:
+def by_heading(lines: Iterable[Record]) -> dict[str, dict[Cell, Group]]:
     """The runs by size and precision of their models, then by cell."""
     found: dict[str, dict[Cell, Group]] = {}
     for cell, group in groups(lines).items():
-        found.setdefault(cell.size, {})[cell] = group
+        found.setdefault(cell.heading, {})[cell] = group
     return found

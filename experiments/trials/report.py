@@ -10,14 +10,15 @@ from experiments.harness import run_directory
 from experiments.markdown import table
 
 from .controls import title
-from .records import Cell, Group, Record, by_size
+from .records import Cell, Group, Record, by_heading
 
 MARKDOWN, CSV = "report.md", "runs.csv"
 
 EXPLANATION = (
     "Accuracies are means of the seeds, with the lowest in brackets where it is lower by 0.01 or "
-    "more. The horizon is the greatest length up to which every seed has 0.99; '>' marks one that "
-    "is the greatest length read."
+    "more; the first reading is at the training length, but for recall. The horizon is the "
+    "greatest length up to which every seed has 0.99; '>' marks one that is the greatest length "
+    "read."
 )
 
 
@@ -29,19 +30,19 @@ def write(directory: Path, lines: Sequence[Record], heading: str, about: str) ->
 
 
 def markdown(lines: Sequence[Record]) -> str:
-    """For each size and precision: accuracy at the training length, horizons, and by length."""
+    """For each size and precision: accuracy on the first reading, horizons, and by length."""
     parts = [f"{sources(lines)}. {EXPLANATION}"]
-    for size, mine in by_size(lines).items():
-        parts += [f"## {size}", "Accuracy at the training length, and horizon:", _summary(mine)]
+    for heading, mine in by_heading(lines).items():
+        parts += [f"## {heading}", "Accuracy on the first reading, and horizon:", _summary(mine)]
         parts += [_by_length(problem, mine) for problem in _in_order(c.problem for c in mine)]
     return "\n\n".join(parts)
 
 
 def summaries(lines: Sequence[Record]) -> str:
-    """For each size and precision: accuracy at the training length, and horizons."""
+    """For each size and precision: accuracy on the first reading, and horizons."""
     return "\n\n".join(
-        f"{size}, accuracy at the training length and horizon:\n\n{_summary(mine)}"
-        for size, mine in by_size(lines).items()
+        f"{heading}, accuracy on the first reading and horizon:\n\n{_summary(mine)}"
+        for heading, mine in by_heading(lines).items()
     )
 
 
@@ -121,7 +122,7 @@ def _horizon(group: Group) -> str:
 
 
 def _state(runs: Sequence[Record]) -> str:
-    """The most elements of state, after sequences of the training length."""
+    """The most elements of state, after the sequences of the first reading."""
     first, last = (max(list(run["state"].values())[i] for run in runs) for i in (0, -1))
     return f"{first:,}" if first == last else f"{first:,} and growing"
 

@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-from jax.sharding import Sharding
 
 from e88_jax.mixers.base import Execution
 from e88_jax.sizing.compare import state_after
@@ -70,7 +69,7 @@ def left(suite: Suite, records: Records) -> list[Work]:
     """
     found: list[Work] = []
     for cell, size, dtype in cells(suite):
-        how = protocol(suite, suite.problems[cell.problem])
+        how = protocol(suite, suite.problems[cell.problem], size)
         records.require_protocol(cell, how)
         seeds = tuple(seed for seed in suite.seeds if seed not in records.seeds(cell))
         if not seeds:
@@ -102,11 +101,15 @@ def left(suite: Suite, records: Records) -> list[Work]:
     return found
 
 
-def protocol(suite: Suite, problem: Problem) -> Record:
-    """How a suite trains the models of a problem."""
+def protocol(suite: Suite, problem: Problem, size: Size) -> Record:
+    """How a suite trains models of a size on a problem, and reads them."""
     optimizer = dataclasses.asdict(suite.optimizer)
     del optimizer["learning_rate"], optimizer["max_skipped_steps"]  # a lane's own; not used
     return {
+        "task": repr(problem.task),
+        "readings": [name(reading) for reading in problem.readings],
+        "read_rows": suite.read_batches * suite.read_batch_size,
+        "heads": [size.n_heads, size.n_state, size.conv_size],
         "length": problem.length,
         "steps": problem.steps,
         "batch_size": suite.batch_size,
@@ -119,33 +122,33 @@ def protocol(suite: Suite, problem: Problem) -> Record:
 
 
 class Runner:
-    """Does work on the device of a sharding, and adds its lines to the records; compiles what comes
-    next while one runs."""
+    """Does work on a device, and adds its lines to the records; compiles what comes next while one
+    runs."""
 
-    def __init__(self, suite: Suite, records: Records, where: Sharding):
-        self._suite, self._records, self._where = suite, records, where
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
+    def __init__(self, suite: Suite, records: Records, device: Any):
+        self._suite, self._records, self._device = suite, records, device
+        self._compilers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
         self._compiling: dict[int, Future[tuple[Training, Reader]]] = {}
 
     def close(self) -> None:
         """Waits for what is being compiled."""
-        self._thread.shutdown(cancel_futures=True)
+        self._compilers.shutdown(cancel_futures=True)
 
     def prepare(self, work: Work) -> None:
         """Begins to compile."""
-        self._compiling[id(work)] = self._thread.submit(self._compile, work)
+        self._compiling[id(work)] = self._compilers.submit(self._compile, work)
 
     def _compile(self, work: Work) -> tuple[Training, Reader]:
-        training = Training(work.trial, work.lanes, self._where)
-        reader = Reader(
-            training.graphdef,
-            training.params,
-            work.readings,
-            window=work.trial.length,
-            batches=self._suite.read_batches,
-            batch_size=self._suite.read_batch_size,
-            where=self._where,
-        )
+        with jax.default_device(self._device):
+            training = Training(work.trial, work.lanes)
+            reader = Reader(
+                training.graphdef,
+                training.params,
+                work.readings,
+                window=work.trial.length,
+                batches=self._suite.read_batches,
+                batch_size=self._suite.read_batch_size,
+            )
         return training, reader
 
     def run(self, work: Work, advanced: Callable[[int], None]) -> None:
@@ -157,8 +160,9 @@ class Runner:
         """
         training, reader = self._compiling.pop(id(work)).result()
         lanes = self._lanes(work)
-        trained = training(lanes, lambda steps: advanced(steps * len(lanes)))
-        measured = self._read(work, trained, reader)
+        with jax.default_device(self._device):
+            trained = training(lanes, lambda steps: advanced(steps * len(lanes)))
+            measured = self._read(work, trained, reader)
         about = self._about(work)
         self._records.add(
             about | {"kind": work.kind} | _of_lane(trained, i, lane) | measured(i)
@@ -225,7 +229,7 @@ def _of_lane(trained: Trained, lane: int, what: Lane) -> Record:
     return {
         **dataclasses.asdict(what),
         "steps": trained.steps[-1],
-        # Of equal parts of the steps.
+        # Means over equal parts of the steps.
         "training_accuracy": [round(float(x), 4) for x in trained.accuracy[lane]],
         "training_loss": [round(float(x), 4) for x in trained.loss[lane]],
         "seconds": round(trained.seconds, 2),

@@ -1,11 +1,15 @@
-"""The cells of a suite over the devices of a machine: each device takes the next one."""
+"""The cells of a suite over the devices of a machine.
+
+A device takes the next cell, to compile it, when it begins one: at the end one may wait for a
+device while another has nothing to do.
+"""
 
 import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import ExitStack
 
 from .running import Runner, Work
 
@@ -36,34 +40,36 @@ class Schedule:
     ):
         cells = itertools.groupby(left, key=lambda work: work.cell)
         self._jobs = iter([list(job) for _, job in cells])
-        self._left, self._end = len(left), end
+        self._total, self._end = len(left), end
         self._advanced, self._finished = advanced, finished
         self._steps = self._done = 0
         self._lock, self._stop = threading.Lock(), threading.Event()
 
     def run(self, runners: Sequence[Runner]) -> bool:
         """Does the work; returns whether all of it is done."""
-        with ThreadPoolExecutor(len(runners), thread_name_prefix="device") as threads:
-            # Each has its first cell before any compiles its second.
-            first = [(runner, self._take(runner)) for runner in runners]
-            futures = [threads.submit(self._drive, *x) for x in first]
+        with ExitStack() as stack:
+            for runner in runners:
+                stack.callback(runner.close)
+            threads = ThreadPoolExecutor(len(runners), thread_name_prefix="device")
+            stack.enter_context(threads)
             try:
-                for future in as_completed(futures):
+                # Each has its first cell before any compiles its second.
+                first = [(runner, self._take(runner)) for runner in runners]
+                for future in as_completed(threads.submit(self._drive, *x) for x in first):
                     future.result()
             except BaseException:
                 self._stop.set()
                 raise
-        return self._done == self._left
+        return self._done == self._total
 
     def _drive(self, runner: Runner, ahead: list[Work]) -> None:
         """Does cell after cell, and compiles the next while one runs."""
-        with closing(runner):
-            while job := ahead:
-                ahead = self._take(runner)
-                for work in job:
-                    if self._is_over():
-                        return
-                    self._do(runner, work)
+        while job := ahead:
+            ahead = self._take(runner)
+            for work in job:
+                if self._is_over():
+                    return
+                self._do(runner, work)
 
     def _take(self, runner: Runner) -> list[Work]:
         """The work of another cell, which the runner begins to compile; none if there is none."""

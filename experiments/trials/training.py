@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Sharding
 
 from e88_jax.model import LanguageModel
 from e88_jax.xla import xla_options
@@ -42,30 +41,26 @@ class Trained:
 
 
 class Training:
-    """A trial compiled for a number of lanes, on the device of a sharding. It may be made in a
-    thread while another one runs."""
+    """A trial compiled for a number of lanes, on JAX's default device. It may be made in a thread
+    while another one runs."""
 
-    def __init__(self, trial: Trial, lanes: int, where: Sharding):
+    def __init__(self, trial: Trial, lanes: int):
         self.trial = trial
-        self._where = where
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: _new_model(trial, jax.random.key(0))))
         self._chunk_size = chunk_size(trial.steps)
         began = time.perf_counter()
-        numbers = jax.ShapeDtypeStruct((lanes,), jnp.int32, sharding=self._where)
-        rates = jax.ShapeDtypeStruct((lanes,), jnp.float32, sharding=self._where)
+        numbers = jax.ShapeDtypeStruct((lanes,), jnp.int32)
+        rates = jax.ShapeDtypeStruct((lanes,), jnp.float32)
         with _standard_promotion():
-            start = jax.jit(jax.vmap(self._start_lane), out_shardings=self._where)
+            start = jax.jit(jax.vmap(self._start_lane))
             self._start = start.lower(numbers, rates).compile()
             state = jax.eval_shape(start, numbers, rates)
             self.params = state.params
             """Shapes of the lanes' weights."""
-            of_lanes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._where), state
-            )
             chunk = jax.vmap(self._run_lane, (0, 0, 0, None))
-            chunk = jax.jit(chunk, donate_argnums=0, out_shardings=self._where)
+            chunk = jax.jit(chunk, donate_argnums=0)
             step = jax.ShapeDtypeStruct((), jnp.int32)
-            lowered = chunk.lower(of_lanes, numbers, rates, step)
+            lowered = chunk.lower(state, numbers, rates, step)
             self._run = lowered.compile(compiler_options=xla_options())
         self.compile_seconds = time.perf_counter() - began
 
@@ -81,7 +76,6 @@ class Training:
         trial, size = self.trial, self._chunk_size
         seeds = np.array([lane.seed for lane in lanes], np.int32)
         rates = np.array([lane.learning_rate for lane in lanes], np.float32)
-        seeds, rates = jax.device_put((seeds, rates), self._where)
         state = self._start(seeds, rates)
         began = time.perf_counter()
         steps, curve = list[int](), list[StepMetrics]()
@@ -95,7 +89,7 @@ class Training:
         seconds = time.perf_counter() - began
         with _standard_promotion():
             optimizer = make_optimizer(trial.optimizer, trial.steps)
-            weights = jax.jit(jax.vmap(optimizer.eval_params), out_shardings=self._where)
+            weights = jax.jit(jax.vmap(optimizer.eval_params))
             params = weights(state.optimizer, state.params)
         return Trained(
             params=params,

@@ -14,6 +14,7 @@ from experiments import train_synthetic
 from experiments.cli.errors import RunStopped, UsageError
 from experiments.harness import program
 from experiments.harness.metrics import read_metrics
+from experiments.harness.run import Run
 from experiments.harness.run_directory import load_config
 from experiments.tasks.base import Batch
 from experiments.tasks.synthetic import TASKS, Counter, Dyck, MultiQuery, SyntheticConfig
@@ -116,11 +117,18 @@ def test_a_finished_run_says_what_it_is_without_flags(whole: Path) -> None:
     assert load_config(whole, SyntheticTrainConfig).task == Counter(modulus=3)
 
 
-def test_another_mixer_and_another_task(tmp_path: Path) -> None:
+def test_another_mixer_and_another_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "--task mqar --n-tokens 12 --lengths 4 8 --pairs 1 2 --shares 1 2.5"
     model = "--mixer lstm --width 8 --dim 8 --depth 1 --steps 2 --eval-every 2"
-    out = tmp_path / "run"
+    out, counted, stepped = tmp_path / "run", list[int](), Run.stepped
+
+    def count(run: Run, metrics: Any, n_tokens: int) -> None:
+        counted.append(n_tokens)
+        stepped(run, metrics, n_tokens)
+
+    monkeypatch.setattr(Run, "stepped", count)
     train_synthetic.main([*flags.split(), *model.split(), *BATCH, "--out", str(out)])
+    assert counted == [4 * 8] * 2  # tokens, of which some have answers
     (validation,) = (record for record in records(out) if record["kind"] == "validation")
     assert 0 <= validation["accuracy"] <= 1
     expected = MultiQuery(n_tokens=12, lengths=(4, 8), pairs=(1, 2), shares=(1.0, 2.5))

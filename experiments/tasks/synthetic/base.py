@@ -7,7 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,9 @@ class SyntheticConfig(TaskConfig):
         return Synthetic(self, batch)
 
 
+SAMPLING = 1
+"""Version of the sequences that a key gives; a run goes on with those that it began with alone."""
+
 CHANCE_ROWS = 8192
 """Sequences from which a chance level is counted."""
 
@@ -130,20 +133,28 @@ def _chance(task: SyntheticConfig, length: int, rows: int) -> float:
     return float(counted[chosen.argmax()] / counted.sum())
 
 
-@functools.cache
 def sampler(task: SyntheticConfig, rows: int, length: int) -> Callable[[Array], Sequences]:
     """`task.sample` of `rows` sequences of `length` tokens, from a key, compiled."""
-    return _compiled(functools.partial(task.sample, rows=rows, length=length))
+    return _compiled(type(task).sample, task, rows, length, device=_default_device())
+
+
+def _batches(task: SyntheticConfig, *shape: int) -> Callable[[Array], Batch]:
+    """`task.batch` of `shape`, from a key, compiled."""
+    return _compiled(type(task).batch, task, *shape, device=_default_device())
+
+
+def _default_device() -> Any:
+    return cast(Any, jax.config).jax_default_device
 
 
 @functools.cache
-def _batches(task: SyntheticConfig, *shape: int) -> Callable[[Array], Batch]:
-    """`task.batch` of `shape`, from a key, compiled."""
-    return _compiled(lambda key: task.batch(key, *shape))
-
-
-def _compiled(draw: Callable[[Array], Any]) -> Callable[[Array], Any]:
-    return jax.jit(draw).lower(jax.eval_shape(jax.random.key, 0)).compile()
+def _compiled(
+    draw: Callable[..., Any], task: SyntheticConfig, *shape: int, device: Any
+) -> Callable[[Array], Any]:
+    """`draw` of a task and a shape, from a key, compiled for the default device, `device`."""
+    del device
+    drawn = jax.jit(lambda key: draw(task, key, *shape))
+    return drawn.lower(jax.eval_shape(jax.random.key, 0)).compile()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,7 +230,8 @@ class Synthetic:
         return jax.tree.map(np.asarray, drawn)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr((self.config, self._batch.seq_len)).encode()).hexdigest()
+        drawn = SAMPLING, self.config, self._batch.seq_len
+        return hashlib.sha256(repr(drawn).encode()).hexdigest()
 
     def describe(self) -> str:
         chance = self.config.chance(self._batch.seq_len)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Sharding
 
 from e88_jax.model import LanguageModel, LMState
 from experiments.harness.optimizer import Params
@@ -37,7 +36,6 @@ class Reader:
         window: tokens read at once; the state is carried from one window to the next.
         batches: number of batches of sequences.
         batch_size: sequences of a batch.
-        where: sharding of the weights, if they have one.
     """
 
     def __init__(
@@ -49,12 +47,10 @@ class Reader:
         window: int,
         batches: int,
         batch_size: int,
-        where: Sharding | None = None,
     ):
         self._graphdef = graphdef
-        self._params = _shapes(params, where)
+        self._params = _shapes(params)
         self._window, self._batches, self._rows = window, batches, batch_size
-        self._where = where
         self._needs_context = nnx.merge(graphdef, self._params).needs_context
         self._compiled: dict[Any, tuple[Any, dict[int, Any]]] = {}
         self._readings = readings
@@ -95,13 +91,11 @@ class Reader:
         if key not in self._compiled:
             start = jax.jit(
                 jax.vmap(lambda params: self._model(params).init_state(self._rows, context)),
-                out_shardings=self._where,
             )
-            state = _shapes(jax.eval_shape(start, self._params), self._where)
+            state = jax.eval_shape(start, self._params)
             advance = jax.jit(
                 jax.vmap(self._advance, (0, 0, None)),
                 donate_argnums=1,
-                out_shardings=self._where,
             )
             compiled = {
                 n: advance.lower(self._params, state, _part(self._rows, n)).compile()
@@ -123,8 +117,8 @@ def _part(rows: int, width: int) -> Sequences:
     return Sequences(ids, ids, jax.ShapeDtypeStruct((rows, width), jnp.float32))  # pyright: ignore
 
 
-def _shapes(tree: Any, sharding: Sharding | None) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def lengths_from(length: int, longest: int) -> list[int]:

@@ -84,6 +84,31 @@ def test_accumulation_equals_one_large_batch(model: LanguageModel):
     chex.assert_trees_all_close(small.optimizer[0].mu, large.optimizer[0].mu, rtol=1e-3, atol=1e-7)
 
 
+def test_targets_at_positions_equal_all_with_weights(model: LanguageModel):
+    """Two targets in a row of nine, one of them of weight 0 in some rows."""
+    rng = np.random.default_rng(0)
+    windows = windows_of((2, 4, 10))
+    positions = np.argsort(rng.random((2, 4, 9)), axis=-1)[..., :2].astype(np.int32)
+    weights = np.array([[1.0, 0.5], [2.0, 0.0]] * 4, np.float32).reshape(2, 4, 2)
+    dense = np.zeros((2, 4, 9), np.float32)
+    np.put_along_axis(dense, positions, weights, axis=-1)
+    of_all = batch_of(windows, weights=dense)
+    targets = np.take_along_axis(of_all.targets, positions, axis=-1)
+    of_few = of_all._replace(targets=targets, weights=weights, positions=positions)
+    step, state, _ = make(model, plain(), metric=ACCURACY)
+    for few, every in zip(step(state, of_few), step(state, of_all), strict=True):
+        chex.assert_trees_all_close(few, every, rtol=1e-4, atol=1e-6)
+    where = placement(4)
+    put: Any = where.put(of_few)
+    assert put.positions.sharding == where.by_row
+    evaluate = [
+        make_evaluate(nnx.graphdef(model), [batch], where, ACCURACY, stateful=False)
+        for batch in (of_few, of_all)
+    ]
+    few, every = (f(state.params) for f in evaluate)
+    assert few == pytest.approx(every, rel=1e-6)
+
+
 def test_gradient_is_clipped_to_the_norm(model: LanguageModel):
     config = plain(clip_norm=0.01, beta1=0.5)
     step, state, _ = make(model, config)

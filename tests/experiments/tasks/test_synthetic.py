@@ -145,6 +145,23 @@ def test_a_setting_of_multi_query_recall_has_its_length_and_pairs() -> None:
     assert last.max() == 82
 
 
+def test_a_batch_of_few_answers_has_their_positions() -> None:
+    """Of multi-query recall those of the largest setting; rows of smaller ones have fewer."""
+    task = MultiQuery(n_tokens=64, lengths=(16, 24), pairs=(2, 4), shares=(1.0, 1.0))
+    key = training_key(0, 0)
+    drawn: Any = task.sample(key, 12, 30)
+    batch: Any = task.batch(key, 3, 4, 30)
+    assert batch.positions.shape == (3, 4, 4)
+    np.testing.assert_array_equal(np.reshape(batch.inputs, (12, 30)), drawn.inputs)
+    at = np.reshape(batch.positions, (12, 4))
+    for mine, dense in ((batch.targets, drawn.targets), (batch.weights, drawn.weights)):
+        here = np.take_along_axis(np.asarray(dense), at, axis=1)
+        np.testing.assert_array_equal(np.reshape(mine, (12, 4)), here)
+    assert np.sum(batch.weights) == np.sum(drawn.weights)
+    assert set(np.sum(np.asarray(batch.weights), axis=-1).flat) == {2.0, 4.0}
+    assert Counter().batch(key, 3, 4, 30).positions is None
+
+
 def test_nothing_is_cleared_without_a_probability() -> None:
     assert 32 not in draw(Overwrite(), 7, 32).inputs[:, :30]
 

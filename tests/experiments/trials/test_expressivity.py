@@ -144,8 +144,9 @@ class TestSuites:
                 assert reading.task.vocab_size == problem.task.vocab_size
 
     def test_searches_have_four_rates(self) -> None:
-        for name in ("groups", "formal", "recall"):
+        for name in ("groups", "formal", "recall", "ablations"):
             assert len(SUITES[name].rates) >= 4
+        for name in ("groups", "formal", "recall"):
             assert set(SUITES[name].models) == set(CONTROLS)
 
 

@@ -68,6 +68,21 @@ def test_summary_and_lengths() -> None:
     assert text.startswith("cpu, JAX 1, commit abc; 6 runs of up to 2 seeds.")
 
 
+def test_fewer_models_than_problems_are_columns() -> None:
+    problems = "parity", "fsm", "copy"
+    lines = [run("e88", 0, 1.0, 0.9, problem=x) for x in problems]
+    lines += [run("lstm", 0, 0.6, 0.5, problem=x) for x in problems[:2]]
+    header, _, *table = (
+        line.strip("| ").split(" | ")
+        for line in report.summaries(lines).splitlines()
+        if line.startswith("|")
+    )
+    assert header == ["problem", "E88", "LSTM", "chance"]
+    assert [row[0] for row in table] == [*problems, "parameters", "state", "s a run"]
+    assert table[0] == ["parity", "1.000, 8", "0.600, none", "0.500"]
+    assert table[2] == ["copy", "1.000, 8", "", "0.500"]
+
+
 def test_csv_has_a_row_for_each_run_and_reading() -> None:
     found = list(csv.DictReader(io.StringIO(report.to_csv(LINES))))
     assert len(found) == 6 * 3

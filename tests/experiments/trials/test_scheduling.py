@@ -49,9 +49,10 @@ class Slow(Device):
     """One whose work does not end."""
 
     def run(self, work: Any, advanced: Any) -> None:
-        while True:
+        for _ in range(6000):
             time.sleep(0.01)
             advanced(1)
+        raise AssertionError("nothing has stopped it")
 
 
 class Watch:
@@ -111,4 +112,29 @@ def test_nothing_begins_after_the_end() -> None:
     runners: Any = [device]
     assert not watch.schedule(works(2), end=time.monotonic() - 1).run(runners)
     assert device.closed
-    assert (device.done, watch.finished) == ([], [])
+    assert (device.prepared, device.done, watch.finished) == ([], [], [])
+
+
+def test_the_end_comes_between_a_search_and_its_run() -> None:
+    class Late(Device):
+        def run(self, work: Any, advanced: Any) -> None:
+            super().run(work, advanced)
+            while time.monotonic() <= end:
+                time.sleep(0.01)
+
+    end = time.monotonic() + 0.2
+    device, watch = Late(), Watch()
+    runners: Any = [device]
+    assert not watch.schedule(works(2), end=end).run(runners)
+    assert [(work.cell, work.kind) for work in device.done] == [(0, "search")]
+
+
+def test_an_interrupt_while_the_first_cells_are_prepared_leaves_nothing_open() -> None:
+    class Interrupted(Device):
+        def prepare(self, work: Any) -> None:
+            raise KeyboardInterrupt
+
+    devices: Any = [Device(), Interrupted()]
+    with pytest.raises(KeyboardInterrupt):
+        Watch().schedule(works(3)).run(devices)
+    assert all(device.closed for device in devices)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 
 from e88_jax.model import LanguageModel
 from experiments.harness.config import OptimizerConfig
@@ -45,7 +44,7 @@ def trial(name: str = "e88", **options: Any) -> Trial:
 @pytest.fixture(scope="module")
 def trained() -> training.Trained:
     with jax.numpy_dtype_promotion("standard"):
-        return Training(trial(), 2, SingleDeviceSharding(jax.devices()[-1]))(LANES)
+        return Training(trial(), 2)(LANES)
 
 
 def test_each_lane_is_as_if_alone(trained: training.Trained) -> None:
@@ -79,7 +78,7 @@ def test_seeds_and_rates_differ(trained: training.Trained) -> None:
 def test_stops_when_every_lane_has_learned() -> None:
     """A model of one answer has learned at once."""
     settings = dataclasses.replace(trial(), stop_at=0.0)
-    trained = Training(settings, 2, SingleDeviceSharding(jax.devices()[0]))(LANES)
+    trained = Training(settings, 2)(LANES)
     assert trained.steps == [1]
 
 
