@@ -145,8 +145,8 @@ def _convolve_backward(silu: bool, arguments: Any, d_out: Array) -> Any:
         (d_y,) = pullback(d_y)
     d_y = stored(d_y.astype(padded.dtype))
     reached = _reached(padded, documents, size)
-    d_taps = _sum_over_rows(jnp.stack([jnp.sum(wide(d_y) * wide(x), axis=1) for x in reached]))
-    d_bias = None if bias is None else _sum_over_rows(jnp.sum(wide(d_y), axis=1)).astype(bias.dtype)
+    d_taps = _total([wide(d_y) * wide(x) for x in reached])
+    d_bias = None if bias is None else _total([wide(d_y)])[0].astype(bias.dtype)
     d_padded: Any = 0
     for tap in range(size):  # of the token at t the input at t + tap
         of_tap = d_y if documents is None else _zero_unless(_same(documents, size)[tap], d_y)
@@ -155,16 +155,25 @@ def _convolve_backward(silu: bool, arguments: Any, d_out: Array) -> Any:
     return d_padded.astype(padded.dtype), d_taps.astype(taps.dtype), d_bias, None
 
 
-def _sum_over_rows(sums: Array) -> Array:
-    """The sum of `[..., B, C]` over rows, apart from that over time. XLA gives one reduction over
-    both only as many blocks of a GPU as C fills: twice the step of a model on short sequences."""
-    return jnp.sum(stored(sums), axis=-2)
+def _total(arrays: list[Array]) -> Array:
+    """The sums of arrays `[B, T, C]` over rows and time, `[len(arrays), C]`, by pieces of time.
+
+    XLA divides a reduction of many steps so, but gives one of up to 4,096 only as many blocks of a
+    GPU as C fills: twice the training step of a model on 32 sequences of 128 tokens.
+    """
+    rows, time, channels = arrays[0].shape
+    piece = next((n for n in range(*_PIECES) if time % n == 0), time)
+    pieces = [x.reshape(rows * (time // piece), piece, channels) for x in arrays]
+    return jnp.sum(stored(jnp.stack([jnp.sum(x, axis=1) for x in pieces])), axis=1)
 
 
 def _ends(before: int, after: int) -> list[tuple[int, int, int]]:
     """Padding of `[B, T, C]` along T."""
     return [(0, 0, 0), (before, after, 0), (0, 0, 0)]
 
+
+_PIECES = 128, 31, -1
+"""Steps of a piece: from 128 down to 32, the first that divides T; else T."""
 
 _convolve_on_gpu = cast(Any, jax.custom_vjp(_convolve, nondiff_argnums=(0,)))
 _convolve_on_gpu.defvjp(_convolve_forward, _convolve_backward)

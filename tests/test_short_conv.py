@@ -112,6 +112,24 @@ def test_the_gradient_on_a_gpu_is_that_of_the_convolution(
         chex.assert_trees_all_close(written_out, derived, rtol=1e-12)
 
 
+@pytest.mark.parametrize("time", [1, 128, 131, 192])
+def test_gradient_on_a_gpu_of_any_length(x64: None, time: int) -> None:
+    """Taps and bias are summed by pieces: one a row, or at 192 two of 96."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, time, *CHANNELS)))
+    weigh = jnp.asarray(rng.normal(size=x.shape))
+    conv = ShortConv(CHANNELS, 3, bias=True, silu=True, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(conv)
+    past = jnp.zeros((2, 2, *CHANNELS))
+
+    def loss(params: Any) -> Any:
+        return jnp.sum(nnx.merge(graphdef, params)(x, past)[0] * weigh)
+
+    with target.use(target.H100):
+        written_out = jax.grad(loss)(params)
+    chex.assert_trees_all_close(written_out, jax.grad(loss)(params), rtol=1e-10)
+
+
 def test_gradients(x64: None) -> None:
     conv, x, past = make(3, 4, "float64")
     ids = jnp.asarray([[0, 0, 1, 1], [0, 0, 0, 0]])
