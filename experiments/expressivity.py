@@ -1,4 +1,4 @@
-"""Suites of trainings on synthetic tasks: the tasks that E88 can learn, and its controls."""
+"""Suites of trainings on synthetic tasks, by E88 and its controls."""
 
 import dataclasses
 import time
@@ -29,8 +29,12 @@ class ExpressivityConfig:
     same command goes on with an interrupted suite. Tables, CSV and plots are written there too.
     """
 
-    suite: Annotated[tyro.conf.Positional[Literal[tuple(SUITES)]], tyro.conf.arg(metavar="SUITE")]  # pyright: ignore
-    """The suite: quick, author, groups, formal, ablations or recall."""
+    suite: Annotated[
+        tyro.conf.Positional[Literal[tuple(SUITES)]],  # pyright: ignore
+        tyro.conf.arg(
+            metavar="SUITE", help="; ".join(f"{name}: {x.about}" for name, x in SUITES.items())
+        ),
+    ]
     problems: tuple[str, ...] = ()
     """Problems of the suite; none for all."""
     models: tuple[str, ...] = ()

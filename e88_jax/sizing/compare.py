@@ -96,17 +96,20 @@ class Match:
     def states(self, length: int) -> dict[str, int]:
         """Elements that a layer keeps of a sequence of `length` tokens, by the layer's kind."""
         dim = self.config.dim
-        return {layer.kind: state_after(layer, dim, length) for layer in self.config.layers}
+        return {layer.kind: _layer_state(layer, dim, length) for layer in self.config.layers}
 
     def state(self, length: int) -> int:
-        """Elements that all layers keep of a sequence of `length` tokens."""
-        by_kind = self.states(length)
-        return sum(by_kind[layer.kind] for layer in self.config.mixers)
+        """`state_after` of the model."""
+        return state_after(self.config, length)
 
 
-def state_after(layer: MixerConfig, dim: int, length: int) -> int:
-    """Elements that a layer keeps of a sequence of `length` tokens: its state, or the keys and
+def state_after(config: LMConfig, length: int) -> int:
+    """Elements that all layers keep of a sequence of `length` tokens: states, and the keys and
     values of attention."""
+    return sum(_layer_state(layer, config.dim, length) for layer in config.mixers)
+
+
+def _layer_state(layer: MixerConfig, dim: int, length: int) -> int:
     if isinstance(layer, AttentionConfig):
         tokens = length if layer.window is None else min(length, layer.window)
         return 2 * layer.kv_heads * layer.head_dim * tokens

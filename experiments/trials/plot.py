@@ -86,11 +86,11 @@ def _draw_lengths(found: dict[Cell, Group], heading: str, image: Path) -> None:
             lengths = _lengths(group)
             values = [group.values(str(n)) for n in lengths]
             means = [sum(x) / len(x) for x in values]
-            color = _COLORS.get(model)
+            color, name = _COLORS.get(model), title(model)
             width = max(1.2, 5 - 1.2 * drawn)  # lines that coincide show, the first as the edge
-            axes.plot(lengths, means, marker="o", ms=3, lw=width, color=color, label=title(model))
+            (line,) = axes.plot(lengths, means, marker="o", ms=3, lw=width, color=color, label=name)
             lows, highs = [min(x) for x in values], [max(x) for x in values]
-            axes.fill_between(lengths, lows, highs, alpha=0.15, color=color, lw=0)
+            axes.fill_between(lengths, lows, highs, alpha=0.15, color=line.get_color(), lw=0)
         first = next(iter(mine.values()))
         lengths, chance = _lengths(first), first.runs[0]["chance"]
         levels = [chance[str(n)] for n in lengths]

@@ -71,7 +71,8 @@ def left(suite: Suite, records: Records) -> list[Work]:
     for cell, size, dtype in cells(suite):
         how = protocol(suite, suite.problems[cell.problem], size)
         records.require_protocol(cell, how)
-        seeds = tuple(seed for seed in suite.seeds if seed not in records.seeds(cell))
+        done = records.seeds(cell)
+        seeds = tuple(seed for seed in suite.seeds if seed not in done)
         if not seeds:
             continue
         problem = suite.problems[cell.problem]
@@ -192,10 +193,7 @@ class Runner:
 
     def _about(self, work: Work) -> Record:
         model = work.trial.model
-        state = {
-            name(x): sum(state_after(mixer, model.dim, x.length) for mixer in model.mixers)
-            for x in work.readings
-        }
+        state = {name(x): state_after(model, x.length) for x in work.readings}
         return work.cell._asdict() | {
             "protocol": work.protocol,
             "parameters": model.count_params(),

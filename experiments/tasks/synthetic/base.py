@@ -76,21 +76,16 @@ class SyntheticConfig(TaskConfig):
 
     def batch(self, key: Array, passes: int, rows: int, length: int) -> Batch:
         """Random sequences as a batch of passes; may be traced by `jax.jit`."""
-        drawn = self.sample(key, passes * rows, length)
+        inputs, targets, weights = self.sample(key, passes * rows, length)
         n, positions = self.most_answers(length), None
         if n < length:
-            _, positions = lax.top_k(drawn.weights, n)
+            _, positions = lax.top_k(weights, n)
             targets, weights = (
-                jnp.take_along_axis(x, positions, axis=1) for x in (drawn.targets, drawn.weights)
+                jnp.take_along_axis(x, positions, axis=1) for x in (targets, weights)
             )
-            drawn = Sequences(drawn.inputs, targets, weights)
-        arrays = *drawn, positions
-        inputs, targets, weights, positions = (
-            None if x is None else x.reshape(passes, rows, -1) for x in arrays
-        )
-        assert inputs is not None
-        assert targets is not None
-        return Batch(inputs, targets, weights, True, positions)
+        batch = Batch(inputs, targets, weights, restart=True, positions=positions)
+        arrays = jax.tree.map(lambda x: x.reshape(passes, rows, -1), batch._replace(restart=None))
+        return arrays._replace(restart=True)
 
     def chance(self, length: int, rows: int = 256) -> float:
         """Accuracy of always giving the most frequent answer, at a length.
@@ -113,9 +108,6 @@ class SyntheticConfig(TaskConfig):
             raise UsageError(f"--seq-len: {error}") from None
         return Synthetic(self, batch)
 
-
-SAMPLING = 1
-"""Version of the sequences that a key gives; a run goes on with those that it began with alone."""
 
 CHANCE_ROWS = 8192
 """Sequences from which a chance level is counted."""
@@ -230,8 +222,7 @@ class Synthetic:
         return jax.tree.map(np.asarray, drawn)
 
     def fingerprint(self) -> str:
-        drawn = SAMPLING, self.config, self._batch.seq_len
-        return hashlib.sha256(repr(drawn).encode()).hexdigest()
+        return hashlib.sha256(repr((self.config, self._batch.seq_len)).encode()).hexdigest()
 
     def describe(self) -> str:
         chance = self.config.chance(self._batch.seq_len)

@@ -90,13 +90,10 @@ class Reader:
         key = frozenset(widths), context
         if key not in self._compiled:
             start = jax.jit(
-                jax.vmap(lambda params: self._model(params).init_state(self._rows, context)),
+                jax.vmap(lambda params: self._model(params).init_state(self._rows, context))
             )
             state = jax.eval_shape(start, self._params)
-            advance = jax.jit(
-                jax.vmap(self._advance, (0, 0, None)),
-                donate_argnums=1,
-            )
+            advance = jax.jit(jax.vmap(self._advance, (0, 0, None)), donate_argnums=1)
             compiled = {
                 n: advance.lower(self._params, state, _part(self._rows, n)).compile()
                 for n in widths

@@ -146,7 +146,7 @@ def test_a_setting_of_multi_query_recall_has_its_length_and_pairs() -> None:
 
 
 def test_a_batch_of_few_answers_has_their_positions() -> None:
-    """Of multi-query recall those of the largest setting; rows of smaller ones have fewer."""
+    """As many as the largest setting has pairs; rows of smaller ones have weights of 0."""
     task = MultiQuery(n_tokens=64, lengths=(16, 24), pairs=(2, 4), shares=(1.0, 1.0))
     key = training_key(0, 0)
     drawn: Any = task.sample(key, 12, 30)

@@ -56,7 +56,7 @@ class Slow(Device):
 
 
 class Watch:
-    """What a schedule reports."""
+    """Callbacks that note the reports of a schedule."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
