@@ -7,7 +7,7 @@ from experiments.trials import report
 from experiments.trials.suites import SUITES, in_order
 
 RESULTS = "experiments/results/expressivity"
-RECORDED = "quick", "author"
+RECORDED = "quick", "author", "groups"
 """Suites whose results are recorded."""
 
 

@@ -71,8 +71,13 @@ def _finish(figure: Figure, panels: Sequence[Axes], image: Path) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
+    columns = 1 + min(len(panels), _COLUMNS)  # as many as the figure is wide for
     figure.legend(
-        list(labelled.values()), list(labelled), loc="outside lower center", ncols=5, fontsize=9
+        list(labelled.values()),
+        list(labelled),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=9,
     )
     figure.savefig(image, dpi=110)
 
