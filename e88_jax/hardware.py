@@ -8,6 +8,7 @@ from typing import Any
 
 from e88_jax.checks import require_instance, require_number
 from pallas_kernels.limits import COMPUTE_CAPABILITY_BELOW, MIN_COMPUTE_CAPABILITY
+from pallas_kernels.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,19 @@ class GPU:
     def has_kernels(self) -> bool:
         """Whether the recurrence runs by `pallas_kernels` there, not by `lax.scan`."""
         return MIN_COMPUTE_CAPABILITY <= self.compute_capability < COMPUTE_CAPABILITY_BELOW
+
+    @property
+    def target(self) -> Target:
+        """The GPU as programs are built for it."""
+        return Target(
+            "gpu",
+            self.device_names[0],
+            compute_capability=self.compute_capability,
+            n_sms=self.n_sms,
+            # The driver keeps 1 KB of each thread block. Source: CUDA Programming Guide.
+            shared_memory_per_block=1024 * (self.shared_memory_KB - 1),
+            shared_memory_per_sm=1024 * self.shared_memory_KB,
+        )
 
 
 _CUDA_GUIDE = "CUDA Programming Guide, compute capabilities (shared memory)"

@@ -10,6 +10,8 @@ DTYPES = ("float32", "bfloat16")
 MIN_COMPUTE_CAPABILITY = (9, 0)
 """Hopper, the first with bulk tensor copies (TMA). Source: CUDA C++ Programming Guide, technical
 specifications per compute capability."""
+BULK_COPIES_FROM = (9, 0)
+"""First compute capability with bulk tensor copies. Source: as above."""
 COMPUTE_CAPABILITY_BELOW = (12, 0)
 """From 12.0 (GeForce Blackwell) on an SM has 100 KB of shared memory; the tuning configs assume the
 228 KB of 9.0 and 10.x. Source: as above."""

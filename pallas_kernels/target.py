@@ -9,7 +9,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Protocol
 
-from pallas_kernels.limits import COMPUTE_CAPABILITY_BELOW, MIN_COMPUTE_CAPABILITY
+from pallas_kernels.limits import (
+    BULK_COPIES_FROM,
+    COMPUTE_CAPABILITY_BELOW,
+    MIN_COMPUTE_CAPABILITY,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Target:
     n_sms: int | None = None
     shared_memory_per_block: int | None = None
     shared_memory_per_sm: int | None = None
+
+    @property
+    def has_bulk_copies(self) -> bool:
+        """Whether it has bulk tensor copies; a device that is not known is taken for an H100."""
+        return self.compute_capability is None or self.compute_capability >= BULK_COPIES_FROM
 
 
 CPU = Target("cpu", "cpu")

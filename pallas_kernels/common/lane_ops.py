@@ -255,6 +255,29 @@ class LaneOps:
         x = vector.from_elements(ir.VectorType.get((len(words),), self.i32), list(words))
         llvm.store(x, pointer, alignment=4 * len(words))
 
+    def copy_async(
+        self, target: Memory, to: Address, source: Memory, at: Address, size: Reg
+    ) -> None:
+        """Starts to copy 16 bytes from device to shared memory, both aligned to as many, with zeros
+        in place of those past the first `size`."""
+        source_type = ir.Type.parse("!llvm.ptr<1>")
+        nvvm.cp_async_shared_global(
+            self._pointer(target, to),
+            llvm.addrspacecast(source_type, self._pointer(source, at)),
+            16,
+            nvvm.LoadCacheModifierKind.CG,  # past the L1 cache: nothing is read twice
+            cp_size=None if isinstance(size, int) and size == 16 else self._int(size),
+        )
+
+    def end_of_copies(self) -> None:
+        """Makes a group of the copies that the lane has started since the last one."""
+        nvvm.cp_async_commit_group()
+
+    def wait_for_copies(self, newer: int) -> None:
+        """Waits for the lane's groups of copies, all but so many of the latest; the other lanes
+        see them after `synchronize`."""
+        nvvm.cp_async_wait_group(newer)
+
     def synchronize(self) -> None:
         """Barrier of the warpgroup: afterwards a lane sees what the other warps wrote."""
         mgpu.utils.warpgroup_barrier()

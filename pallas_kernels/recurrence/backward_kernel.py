@@ -13,13 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common.aliases import Index, Interpret, Ref
-from pallas_kernels.common.copies import (
-    SLOTS,
-    Chunks,
-    Stream,
-    start_stores,
-    wait_for_stores,
-)
+from pallas_kernels.common.copies import SLOTS, Chunks, Copies
 from pallas_kernels.common.launch import run_blocks
 from pallas_kernels.limits import SAVED_STATE_GROUP
 from pallas_kernels.recurrence.backward_block import BlockSteps, block_steps
@@ -91,7 +85,9 @@ def backward(
 
     def body(index: Index, warpgroup: Index, ref: dict[str, Ref]) -> None:
         block = Block.from_index(index, sizes, config)
-        _BlockBackward(ref, block, chunks, steps, warpgroup, interpret).run()
+        axes = {"k": KEYS, "q": KEYS, "delta": VALUES, "d_out": VALUES, "scalars": HEADS}
+        copies = block.copies(axes, ref, chunks, config, warpgroup, interpret)
+        _BlockBackward(ref, block, chunks, steps, copies).run()
 
     results = run_blocks(
         "e88_backward",
@@ -119,23 +115,7 @@ class _BlockBackward:
     block: Block
     chunks: Chunks
     steps: BlockSteps
-    warpgroup: Index
-    interpret: Interpret
-
-    @property
-    def _stream(self) -> Stream:
-        axes = {"k": KEYS, "q": KEYS, "delta": VALUES, "d_out": VALUES, "scalars": HEADS}
-        ref = self.ref
-        return Stream(
-            self.chunks.count,
-            [
-                self.block.input(ref[name], ref[f"{name}_slots"], of, self.chunks)
-                for name, of in axes.items()
-            ],
-            ref["loaded"],
-            self.warpgroup,
-            self.interpret,
-        )
+    copies: Copies
 
     def _saved_state(self, group: Index) -> Array:
         """The saved state before this group, counted from the first step, in its dtype."""
@@ -145,7 +125,7 @@ class _BlockBackward:
     def run(self) -> None:
         ref, block, chunks = self.ref, self.block, self.chunks
         last = chunks.count - 1
-        self._stream.start(jnp.int32(last), jnp.int32(0))
+        self.copies.start(jnp.int32(last), jnp.int32(0))
         before = self._saved_state(jnp.int32((chunks.time - 1) // GROUP))
         d_state = self.steps.load(ref["d_final_state"].at[block.b, block.heads, block.values])
         carry, first = (before, d_state), 0
@@ -163,7 +143,7 @@ class _BlockBackward:
             )
         target = ref["d_initial_state"].at[block.b, block.heads, block.values]
         self.steps.store(target, d_state)
-        wait_for_stores()
+        self.copies.wait_for_stores()
 
     def _chunk(self, n: Index, i: Index, rows: range, carry: Any) -> Any:
         """Rows of chunk i, the n-th from the end.
@@ -172,9 +152,8 @@ class _BlockBackward:
         """
         i = jnp.int32(i)
         slot = lax.rem(jnp.int32(n), SLOTS)
-        self._stream.start(i - 1, 1 - slot)
-        self._stream.wait(slot)
-        wait_for_stores()
+        self.copies.start(i - 1, 1 - slot)
+        self.copies.wait(i, slot, newer=1, stores=0)
         whole, left_over = divmod(len(rows), GROUP)
         if left_over:
             carry = self._group(slot, i, rows, whole, left_over, carry)
@@ -198,7 +177,7 @@ class _BlockBackward:
             (ref["d_keys_rows"].at[1, results], block.steps(d_k, KEYS, t)),
             (ref["d_v_rows"].at[results], block.steps(ref["d_v"], VALUES, t)),
         ]
-        start_stores(stores, self.warpgroup, self.interpret)
+        self.copies.start_stores(stores)
         # Between two barriers: that of `start_stores`, and the next of `wait_for_stores`.
         of_chunk = block.value_block, block.b, block.head_block, i
         self.steps.add_scalars(
@@ -214,7 +193,7 @@ class _BlockBackward:
         """
         last_group = self.chunks.whole * self.chunks.size // GROUP - 1
         slot = first % SLOTS
-        self._stream.wait(slot)
+        self.copies.wait(jnp.int32(self.chunks.count - 1 - first), jnp.int32(slot), newer=0)
         after = self.steps.replay(
             GROUP,
             before.astype(jnp.float32),
@@ -247,8 +226,8 @@ class _BlockBackward:
         """
         i, size = jnp.int32(i), self.chunks.size
         slot = lax.rem(jnp.int32(n), SLOTS)
-        self._stream.start(i - 1, 1 - slot)
-        wait_for_stores()
+        self.copies.start(i - 1, 1 - slot)
+        self.copies.wait_for_stores()
 
         def group(j: Index, carry: Any) -> Any:
             row = size - GROUP * (j + 1)
@@ -256,7 +235,7 @@ class _BlockBackward:
 
             @pl.when(is_first & (i > 0))
             def _() -> None:
-                self._stream.wait(1 - slot)
+                self.copies.wait(i - 1, 1 - slot, newer=0)
 
             # Before the first chunk there is nothing: that replay is not used.
             earlier_slot = jnp.where(is_first, 1 - slot, slot)

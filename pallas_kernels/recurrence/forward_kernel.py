@@ -8,13 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.common.aliases import Index, Interpret, Ref
-from pallas_kernels.common.copies import (
-    SLOTS,
-    Chunks,
-    Stream,
-    start_stores,
-    wait_for_stores,
-)
+from pallas_kernels.common.copies import SLOTS, Chunks
 from pallas_kernels.common.launch import run_blocks
 from pallas_kernels.recurrence import forward_step
 from pallas_kernels.recurrence.block import HEADS, KEYS, STATE, VALUES, Block
@@ -74,13 +68,7 @@ def forward(
     def body(index: Index, warpgroup: Index, ref: dict[str, Ref]) -> None:
         block = Block.from_index(index, sizes, config)
         axes = {"q": KEYS, "k": KEYS, "v": VALUES, "scalars": HEADS}
-        stream = Stream(
-            chunks.count,
-            [block.input(ref[name], ref[f"{name}_slots"], of, chunks) for name, of in axes.items()],
-            ref["loaded"],
-            warpgroup,
-            interpret,
-        )
+        copies = block.copies(axes, ref, chunks, config, warpgroup, interpret)
 
         def save(i: Index, state: Array) -> None:
             """Saves the state before step `i * span`, if that is a saved state."""
@@ -96,7 +84,8 @@ def forward(
         def chunk(i: Index, state: Array, rows: range = range(chunks.size)) -> Array:
             """These rows of chunk i."""
             slot = lax.rem(i, SLOTS)
-            stream.start(i + 1, 1 - slot)
+            result_slot = lax.rem(i, config.result_slots)
+            copies.start(i + 1, 1 - slot)
             k, v, scalars = (ref[name].at[slot] for name in ("k_slots", "v_slots", "scalars_slots"))
 
             def load(t: Index) -> forward_step.Step:
@@ -110,15 +99,14 @@ def forward(
                 update = forward_step.update(registers, state, read, inputs, linear_state)
                 state, row = update.state, t - rows.start
                 if save_delta:
-                    registers.store(ref["delta_slots"].at[slot, row], update.delta, VALUES)
+                    registers.store(ref["delta_slots"].at[result_slot, row], update.delta, VALUES)
                 # The next step's S^T k and o_t are sums over the same state.
                 read, out = forward_step.read(registers, state, next_inputs.k, q)
-                registers.store(ref["out_slots"].at[slot, row], out, VALUES)
+                registers.store(ref["out_slots"].at[result_slot, row], out, VALUES)
                 return state, read, next_inputs
 
-            stream.wait(slot)
-            # The copy started two chunks ago read this slot of the results.
-            wait_for_stores(SLOTS - 1)
+            # The stores of the last chunk that had this slot of the results have read it.
+            copies.wait(i, slot, newer=1, stores=config.result_slots - 1)
             inputs = load(rows.start)
             (read,) = forward_step.read(registers, state, inputs.k)
             carry = state, read, inputs
@@ -138,20 +126,18 @@ def forward(
             state = carry[0]
             t = pl.ds(chunks.start(i) + rows.start, len(rows))
             names = ("out", "delta") if save_delta else ("out",)
-            start_stores(
+            copies.start_stores(
                 [
                     (
-                        ref[f"{name}_slots"].at[slot, pl.ds(0, len(rows))],
+                        ref[f"{name}_slots"].at[result_slot, pl.ds(0, len(rows))],
                         block.steps(ref[name], VALUES, t),
                     )
                     for name in names
-                ],
-                warpgroup,
-                interpret,
+                ]
             )
             return state
 
-        stream.start(jnp.int32(0), jnp.int32(0))
+        copies.start(jnp.int32(0), jnp.int32(0))
         if initial_state is None:
             state = registers.full(0.0)
         else:
@@ -161,7 +147,7 @@ def forward(
         if chunks.whole < chunks.count:
             state = chunk(jnp.int32(chunks.whole), state, chunks.last_rows)
         registers.store(ref["final_state"].at[block.b, block.heads, block.values], state, STATE)
-        wait_for_stores()
+        copies.wait_for_stores()
 
     results = run_blocks(
         "e88_forward",

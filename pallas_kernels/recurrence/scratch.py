@@ -25,11 +25,11 @@ def forward_scratch(
         "scalars_slots": plgpu.SMEM(
             (SLOTS, heads, n_scalars, scalars_per_copy(chunk)), jnp.float32
         ),
-        "out_slots": plgpu.SMEM((SLOTS, chunk, heads, values), dtype),
-        "loaded": plgpu.Barrier(num_arrivals=4),
+        "out_slots": plgpu.SMEM((config.result_slots, chunk, heads, values), dtype),
+        **_loaded(config, inputs=4),
     }
     if save_delta:
-        memory["delta_slots"] = plgpu.SMEM((SLOTS, chunk, heads, values), jnp.float32)
+        memory["delta_slots"] = plgpu.SMEM((config.result_slots, chunk, heads, values), jnp.float32)
     return memory
 
 
@@ -52,7 +52,7 @@ def backward_scratch(
         "scalars_slots": plgpu.SMEM(
             (SLOTS, heads, n_scalars, scalars_per_copy(chunk)), jnp.float32
         ),
-        "loaded": plgpu.Barrier(num_arrivals=5),
+        **_loaded(config, inputs=5),
         "states": plgpu.SMEM(
             ((1 + config.pipelined) * SAVED_STATE_GROUP, heads, values, keys), dtype
         ),
@@ -62,3 +62,8 @@ def backward_scratch(
         "partial_scalars": plgpu.SMEM((1 + has_write_gate, chunk, WARPS, 4), jnp.float32),
         **pipelined,
     }
+
+
+def _loaded(config: TuningConfig, inputs: int) -> Scratch:
+    """The mbarriers at which inputs arrive, if bulk copies bring them."""
+    return {"loaded": plgpu.Barrier(num_arrivals=inputs)} if config.copies == "bulk" else {}

@@ -6,7 +6,7 @@ what they were measured on.
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 
@@ -80,7 +80,7 @@ def forward_config(
     block, held = _fastest(smallest, most, columns, target)
     chunks = (32, 16, 8) if block == smallest else (16, 8)
     candidates = (
-        TuningConfig(*block, chunk=chunk, warpgroups=w)
+        TuningConfig(*block, chunk=chunk, warpgroups=w, copies=copies(target))
         for w in range(held, 0, -1)
         for chunk in chunks
     )
@@ -119,7 +119,12 @@ def backward_config(
     # registers spill at N = 56 and 120 if as many steps are unrolled.
     candidates = (
         TuningConfig(
-            *b, chunk, unroll=unroll // 2 if b[0] == 4 else unroll, warpgroups=w, pipelined=p
+            *b,
+            chunk,
+            unroll=unroll // 2 if b[0] == 4 else unroll,
+            warpgroups=w,
+            pipelined=p,
+            copies=copies(target),
         )
         for b in (block, (1, column_multiple(1)))
         for w in range(held, 0, -1)
@@ -131,6 +136,11 @@ def backward_config(
         return backward_shared_bytes(config, n_state, dtype, n_scalars, has_write_gate)
 
     return _first_that_fits(candidates, needed, target)
+
+
+def copies(target: Target) -> Literal["bulk", "async"]:
+    """`TuningConfig.copies` of a device."""
+    return "bulk" if target.has_bulk_copies else "async"
 
 
 def _may_be_larger(n_state: int, dtype: Any) -> bool:
@@ -224,6 +234,7 @@ def neighbours(config: TuningConfig) -> list[TuningConfig]:
         *({"unroll": u} for u in (1, 2, 4, 8)),
         *({"warpgroups": w} for w in (config.warpgroups - 1, config.warpgroups + 1)),
         {"pipelined": not config.pipelined},
+        {"copies": "async" if config.copies == "bulk" else "bulk"},
     ]
     found = []
     for change in changes:

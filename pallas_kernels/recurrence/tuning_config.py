@@ -1,7 +1,7 @@
 """The tuning config of a kernel: blocks of heads and columns, chunks of time."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pallas_kernels.common.sizes import WARPS, round_up
 from pallas_kernels.limits import SAVED_STATE_GROUP
@@ -38,6 +38,8 @@ class TuningConfig:
         pipelined: whether the backward kernel replays each group of steps while it backpropagates
             through the group after it (software pipelining), so that each hides the latency of the
             other; shared memory then holds the states of two groups.
+        copies: how data moves between device and shared memory: by bulk copies, from compute
+            capability 9.0 on, or by the lanes' asynchronous ones (`cp.async`).
     """
 
     heads: int
@@ -46,6 +48,7 @@ class TuningConfig:
     unroll: int = 4
     warpgroups: int = 1
     pipelined: bool = False
+    copies: Literal["bulk", "async"] = "bulk"
 
     def __post_init__(self) -> None:
         if self.heads not in (1, 2, 4):
@@ -66,6 +69,12 @@ class TuningConfig:
             raise ValueError(
                 f"a thread block has 1 to {MAX_WARPGROUPS} warpgroups, got {self.warpgroups}."
             )
+
+    @property
+    def result_slots(self) -> int:
+        """Chunks of a result in shared memory: bulk copies still read one while the next is
+        written."""
+        return 2 if self.copies == "bulk" else 1
 
     def padded(self, heads: int, n_value: int, n_state: int) -> PaddedSizes:
         """The sizes of a state in whole blocks."""

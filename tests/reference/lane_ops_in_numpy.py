@@ -16,6 +16,8 @@ from pallas_kernels.common.sizes import THREADS
 Lanes = np.ndarray
 _SEVERAL = THREADS
 """In place of a thread, in what last touched a word."""
+_IN_FLIGHT = np.iinfo(int).max
+"""In place of when a word was written: an asynchronous copy to it has not landed."""
 
 
 class Memory:
@@ -46,6 +48,8 @@ class NumpyLaneOps:
         self.tanhs: set[bool] = set()
         self._active = np.ones(THREADS, bool)
         self._time = 1  # counts synchronizations
+        self._copies = list[Callable[[], None]]()  # of no group yet
+        self._groups = list[list[Callable[[], None]]]()  # not waited for
 
     def _int(self, x: Lanes | int) -> Lanes:
         if isinstance(x, int):
@@ -244,6 +248,36 @@ class NumpyLaneOps:
         before = others(last)
         last[words] = me
         last[words[before | others(last)]] = now + _SEVERAL
+
+    def copy_async(self, target: Memory, to: Any, source: Memory, at: Any, size: Any) -> None:
+        size = self._int(size)
+        index = self._index(target, to, 4)
+        self._touch(target, index, is_store=True)
+        target.written[index] = _IN_FLIGHT
+        own, loaded = self._active, np.zeros((4, THREADS), np.uint32)
+
+        def read() -> None:
+            loaded[:] = self.load(source, at, 4)
+
+        self.when(size > 0, read)
+        loaded[4 * np.arange(4)[:, None] >= size] = 0
+        lanes = np.broadcast_to(self.thread[own], index.shape)
+
+        def land() -> None:
+            target.words[index] = loaded[:, own]
+            target.written[index] = self._time * (_SEVERAL + 1) + lanes
+
+        self._copies.append(land)
+
+    def end_of_copies(self) -> None:
+        assert np.all(self._active), "groups of lanes would differ"
+        self._groups.append(self._copies)
+        self._copies = []
+
+    def wait_for_copies(self, newer: int) -> None:
+        while len(self._groups) > newer:
+            for land in self._groups.pop(0):
+                land()
 
     def synchronize(self) -> None:
         assert np.all(self._active), "some threads never come here"

@@ -1,5 +1,6 @@
 """The kernels themselves, run by Pallas's interpreter with race detection, on few rows."""
 
+import dataclasses
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e88_jax.hardware import find_gpu
 from e88_jax.naive import Inputs
+from pallas_kernels import target
 from pallas_kernels.interpreter.jax_interpreter import InterpretGPUParams, reset_interpreter
-from pallas_kernels.recurrence import TuningConfig, op, recurrence
+from pallas_kernels.recurrence import TuningConfig, op, recurrence, tuning
+from pallas_kernels.target import H100, Target
 from tests.recurrence_contract import (
     EVERY_OPTION,
     RecurrenceContract,
@@ -20,6 +24,9 @@ from tests.recurrence_contract import (
 )
 
 RACES = InterpretGPUParams(detect_races=True)
+AMPERE = find_gpu("a100-80gb").target
+on_either = pytest.mark.parametrize("gpu", [H100, AMPERE], ids=["bulk", "async"])
+"""On GPUs with bulk copies and without."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +48,21 @@ class TestInterpreted(RecurrenceContract):
     supports_sharding = False  # `test_op.py` does that
     uses_xla_memory = False
 
-    def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
-        return rows_by(recurrence, arrays, *rows, interpret=RACES, **options)
+    gpu = H100
 
+    def call(self, arrays: Tensors, *rows: Any, **options: Any) -> Any:
+        copies = tuning.copies(self.gpu)
+        for name in options.keys() & {"forward_config", "backward_config"}:
+            options[name] = dataclasses.replace(options[name], copies=copies)
+        with target.use(self.gpu):
+            return rows_by(recurrence, arrays, *rows, interpret=RACES, **options)
+
+    @on_either
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("heads", [1, 2, 4])
-    def test_tuning_configs(self, heads: int, dtype: str) -> None:
+    def test_tuning_configs(self, heads: int, dtype: str, gpu: Target) -> None:
         """Blocks of one to four heads, two blocks of columns, odd chunks, a head of padding."""
+        self.gpu = gpu
         values = 32 // heads
         inputs = make_inputs(27, 12, values + 4, EVERY_OPTION, batch=1, heads=max(heads - 1, 1))
         self.check_against_numpy(
@@ -57,8 +72,10 @@ class TestInterpreted(RecurrenceContract):
             backward_config=TuningConfig(heads, values, chunk=16),
         )
 
+    @on_either
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_forward_and_backward_that_pad_otherwise(self, dtype: str) -> None:
+    def test_forward_and_backward_that_pad_otherwise(self, dtype: str, gpu: Target) -> None:
+        self.gpu = gpu
         inputs = make_inputs(27, 12, 12, EVERY_OPTION, batch=1, heads=3)
         self.check_against_numpy(
             _rounded(inputs, dtype),
@@ -67,10 +84,12 @@ class TestInterpreted(RecurrenceContract):
             backward_config=TuningConfig(1, 64, chunk=16),
         )
 
+    @on_either
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize(("time", "chunk"), [(27, 8), (43, 16), (75, 32)])
-    def test_chunks(self, time: int, chunk: int, dtype: str) -> None:
+    def test_chunks(self, time: int, chunk: int, dtype: str, gpu: Target) -> None:
         """Groups of steps in two chunks or more; the last of each is short."""
+        self.gpu = gpu
         inputs = make_inputs(time, 8, 32, EVERY_OPTION, batch=1, heads=1)
         config = TuningConfig(heads=1, values=32, chunk=chunk)
         self.check_against_numpy(
@@ -81,10 +100,12 @@ class TestInterpreted(RecurrenceContract):
             backward_config=config,
         )
 
+    @on_either
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize(("time", "chunk"), [(13, 16), (32, 16), (75, 32)])
-    def test_pipelined_groups(self, time: int, chunk: int, dtype: str) -> None:
+    def test_pipelined_groups(self, time: int, chunk: int, dtype: str, gpu: Target) -> None:
         """No whole chunk, whole chunks only, and a short one after two."""
+        self.gpu = gpu
         inputs = make_inputs(time, 8, 32, EVERY_OPTION, batch=1, heads=1)
         self.check_against_numpy(
             _rounded(inputs, dtype),
@@ -92,15 +113,19 @@ class TestInterpreted(RecurrenceContract):
             backward_config=TuningConfig(heads=1, values=32, chunk=chunk, pipelined=True),
         )
 
+    @on_either
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_saved_states_far_apart(self, dtype: str) -> None:
+    def test_saved_states_far_apart(self, dtype: str, gpu: Target) -> None:
         """A whole segment of 64 steps, and one of 11."""
+        self.gpu = gpu
         inputs = make_inputs(75, 4, 8, EVERY_OPTION, batch=1, heads=1)
         self.check_against_numpy(_rounded(inputs, dtype), dtype, saved_state_interval=33)
 
+    @on_either
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_warpgroups_side_by_side(self, dtype: str) -> None:
+    def test_warpgroups_side_by_side(self, dtype: str, gpu: Target) -> None:
         """Two blocks in thread blocks of three: one has nothing to do."""
+        self.gpu = gpu
         inputs = make_inputs(11, 8, 32, ("write_gate",), batch=1, heads=2)
         three = TuningConfig(heads=1, values=32, chunk=8, warpgroups=3)
         self.check_against_numpy(

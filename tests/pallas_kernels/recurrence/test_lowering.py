@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import pytest
 
+from e88_jax.hardware import find_gpu
+from pallas_kernels import target
 from pallas_kernels.recurrence import TuningConfig, recurrence
 
 # (B, T, H, N, V)
@@ -90,6 +92,13 @@ def test_models(name: str) -> None:
 @pytest.mark.parametrize("name", ODD)
 def test_odd_shapes(name: str, dtype: str) -> None:
     assert lower(ODD[name], dtype) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS | ODD)
+def test_asynchronous_copies(name: str, dtype: str) -> None:
+    with target.use(find_gpu("a100-80gb").target):
+        assert lower((MODELS | ODD)[name], dtype) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
