@@ -7,16 +7,13 @@ Matmuls are left to cuBLAS, as other GEMMs cannot be timed against it.
 
 import collections
 import dataclasses
-import functools
-import importlib
-import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from benchmarks.measure.described_gpu import compiling_for
 from benchmarks.measure.flags import parse_with_preset, require_writable
 from benchmarks.measure.gpu_profile import part_of
 from e88_jax import hardware
@@ -28,28 +25,6 @@ from experiments.cli import require
 from experiments.cli.errors import UsageError
 from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
 from pallas_kernels import target
-
-FLAGS = "--xla_gpu_autotune_level=0"
-
-# XLA's GpuTargetConfigProto. Sources: those of `target.H100`.
-H100 = f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  core_count: {target.H100.n_sms}
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: {target.H100.shared_memory_per_block}
-  shared_memory_per_core: {target.H100.shared_memory_per_sm}
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  fpus_per_core: 128 clock_rate_ghz: 1.98 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  device_memory_size: 84942979072 device_address_bits: 64 cuda_compute_capability {{ major: 9 }}
-  device_vendor: "NVIDIA Corporation" name: "{target.H100.name}"
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 }}
-device_description_str: "{target.H100.name}"
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,50 +114,12 @@ def lower_step(model: LMConfig, batch: int, length: int, sharding: Any = None) -
     return traced.lower(lowering_platforms=("cuda",))
 
 
-@functools.cache
-def h100_device() -> Any:
-    """A device to compile for; no GPU is used, nor looked for.
-
-    Raises:
-        UsageError: JAX has no CUDA plugin.
-    """
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of libraries to run with
-
-    import jax
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
-    jax.config.update("jax_platforms", "cpu")
-    _answer_for_the_h100()
-    try:
-        topology = topologies.get_topology_desc(
-            "h100", platform="cuda", topology="1x1x1", target_config=H100
-        )
-    except NotImplementedError as error:
-        raise UsageError(f"JAX has no CUDA plugin ({error}): pip install 'jax[cuda13]'.") from None
-    return SingleDeviceSharding(topology.devices[0])
-
-
-def _answer_for_the_h100() -> None:
-    """jax-linear-attention asks the local device, not the one that is compiled for, whether it is a
-    Hopper GPU: from here on the answer is yes."""
-    from e88_jax.ops import hopper
-
-    if importlib.util.find_spec(hopper.PACKAGE) is None:
-        return
-    for name in ("_common", "scalar_gate", "scalar_gate_kb"):
-        module: Any = importlib.import_module(f"{hopper.PACKAGE}.ops.mosaic_gpu.{name}")
-        module.is_hopper = lambda: True
-
-
 def compile_for_h100(model: LMConfig, batch: int, length: int) -> Any:
     """The training step, with the options of XLA that it has on a GPU."""
-    device = h100_device()  # before JAX is imported
+    with compiling_for(target.H100) as device:
+        lowered = lower_step(model, batch, length, device)
     from e88_jax.xla import GPU_OPTIONS
 
-    with target.use(target.H100):
-        lowered = lower_step(model, batch, length, device)
     return lowered.compile(compiler_options=GPU_OPTIONS)
 
 

@@ -1,0 +1,265 @@
+"""What the kernels compile to on GPUs that need not be there: registers, and bytes spilled.
+
+They are not run: no GPU is needed, only JAX 0.11 or later with its CUDA plugin, as in
+`jax[cuda13]`.
+"""
+
+import collections
+import dataclasses
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.measure.described_gpu import compiling_for
+from benchmarks.measure.flags import require_writable
+from e88_jax import hardware
+from experiments import cli
+from experiments.cli.errors import UsageError
+from experiments.harness.run_directory import commit, versions
+from pallas_kernels.limits import DTYPES
+
+GPUS = "a100-80gb", "rtx3090", "rtx4090", "h100", "b200", "rtx5090"
+"""One of each compute capability from 8.0 to 12.0."""
+SIZES = 4, 8, 16, 20, 24, 32, 40, 48, 56, 64, 72, 80, 96, 100, 120, 128
+"""N = V of the recurrence."""
+ROWS = {"many": (8, 2048, 72), "few": (1, 2048, 8)}
+"""B, T and H: more blocks than the SMs hold at once, and fewer than SMs."""
+LAYERS = 16, 32, 64, 128
+"""N = V of the other kernels."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledKernelsConfig:
+    """Compile the kernels for GPUs that need not be there, and list registers and spills."""
+
+    gpus: tuple[str, ...] = GPUS
+    """GPUs, by their names in e88_jax.hardware."""
+    sizes: tuple[int, ...] = SIZES
+    """N = V of the recurrence's kernels; of the others 16, 32, 64 and 128 among them."""
+    json: Path | None = None
+    """File to write the numbers to, as JSON."""
+    listed: bool = False
+    """Compile for the only one of --gpus in this process, and print what the compiler says."""
+
+    def __post_init__(self) -> None:
+        for name in self.gpus:
+            hardware.find_gpu(name)
+
+
+class Case(NamedTuple):
+    """One program, of one or two kernels."""
+
+    kernel: str
+    """"recurrence", "qkv_activation" or "decode"."""
+    size: int
+    """N = V."""
+    dtype: str
+    rows: str = "many"
+    """A key of `ROWS`."""
+    every_option: bool = False
+    """Of the recurrence: write gate, initial state, documents and short rows, or none of them."""
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of one kernel."""
+
+    name: str
+    registers: int
+    spilled_bytes: int
+    """Stored, of each thread."""
+
+
+def cases(sizes: Sequence[int]) -> Iterator[Case]:
+    """All programs that are compiled for a GPU."""
+    for size in sizes:
+        for dtype in DTYPES:
+            for rows in ROWS:
+                for every_option in (False, True):
+                    yield Case("recurrence", size, dtype, rows, every_option)
+            if size in LAYERS:
+                yield Case("qkv_activation", size, dtype)
+                yield Case("decode", size, dtype)
+
+
+def lower(case: Case, sharding: Any) -> Any:
+    """The program of a case, inside of `compiling_for`, to be compiled.
+
+    Raises:
+        NotImplementedError: the kernels do not take it.
+    """
+    import jax
+
+    def array(*shape: int, dtype: str = "float32") -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    of_kernel = {"recurrence": _recurrence, "qkv_activation": _activation, "decode": _decoding}
+    program, arguments, options = of_kernel[case.kernel](case, array)
+    traced = jax.jit(program, **options).trace(*arguments)
+    return traced.lower(lowering_platforms=("cuda",))
+
+
+def _recurrence(case: Case, array: Any) -> Any:
+    import jax
+
+    from pallas_kernels.recurrence import recurrence
+
+    (batch, time, heads), size = ROWS[case.rows], case.size
+    q = array(batch, time, heads, size, dtype=case.dtype)
+    decay, state = array(batch, time, heads), array(batch, heads, size, size)
+    marks = array(batch, time, dtype="bool")
+    gate, initial, starts, live = (decay, state, marks, marks) if case.every_option else (None,) * 4
+
+    def both(arrays: Any, starts: Any, live: Any, cotangents: Any) -> Any:
+        def run(arrays: Any) -> Any:
+            options: Any = {"linear_state": False, "saved_state_interval": 32}
+            return recurrence(*arrays, starts, live, **options)
+
+        results, pullback = jax.vjp(run, arrays)
+        return results, pullback(cotangents)
+
+    return both, ((q, q, q, decay, gate, initial), starts, live, (q, state)), {}
+
+
+def _activation(case: Case, array: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.qkv_activation import HeadColumns, activate
+
+    batch, time, heads = ROWS[case.rows]
+    columns = HeadColumns(heads, case.size, case.size, silu=True, unit_length=True)
+
+    def loss(y: Any) -> Any:
+        return sum(jnp.sum(x, dtype=jnp.float32) for x in activate(columns, y))
+
+    y = array(batch, time, columns.n_columns, dtype=case.dtype)
+    return jax.value_and_grad(loss), (y,), {}
+
+
+def _decoding(case: Case, array: Any) -> Any:
+    from pallas_kernels.decode import DecodeConfig, decode_layer
+    from pallas_kernels.qkv_activation import HeadColumns
+
+    (batch, _, heads), size = ROWS[case.rows], case.size
+    columns = HeadColumns(heads, size, size, silu=True, unit_length=True)
+    config = DecodeConfig(columns, "silu", columns.n_columns, linear_state=False)
+
+    def decode(*arguments: Any) -> Any:
+        return decode_layer(config, *arguments)
+
+    x = array(batch, columns.n_columns + heads * size, dtype=case.dtype)
+    decay, state = array(batch, heads), array(batch, heads, size, size)
+    return decode, (x, decay, decay, state), {"donate_argnums": 3}
+
+
+_CASE, _REFUSED = "case: ", "refused: "
+
+
+def compile_all(gpu: hardware.GPU, sizes: Sequence[int]) -> None:
+    """Compiles all cases; prints each before the compiler's own lines, for `read`."""
+    with compiling_for(gpu.target) as sharding:
+        for case in cases(sizes):
+            print(_CASE + json.dumps(case), flush=True)
+            try:
+                lowered = lower(case, sharding)
+            except NotImplementedError as error:
+                print(f"{_REFUSED}{error}", flush=True)
+                continue
+            lowered.compile()
+
+
+def read(lines: Sequence[str]) -> dict[Case, list[Compiled] | str]:
+    """What the output of `compile_all` says of each case: its kernels, or why there are none."""
+    found: dict[Case, list[Compiled] | str] = {}
+    kernels: list[Compiled] = []
+    name, spilled = "", 0
+    for line in lines:
+        if line.startswith(_CASE):
+            found[Case(*json.loads(line.removeprefix(_CASE)))] = kernels = []
+        elif line.startswith(_REFUSED):
+            found[next(reversed(found))] = line.removeprefix(_REFUSED)
+        elif match := re.search(r"Compiling entry function '(\w+?)(?:_mosaic_gpu\w*)?'", line):
+            name = match[1]
+        elif match := re.search(r"(\d+) bytes spill stores, \d+ bytes spill loads$", line):
+            spilled = int(match[1])
+        elif match := re.search(r"Used (\d+) registers", line):
+            kernels.append(Compiled(name, int(match[1]), spilled))
+    return found
+
+
+def compiled_for(gpu: hardware.GPU, sizes: Sequence[int]) -> dict[Case, list[Compiled] | str]:
+    """The cases on a GPU, compiled in another process, as the compiler writes past Python.
+
+    Raises:
+        UsageError: it ended early.
+    """
+    flags = ["--gpus", gpu.key, "--sizes", *map(str, sizes), "--listed"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compiled_kernels", *flags],
+        env=os.environ | {"MOSAIC_GPU_DUMP_PTXAS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode:
+        last = next((x for x in reversed(lines) if "rror" in x), "no message")
+        raise UsageError(f"compiling for {gpu.name} ended with {done.returncode}: {last}")
+    return read(lines)
+
+
+def main(args: Sequence[str]) -> None:
+    """Parses, compiles, prints."""
+    config = cli.parse(CompiledKernelsConfig, args)
+    require_writable(config.json)
+    gpus = [hardware.find_gpu(name) for name in config.gpus]
+    if config.listed:
+        compile_all(gpus[0], config.sizes)
+        return
+    rows: list[dict[str, Any]] = []
+    for gpu in gpus:
+        for case, kernels in compiled_for(gpu, config.sizes).items():
+            about = {"gpu": gpu.key, **case._asdict()}
+            if isinstance(kernels, str):
+                rows.append(about | {"refused": kernels})
+                continue
+            rows += [about | kernel._asdict() for kernel in kernels]
+        print(_summary(gpu, [row for row in rows if row["gpu"] == gpu.key]), flush=True)
+    if config.json is not None:
+        written = {
+            "commit": commit(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "versions": versions(),
+        }
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        head = json.dumps(written, indent=1).removesuffix("\n}")
+        config.json.write_text(f'{head},\n "kernels": [\n{lines}\n ]\n}}\n')
+
+
+def _summary(gpu: hardware.GPU, rows: list[dict[str, Any]]) -> str:
+    """Kernels, refusals and spills on a GPU."""
+    compiled = [row for row in rows if "refused" not in row]
+    refused = collections.Counter(row["refused"] for row in rows if "refused" in row)
+    spilled = [row for row in compiled if row["spilled_bytes"]]
+    lines = [
+        f"{gpu.name}: {len(compiled)} kernels, {len(spilled)} of them with spills, "
+        f"{refused.total()} programs refused"
+    ]
+    for row in sorted(spilled, key=lambda row: -row["spilled_bytes"]):
+        options = ", every option" if row["every_option"] else ""
+        lines.append(
+            f"  {row['spilled_bytes']:4} bytes, {row['registers']} registers: {row['name']}, "
+            f"N = V = {row['size']}, {row['dtype']}, {row['rows']} rows{options}"
+        )
+    return "\n".join([*lines, *(f"  {n} refused: {why}" for why, n in refused.items())])
+
+
+if __name__ == "__main__":
+    cli.run(main)
