@@ -22,7 +22,7 @@ from e88_jax import hardware
 from experiments import cli
 from experiments.cli.errors import UsageError
 from experiments.harness.run_directory import commit, versions
-from pallas_kernels.limits import DTYPES
+from pallas_kernels.limits import DTYPES, MAX_SIZE, SIZE_MULTIPLE, takes_size
 
 GPUS = "a100-80gb", "rtx3090", "rtx4090", "h100", "b200", "rtx5090"
 """One of each compute capability from 8.0 to 12.0."""
@@ -50,6 +50,11 @@ class CompiledKernelsConfig:
     def __post_init__(self) -> None:
         for name in self.gpus:
             hardware.find_gpu(name)
+        for size in self.sizes:
+            if not takes_size(size):
+                raise ValueError(
+                    f"--sizes are multiples of {SIZE_MULTIPLE} up to {MAX_SIZE}, got {size}."
+                )
 
 
 class Case(NamedTuple):
@@ -115,15 +120,15 @@ def _recurrence(case: Case, array: Any) -> Any:
     marks = array(batch, time, dtype="bool")
     gate, initial, starts, live = (decay, state, marks, marks) if case.every_option else (None,) * 4
 
-    def both(arrays: Any, starts: Any, live: Any, cotangents: Any) -> Any:
-        def run(arrays: Any) -> Any:
-            options: Any = {"linear_state": False, "saved_state_interval": 32}
-            return recurrence(*arrays, starts, live, **options)
+    def both(arrays: dict[str, Any], marks: dict[str, Any], cotangents: Any) -> Any:
+        def run(arrays: dict[str, Any]) -> Any:
+            return recurrence(**arrays, **marks, linear_state=False, saved_state_interval=32)
 
         results, pullback = jax.vjp(run, arrays)
         return results, pullback(cotangents)
 
-    return both, ((q, q, q, decay, gate, initial), starts, live, (q, state)), {}
+    arrays = {"q": q, "k": q, "v": q, "decay": decay, "write_gate": gate, "initial_state": initial}
+    return both, (arrays, {"starts": starts, "live": live}, (q, state)), {}
 
 
 def _activation(case: Case, array: Any) -> Any:
@@ -223,8 +228,11 @@ def main(args: Sequence[str]) -> None:
     if config.listed:
         compile_all(gpus[0], config.sizes)
         return
+    from rich.console import Console
+    from rich.progress import track
+
     rows: list[dict[str, Any]] = []
-    for gpu in gpus:
+    for gpu in track(gpus, "compiling", console=Console(stderr=True)):
         for case, kernels in compiled_for(gpu, config.sizes).items():
             about = {"gpu": gpu.key, **case._asdict()}
             if isinstance(kernels, str):

@@ -1,1 +1,1 @@
-"""Parts that kernels of several ops share: batching and sharding, launch, bulk copies, lane ops."""
+"""Parts that kernels of several ops share: batching and sharding, launch, copies, lane ops."""

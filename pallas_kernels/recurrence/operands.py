@@ -1,7 +1,7 @@
-"""Operands of the kernels: the op's arrays, laid out for bulk copies.
+"""Operands of the kernels: the op's arrays, laid out for copies to shared memory.
 
 Zero heads, keys and columns are exact. Zero steps are not: a kernel stops at the T that it is told.
-The copy engine reads zeros past the end of an array, so that most arrays need no padding.
+Copies find zeros past the end of an array, so that most arrays need no padding.
 """
 
 from typing import NamedTuple
@@ -46,9 +46,9 @@ class Operands(NamedTuple):
 
 
 def _columns(x: Array, multiple: int, config: TuningConfig, interpret: Interpret) -> Array:
-    """`[B, T, H, columns]`, padded for bulk copies of whole blocks."""
-    # The copy engine reads zeros past the end of an axis, of rows that start at 16 bytes. The
-    # interpreter of JAX 0.10.2 does not read there.
+    """`[B, T, H, columns]`, padded for copies of whole blocks."""
+    # Copies find zeros past the end of an axis, of rows that start at 16 bytes. The interpreter of
+    # JAX 0.10.2 does not read there.
     if interpret is None:
         return padded(x, 1, 1, 1, 16 // x.dtype.itemsize)
     short = x.shape[1] < config.chunk

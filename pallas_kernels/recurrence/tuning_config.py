@@ -30,7 +30,7 @@ class TuningConfig:
     Attributes:
         heads: heads of a block, which is one warpgroup: 1, 2 or 4.
         values: columns of each of these heads, a multiple of `32 / heads`.
-        chunk: steps of a bulk copy to shared memory, a multiple of 8.
+        chunk: steps of a copy to shared memory, a multiple of 8.
         unroll: steps unrolled, forward and replayed, where it divides their number.
         warpgroups: warpgroups of a thread block. They are independent, but a thread block of w of
             them may use 65,536 / (128 w) registers per thread: w caps the registers, and so sets

@@ -1,0 +1,73 @@
+"""What is read of the compiler's output, and kernels compiled where JAX can."""
+
+import importlib.util
+from importlib.metadata import version
+
+import jax
+import pytest
+
+from benchmarks.compiled_kernels import GPUS, Case, Compiled, cases, compiled_for, main, read
+from e88_jax import hardware
+from experiments.cli.errors import UsageError
+
+OUTPUT = """case: ["recurrence", 32, "bfloat16", "many", false]
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'e88_forward_mosaic_gpu_kernel' for 'sm_86'
+ptxas info    : Function properties for e88_forward_mosaic_gpu_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 48 registers, used 16 barriers, 1 bytes smem
+ptxas warning : Registers are spilled to local memory in function 'e88_backward_mosaic_gpu_kernel', 80 bytes spill stores, 48 bytes spill loads
+ptxas info    : Compiling entry function 'e88_backward_mosaic_gpu_kernel' for 'sm_86'
+ptxas info    : Function properties for e88_backward_mosaic_gpu_kernel
+    48 bytes stack frame, 80 bytes spill stores, 48 bytes spill loads
+ptxas info    : Used 96 registers, used 16 barriers, 48 bytes cumulative stack size, 1 bytes smem
+case: ["recurrence", 128, "float32", "few", true]
+refused: needs 162816 bytes of shared memory, of 100352
+"""  # noqa: E501
+
+
+def test_the_compilers_output() -> None:
+    assert read(OUTPUT.splitlines()) == {
+        Case("recurrence", 32, "bfloat16"): [
+            Compiled("e88_forward", 48, 0),
+            Compiled("e88_backward", 96, 80),
+        ],
+        Case("recurrence", 128, "float32", "few", True): (
+            "needs 162816 bytes of shared memory, of 100352"
+        ),
+    }
+
+
+def test_one_gpu_of_every_compute_capability() -> None:
+    capabilities = [hardware.find_gpu(name).compute_capability for name in GPUS]
+    assert capabilities == [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--gpus rtx1", "unknown GPU 'rtx1'"),
+        ("--sizes 30", "30"),
+        ("--sizes 132", "132"),
+    ],
+)
+def test_mistakes(flags: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        main(flags.split())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None
+    or tuple(map(int, version("jax").split(".")[:2])) < (0, 11)
+    or jax.default_backend() == "gpu",
+    reason="needs JAX 0.11 or later with its CUDA plugin, and no GPU",
+)
+@pytest.mark.parametrize("name", GPUS)
+def test_kernels_compile(name: str) -> None:
+    """Without a GPU, for one of every compute capability; nothing is spilled at N = V = 32."""
+    compiled = compiled_for(hardware.find_gpu(name), [32])
+    assert compiled.keys() == set(cases([32]))
+    for case, kernels in compiled.items():
+        assert isinstance(kernels, list), (case, kernels)
+        assert len(kernels) == (1 if case.kernel == "decode" else 2)
+        assert all(kernel.spilled_bytes <= 16 for kernel in kernels), (case, kernels)
