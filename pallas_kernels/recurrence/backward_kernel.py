@@ -295,38 +295,72 @@ class _BlockBackward:
         """The n steps of group g of these rows of chunk i."""
         before, d = carry
         row = g * GROUP
-        after = self.steps.replay(
-            n,
-            before.astype(jnp.float32),
-            **self._inputs(slot, rows.start + row, row, n),
-            states=self.ref["states"].at[pl.ds(0, n)],
-        )
-        # Prefetched: it comes from device memory.
-        before = self._saved_state(jnp.maximum(i * (self.chunks.size // GROUP) + g - 1, 0))
+
+        def replay(state: Array, first: int, n: int) -> Array:
+            """The state after n steps from step `first` on; those before each are held."""
+            at = row + first
+            return self.steps.replay(
+                n,
+                state,
+                **self._inputs(slot, rows.start + at, at, n),
+                states=self.ref["states"].at[pl.ds(0, n)],
+            )
+
+        def saved(back: Index) -> Array:
+            """The saved state before so many groups back, from device memory."""
+            group = i * (self.chunks.size // GROUP) + g - back
+            return self._saved_state(jnp.maximum(group, 0))
+
+        start = before.astype(jnp.float32)
+        if n > self.steps.config.states_held:
+
+            def half(j: Index, carry: Any, n: int = MMA_STEPS) -> Any:
+                """The n steps of the second half, then of the first."""
+                start, d = carry
+                first = MMA_STEPS * (1 - j)
+                after = replay(start, first, n)
+                start = saved(j)  # prefetched: of the first half, then of the group before
+                d, _ = self._backpropagate(slot, rows, row, first, n, 0, (d, after))
+                return start.astype(jnp.float32), d
+
+            carry = replay(start, 0, MMA_STEPS), d
+            if n == GROUP:
+                start, d = lax.fori_loop(0, 2, half, carry)
+            else:
+                start, d = half(1, half(0, carry, n - MMA_STEPS))
+            return start.astype(before.dtype), d
+        after = replay(start, 0, n)
+        before = saved(1)  # prefetched
         whole, left_over = divmod(n, MMA_STEPS)
         carry = d, after
         if left_over:
-            carry = self._backpropagate(slot, rows, row, whole * MMA_STEPS, left_over, carry)
-        carry = lax.fori_loop(
-            0,
-            whole,
-            lambda j, carry: self._backpropagate(
-                slot, rows, row, (whole - 1 - j) * MMA_STEPS, MMA_STEPS, carry
-            ),
-            carry,
-        )
+            first = whole * MMA_STEPS
+            carry = self._backpropagate(slot, rows, row, first, left_over, first, carry)
+
+        def tile(j: Index, carry: Any) -> Any:
+            first = (whole - 1 - j) * MMA_STEPS
+            return self._backpropagate(slot, rows, row, first, MMA_STEPS, first, carry)
+
+        carry = lax.fori_loop(0, whole, tile, carry)
         return before, carry[0]
 
     def _backpropagate(
-        self, slot: Index, rows: range, row: Index, first: Index, n: int, carry: Any
+        self,
+        slot: Index,
+        rows: range,
+        row: Index,
+        first: Index,
+        n: int,
+        states: Index,
+        carry: Any,
     ) -> Any:
-        """n steps from step `first` on of the group in this row."""
+        """n steps from step `first` on of the group in this row, whose states start at `states`."""
         row = row + first
         return self.steps.backpropagate(
             n,
             *carry,
             d_keys=self._d_keys(row, n),
-            **self._backward_refs(slot, rows.start + row, row, first, n),
+            **self._backward_refs(slot, rows.start + row, row, states, n),
         )
 
     def _backward_refs(

@@ -54,7 +54,7 @@ def backward_scratch(
         ),
         **_loaded(config, inputs=5),
         "states": plgpu.SMEM(
-            ((1 + config.pipelined) * SAVED_STATE_GROUP, heads, values, keys), dtype
+            ((1 + config.pipelined) * config.states_held, heads, values, keys), dtype
         ),
         # Axis 0: gradients of q, of k. Rows past the chunk are never read.
         "d_keys_rows": plgpu.SMEM((2, chunk + MMA_STEPS * config.pipelined, heads, keys), dtype),

@@ -34,9 +34,15 @@ WAIT = 1.6
 SHARED = 0.85
 """Time of a column in an enlarged block, relative to the smallest: more columns share the loads of
 k and q."""
+REPLAYED_TWICE = 1.15
+"""Time of a column where half of a group is replayed twice, by arithmetic: a replay is about 0.3 of
+the backward pass."""
 MANY_KEYS = 96
 """Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""
 MOST_SCALARS = 3
+
+
+_STATES_HELD = SAVED_STATE_GROUP, SAVED_STATE_GROUP // 2
 
 
 def forward_shared_bytes(
@@ -115,22 +121,35 @@ def backward_config(
         unroll, chunks = SAVED_STATE_GROUP // 2, (8,)
     elif few:
         chunks = (32, 16, 8)
+    less_memory = shared_memory_limit(target) < shared_memory_limit(H100)
     # In float32 a block of several heads, each with keys of its own, may not fit. With four heads,
     # registers spill at N = 56 and 120 if as many steps are unrolled.
-    candidates = (
+    blocks = dict.fromkeys([block, *(most if less_memory else ()), (1, column_multiple(1))])
+    candidates: Iterable[TuningConfig] = (
         TuningConfig(
             *b,
             chunk,
-            unroll=unroll // 2 if b[0] == 4 else unroll,
+            unroll=min(states, unroll // 2 if b[0] == 4 else unroll),
             warpgroups=w,
             pipelined=p,
+            states_held=states,
             copies=copies(target),
         )
-        for b in (block, (1, column_multiple(1)))
-        for w in range(held, 0, -1)
+        for b in blocks
+        for w in range(most.get(b, MAX_HELD_AT_ONCE) if less_memory else held, 0, -1)
         for p in ((True, False) if few else (False,))
+        for states in (_STATES_HELD[:1] if p or not less_memory else _STATES_HELD)
         for chunk in chunks
     )
+    if less_memory:
+
+        def time(config: TuningConfig) -> float:
+            own = config.heads, config.values
+            columns = batch * _padded_columns(heads, n_value, own)
+            of_column = 1.0 if config.states_held == SAVED_STATE_GROUP else REPLAYED_TWICE
+            return _time(config.warpgroups, columns, own, smallest, target, of_column)
+
+        candidates = sorted(candidates, key=time)
 
     def needed(config: TuningConfig) -> int:
         return backward_shared_bytes(config, n_state, dtype, n_scalars, has_write_gate)
@@ -186,28 +205,46 @@ def _fastest(
         columns: columns of the state, of all heads and rows.
         target: its number of SMs counts; the H100's where unknown.
     """
-    n_sms = target.n_sms or H100.n_sms
-    assert n_sms is not None
-
-    def warpgroups(block: BlockSize) -> int:
-        return columns // (block[0] * block[1])
-
-    per_sm = -(-warpgroups(smallest) // n_sms)
+    per_sm = -(-_warpgroups(columns, smallest) // _n_sms(target))
     if per_sm <= MAX_HELD_AT_ONCE:
         return smallest, max(1, per_sm)
 
     def time(choice: tuple[BlockSize, int]) -> float:
         block, held = choice
-        in_turn = -(-warpgroups(block) // (held * n_sms))
-        work = held * warpgroups(smallest) / warpgroups(block)
-        return in_turn * (WAIT + work * (1 if block == smallest else SHARED))
+        return _time(held, columns, block, smallest, target)
 
     choices = [
         (block, held)
         for block, limit in most.items()
         for held in range(1, min(limit, MAX_HELD_AT_ONCE) + 1)
     ]
-    return min(choices, key=lambda choice: (time(choice), warpgroups(choice[0]), -choice[1]))
+    return min(
+        choices, key=lambda choice: (time(choice), _warpgroups(columns, choice[0]), -choice[1])
+    )
+
+
+def _time(
+    held: int,
+    columns: int,
+    block: BlockSize,
+    smallest: BlockSize,
+    target: Target,
+    of_column: float = 1.0,
+) -> float:
+    """Time until the last SM finishes, as `WAIT` counts it, `of_column` that of a column."""
+    in_turn = -(-_warpgroups(columns, block) // (held * _n_sms(target)))
+    work = held * block[0] * block[1] / (smallest[0] * smallest[1])
+    return in_turn * (WAIT + work * of_column * (1 if block == smallest else SHARED))
+
+
+def _warpgroups(columns: int, block: BlockSize) -> int:
+    return columns // (block[0] * block[1])
+
+
+def _n_sms(target: Target) -> int:
+    n_sms = target.n_sms or H100.n_sms
+    assert n_sms is not None
+    return n_sms
 
 
 def _first_that_fits(
@@ -234,6 +271,7 @@ def neighbours(config: TuningConfig) -> list[TuningConfig]:
         *({"unroll": u} for u in (1, 2, 4, 8)),
         *({"warpgroups": w} for w in (config.warpgroups - 1, config.warpgroups + 1)),
         {"pipelined": not config.pipelined},
+        {"states_held": SAVED_STATE_GROUP + SAVED_STATE_GROUP // 2 - config.states_held},
         {"copies": "async" if config.copies == "bulk" else "bulk"},
     ]
     found = []

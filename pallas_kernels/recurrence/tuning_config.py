@@ -38,6 +38,8 @@ class TuningConfig:
         pipelined: whether the backward kernel replays each group of steps while it backpropagates
             through the group after it (software pipelining), so that each hides the latency of the
             other; shared memory then holds the states of two groups.
+        states_held: states of a group that the backward kernel has in shared memory at once: all 8,
+            or 4, for which the first 4 steps are replayed once more. Not with `pipelined`.
         copies: how data moves between device and shared memory: by bulk copies, from compute
             capability 9.0 on, or by the lanes' asynchronous ones (`cp.async`).
     """
@@ -48,6 +50,7 @@ class TuningConfig:
     unroll: int = 4
     warpgroups: int = 1
     pipelined: bool = False
+    states_held: int = SAVED_STATE_GROUP
     copies: Literal["bulk", "async"] = "bulk"
 
     def __post_init__(self) -> None:
@@ -69,6 +72,11 @@ class TuningConfig:
             raise ValueError(
                 f"a thread block has 1 to {MAX_WARPGROUPS} warpgroups, got {self.warpgroups}."
             )
+
+        if self.states_held not in (SAVED_STATE_GROUP // 2, SAVED_STATE_GROUP):
+            raise ValueError(f"states_held must be 4 or 8, got {self.states_held}.")
+        if self.pipelined and self.states_held != SAVED_STATE_GROUP:
+            raise ValueError(f"pipelined blocks hold 8 states of a group, got {self.states_held}.")
 
     @property
     def result_slots(self) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from e88_jax.hardware import find_gpu
 from pallas_kernels.common.launch import shared_memory_limit
 from pallas_kernels.common.sizes import round_up
 from pallas_kernels.limits import UnsupportedError
@@ -113,7 +114,23 @@ def test_the_shared_memory_of_the_target_counts() -> None:
     small = dataclasses.replace(H100, shared_memory_per_block=101_376)
     config = backward_config(*sizes, small, jnp.bfloat16)
     assert backward_shared_bytes(config, 32, jnp.bfloat16) <= 100_352
-    assert config.warpgroups < backward_config(*sizes, H100, jnp.bfloat16).warpgroups
+    of_the_h100 = backward_config(*sizes, H100, jnp.bfloat16)
+    assert (config.warpgroups, config.states_held) == (of_the_h100.warpgroups, 4)
+    assert of_the_h100.states_held == 8
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("gpu", ["rtx3090", "rtx4090", "a100-80gb", "rtx5090"])
+def test_every_size_fits_in_less_shared_memory(gpu: str, dtype: Any) -> None:
+    of = find_gpu(gpu).target
+    for size in range(4, 129, 4):
+        for batch, heads in ((1, 1), (8, 72), (64, 96)):
+            assert forward_config(batch, heads, size, size, of, dtype).warpgroups >= 1
+            assert backward_config(batch, heads, size, size, of, dtype).warpgroups >= 1
+
+
+def test_too_little_shared_memory() -> None:
+    sizes = 8, 72, 32, 32
     tiny = dataclasses.replace(H100, shared_memory_per_block=5_000)
     with pytest.raises(
         UnsupportedError, match=r"needs \d+ bytes of shared memory, of 3976, even in"
