@@ -30,6 +30,8 @@ SIZES = 4, 8, 16, 20, 24, 32, 40, 48, 56, 64, 72, 80, 96, 100, 120, 128
 """N = V of the recurrence."""
 ROWS = {"many": (8, 2048, 72), "few": (1, 2048, 8)}
 """B, T and H: more blocks than the SMs hold at once, and fewer than SMs."""
+FEW_BYTES = 16
+"""Bytes of registers that a thread may spill at little cost."""
 LAYERS = 16, 32, 64, 128
 """N = V of the other kernels."""
 
@@ -249,6 +251,20 @@ def main(args: Sequence[str]) -> None:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         head = json.dumps(written, indent=1).removesuffix("\n}")
         config.json.write_text(f'{head},\n "kernels": [\n{lines}\n ]\n}}\n')
+
+
+def table(kernels: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, one for each GPU, from the entries of the file."""
+    rows = []
+    for key in dict.fromkeys(kernel["gpu"] for kernel in kernels):
+        gpu, own = hardware.find_gpu(key), [x for x in kernels if x["gpu"] == key]
+        spilled = [x["spilled_bytes"] for x in own if "refused" not in x]
+        capability = ".".join(map(str, gpu.compute_capability))
+        many = sum(n > FEW_BYTES for n in spilled)
+        counts = len(spilled), sum("refused" in x for x in own), many, max(spilled)
+        rows.append([gpu.name, capability, *map(str, counts)])
+    header = ["GPU", "compute capability", "kernels", "programs refused"]
+    return [*header, f"spill more than {FEW_BYTES} bytes", "most bytes spilled"], rows
 
 
 def _summary(gpu: hardware.GPU, rows: list[dict[str, Any]]) -> str:

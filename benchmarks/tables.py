@@ -14,13 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks import expressivity_tables, sizing_tables
+from benchmarks import compiled_kernels, expressivity_tables, sizing_tables
 from e88_jax import command
 from experiments import markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = "README.md", "docs/expressivity.md", "docs/performance.md", "docs/sizing.md"
+PAGES = (
+    "README.md",
+    "docs/expressivity.md",
+    "docs/gpus.md",
+    "docs/performance.md",
+    "docs/sizing.md",
+)
 
+COMPILED = "benchmarks/results/compiled_kernels.json"
 DECODE = "benchmarks/results/decode_h100.json"
 RECURRENCE = "benchmarks/results/recurrence_h100.json"
 STEP_CPU = "benchmarks/results/train_step_cpu.json"
@@ -312,7 +319,16 @@ def _text_of(table: Callable[[], sizing_tables.Table]) -> Callable[[], str]:
     return lambda: markdown.table(*table())
 
 
+def kernels_of_gpus() -> str:
+    """Kernels compiled for GPUs that were not there."""
+    result = read(COMPILED)
+    about = provenance({"device": "compiled only", **result})
+    command = f"python -m benchmarks.compiled_kernels --json {COMPILED}"
+    return block(about, command, markdown.table(*compiled_kernels.table(result["kernels"])))
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "compiled-kernels": kernels_of_gpus,
     "decode": decode,
     "headline": headline,
     "mixers": mixers,
