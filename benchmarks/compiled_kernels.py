@@ -165,32 +165,35 @@ def _decoding(case: Case, array: Any) -> Any:
     return decode, (x, decay, decay, state), {"donate_argnums": 3}
 
 
-_CASE, _REFUSED = "case: ", "refused: "
+_CASE, _REFUSED, _FAILED = "case: ", "refused: ", "failed: "
 
 
 def compile_all(gpu: hardware.GPU, sizes: Sequence[int]) -> None:
     """Compiles all cases; prints each before the compiler's own lines, for `read`."""
+    import jax
+
     with compiling_for(gpu.target) as sharding:
         for case in cases(sizes):
             print(_CASE + json.dumps(case), flush=True)
             try:
-                lowered = lower(case, sharding)
+                lower(case, sharding).compile()
             except NotImplementedError as error:
                 print(f"{_REFUSED}{error}", flush=True)
-                continue
-            lowered.compile()
+            except (ValueError, jax.errors.JaxRuntimeError) as error:
+                print(f"{_FAILED}{str(error).partition(chr(10))[0]}", flush=True)
 
 
 def read(lines: Sequence[str]) -> dict[Case, list[Compiled] | str]:
-    """What the output of `compile_all` says of each case: its kernels, or why there are none."""
+    """What the output of `compile_all` says of each case: its kernels, or "refused: ..." or
+    "failed: ..." and why."""
     found: dict[Case, list[Compiled] | str] = {}
     kernels: list[Compiled] = []
     name, spilled = "", 0
     for line in lines:
         if line.startswith(_CASE):
             found[Case(*json.loads(line.removeprefix(_CASE)))] = kernels = []
-        elif line.startswith(_REFUSED):
-            found[next(reversed(found))] = line.removeprefix(_REFUSED)
+        elif line.startswith((_REFUSED, _FAILED)):
+            found[next(reversed(found))] = line
         elif match := re.search(r"Compiling entry function '(\w+?)(?:_mosaic_gpu\w*)?'", line):
             name = match[1]
         elif match := re.search(r"(\d+) bytes spill stores, \d+ bytes spill loads$", line):
@@ -238,7 +241,8 @@ def main(args: Sequence[str]) -> None:
         for case, kernels in compiled_for(gpu, config.sizes).items():
             about = {"gpu": gpu.key, **case._asdict()}
             if isinstance(kernels, str):
-                rows.append(about | {"refused": kernels})
+                outcome, _, why = kernels.partition(": ")
+                rows.append(about | {outcome: why})
                 continue
             rows += [about | kernel._asdict() for kernel in kernels]
         print(_summary(gpu, [row for row in rows if row["gpu"] == gpu.key]), flush=True)
@@ -251,6 +255,9 @@ def main(args: Sequence[str]) -> None:
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         head = json.dumps(written, indent=1).removesuffix("\n}")
         config.json.write_text(f'{head},\n "kernels": [\n{lines}\n ]\n}}\n')
+    if failed := [row for row in rows if "failed" in row]:
+        first = ", ".join(str(x) for x in failed[0].values())
+        raise UsageError(f"{len(failed)} programs were not compiled, the first: {first}")
 
 
 def table(kernels: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -258,7 +265,7 @@ def table(kernels: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     rows = []
     for key in dict.fromkeys(kernel["gpu"] for kernel in kernels):
         gpu, own = hardware.find_gpu(key), [x for x in kernels if x["gpu"] == key]
-        spilled = [x["spilled_bytes"] for x in own if "refused" not in x]
+        spilled = [x["spilled_bytes"] for x in own if "name" in x]
         capability = ".".join(map(str, gpu.compute_capability))
         many = sum(n > FEW_BYTES for n in spilled)
         counts = len(spilled), sum("refused" in x for x in own), many, max(spilled)
@@ -269,7 +276,7 @@ def table(kernels: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 def _summary(gpu: hardware.GPU, rows: list[dict[str, Any]]) -> str:
     """Kernels, refusals and spills on a GPU."""
-    compiled = [row for row in rows if "refused" not in row]
+    compiled = [row for row in rows if "name" in row]
     refused = collections.Counter(row["refused"] for row in rows if "refused" in row)
     spilled = [row for row in compiled if row["spilled_bytes"]]
     lines = [

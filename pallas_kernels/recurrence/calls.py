@@ -72,7 +72,9 @@ def forward_call(
     """
 
     def call(x: Inputs, initial_state: Array | None) -> tuple[Array, Array, Saved | None]:
-        config = options.forward_config or _chosen(tuning.forward_config, x, options.target)
+        config = options.forward_config or _chosen(
+            tuning.forward_config, x, options.target, x.n_scalars
+        )
         if saved_state_interval is not None and config.chunk % saved_state_interval:
             chunk = math.gcd(config.chunk, saved_state_interval)
             config = dataclasses.replace(config, chunk=chunk)
@@ -119,12 +121,11 @@ def backward_call(
         x: Inputs, saved_states: Array, d_out: Array, d_final_state: Array
     ) -> tuple[Inputs, Array]:
         has_write_gate = x.write_gate is not None
-        n_scalars = sum(row is not None for row in (x.decay, x.write_gate, x.starts, x.live))
         config = options.backward_config or _chosen(
             tuning.backward_config,
             x._replace(v=d_out),
             options.target,
-            n_scalars,
+            x.n_scalars,
             has_write_gate,
         )
         d = backward(

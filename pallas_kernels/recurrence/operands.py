@@ -31,6 +31,11 @@ class Inputs(NamedTuple):
     starts: Array | None  # [B, T] bool: the step starts from a zero state
     live: Array | None  # [B, T] bool: where it does not hold, the state stays
 
+    @property
+    def n_scalars(self) -> int:
+        """Scalars of a step."""
+        return sum(x is not None for x in (self.decay, self.write_gate, self.starts, self.live))
+
 
 class Operands(NamedTuple):
     """Inputs as the kernels read them."""

@@ -39,7 +39,8 @@ REPLAYED_TWICE = 1.15
 the backward pass."""
 MANY_KEYS = 96
 """Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""
-MOST_SCALARS = 3
+MOST_SCALARS = 4
+"""Scalars of a step of a call with every option: decay, write gate, document starts, row ends."""
 
 
 _STATES_HELD = SAVED_STATE_GROUP, SAVED_STATE_GROUP // 2
@@ -51,7 +52,7 @@ def forward_shared_bytes(
     """Shared memory of a thread block of the forward kernel, in bytes.
 
     Args:
-        n_scalars: scalars of a step: decay, the write gate, document starts.
+        n_scalars: scalars of a step.
     """
     keys = round_up(n_state, KEYS_MULTIPLE)
     memory = forward_scratch(config, keys, n_scalars, dtype, save_delta=True)
@@ -72,7 +73,13 @@ def backward_shared_bytes(
 
 
 def forward_config(
-    batch: int, heads: int, n_state: int, n_value: int, target: Target, dtype: Any
+    batch: int,
+    heads: int,
+    n_state: int,
+    n_value: int,
+    target: Target,
+    dtype: Any,
+    n_scalars: int = MOST_SCALARS,
 ) -> TuningConfig:
     """The config of the forward kernel for `B * H` states `[N, V]`.
 
@@ -90,7 +97,11 @@ def forward_config(
         for w in range(held, 0, -1)
         for chunk in chunks
     )
-    return _first_that_fits(candidates, lambda g: forward_shared_bytes(g, n_state, dtype), target)
+
+    def needed(config: TuningConfig) -> int:
+        return forward_shared_bytes(config, n_state, dtype, n_scalars)
+
+    return _first_that_fits(candidates, needed, target)
 
 
 def backward_config(

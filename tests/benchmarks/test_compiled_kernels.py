@@ -23,6 +23,8 @@ ptxas info    : Function properties for e88_backward_mosaic_gpu_kernel
 ptxas info    : Used 96 registers, used 16 barriers, 48 bytes cumulative stack size, 1 bytes smem
 case: ["recurrence", 128, "float32", "few", true]
 refused: needs 162816 bytes of shared memory, of 100352
+case: ["decode", 128, "float32", "many", false]
+failed: Mosaic GPU kernel exceeds available shared memory
 """  # noqa: E501
 
 
@@ -33,7 +35,10 @@ def test_the_compilers_output() -> None:
             Compiled("e88_backward", 96, 80),
         ],
         Case("recurrence", 128, "float32", "few", True): (
-            "needs 162816 bytes of shared memory, of 100352"
+            "refused: needs 162816 bytes of shared memory, of 100352"
+        ),
+        Case("decode", 128, "float32"): (
+            "failed: Mosaic GPU kernel exceeds available shared memory"
         ),
     }
 

@@ -118,6 +118,12 @@ def test_options(options: tuple[str, ...], dtype: str) -> None:
     assert lower(shape, dtype, options) == 2
 
 
+def test_options_where_shared_memory_is_full() -> None:
+    options = "write_gate", "segment_ids", "lengths"
+    with target.use(target.H100):
+        assert lower((4, 64, 128, 44, 44), "float32", options) == 2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "config",

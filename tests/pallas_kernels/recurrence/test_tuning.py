@@ -9,7 +9,9 @@ from e88_jax.hardware import find_gpu
 from pallas_kernels.common.launch import shared_memory_limit
 from pallas_kernels.common.sizes import round_up
 from pallas_kernels.limits import UnsupportedError
+from pallas_kernels.recurrence.operands import Inputs
 from pallas_kernels.recurrence.tuning import (
+    MOST_SCALARS,
     backward_config,
     backward_shared_bytes,
     forward_config,
@@ -127,6 +129,11 @@ def test_every_size_fits_in_less_shared_memory(gpu: str, dtype: Any) -> None:
         for batch, heads in ((1, 1), (8, 72), (64, 96)):
             assert forward_config(batch, heads, size, size, of, dtype).warpgroups >= 1
             assert backward_config(batch, heads, size, size, of, dtype).warpgroups >= 1
+
+
+def test_every_call_has_the_scalars_of_a_step() -> None:
+    """The default number is that of a call with every option."""
+    assert Inputs(*Inputs._fields).n_scalars == MOST_SCALARS  # pyright: ignore
 
 
 def test_too_little_shared_memory() -> None:
