@@ -1,7 +1,7 @@
-"""What the kernels compile to on GPUs that need not be there: registers, and bytes spilled.
+"""Registers and spills of the kernels on GPUs that need not be there.
 
-They are not run: no GPU is needed, only JAX 0.11 or later with its CUDA plugin, as in
-`jax[cuda13]`.
+The kernels are compiled, not run: no GPU is needed, only JAX 0.11 or later with its CUDA plugin, as
+in `jax[cuda13]`.
 """
 
 import collections
@@ -52,6 +52,8 @@ class CompiledKernelsConfig:
     def __post_init__(self) -> None:
         for name in self.gpus:
             hardware.find_gpu(name)
+        if self.listed and len(self.gpus) != 1:
+            raise ValueError(f"--listed is for one of --gpus, got {len(self.gpus)}.")
         for size in self.sizes:
             if not takes_size(size):
                 raise ValueError(
@@ -70,11 +72,11 @@ class Case(NamedTuple):
     rows: str = "many"
     """A key of `ROWS`."""
     every_option: bool = False
-    """Of the recurrence: write gate, initial state, documents and short rows, or none of them."""
+    """Whether the recurrence has write gate, initial state, documents and short rows."""
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of one kernel."""
+    """One kernel by the compiler's report."""
 
     name: str
     registers: int
@@ -184,8 +186,7 @@ def compile_all(gpu: hardware.GPU, sizes: Sequence[int]) -> None:
 
 
 def read(lines: Sequence[str]) -> dict[Case, list[Compiled] | str]:
-    """What the output of `compile_all` says of each case: its kernels, or "refused: ..." or
-    "failed: ..." and why."""
+    """Kernels of each case in the output of `compile_all`, or "refused: ..." or "failed: ..."."""
     found: dict[Case, list[Compiled] | str] = {}
     kernels: list[Compiled] = []
     name, spilled = "", 0
@@ -220,7 +221,7 @@ def compiled_for(gpu: hardware.GPU, sizes: Sequence[int]) -> dict[Case, list[Com
     )
     lines = done.stdout.splitlines()
     if done.returncode:
-        last = next((x for x in reversed(lines) if "rror" in x), "no message")
+        last = next((x for x in reversed(lines) if "rror" in x), (lines or ["no message"])[-1])
         raise UsageError(f"compiling for {gpu.name} ended with {done.returncode}: {last}")
     return read(lines)
 
@@ -268,7 +269,7 @@ def table(kernels: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
         spilled = [x["spilled_bytes"] for x in own if "name" in x]
         capability = ".".join(map(str, gpu.compute_capability))
         many = sum(n > FEW_BYTES for n in spilled)
-        counts = len(spilled), sum("refused" in x for x in own), many, max(spilled)
+        counts = len(spilled), sum("refused" in x for x in own), many, max(spilled, default=0)
         rows.append([gpu.name, capability, *map(str, counts)])
     header = ["GPU", "compute capability", "kernels", "programs refused"]
     return [*header, f"spill more than {FEW_BYTES} bytes", "most bytes spilled"], rows

@@ -7,14 +7,14 @@ MAX_SIZE = 128
 """Largest N and V: a warpgroup holds 32 columns of 128 keys, 32 registers a lane."""
 DTYPES = ("float32", "bfloat16")
 
-MIN_COMPUTE_CAPABILITY = (9, 0)
+BULK_COPIES_FROM = (9, 0)
 """Hopper, the first with bulk tensor copies (TMA). Source: CUDA C++ Programming Guide, technical
 specifications per compute capability."""
-BULK_COPIES_FROM = (9, 0)
-"""First compute capability with bulk tensor copies. Source: as above."""
+MIN_COMPUTE_CAPABILITY = (9, 0)
+"""Calls go to the kernels from here on; for 8.x they have been compiled, not run."""
 COMPUTE_CAPABILITY_BELOW = (12, 0)
-"""From 12.0 (GeForce Blackwell) on an SM has 100 KB of shared memory; the tuning configs assume the
-228 KB of 9.0 and 10.x. Source: as above."""
+"""From 12.0 (GeForce Blackwell) on an SM has 100 KB of shared memory instead of the 228 KB of 9.0
+and 10.x; with the tuning configs for it kernels have been compiled, not run. Source: as above."""
 
 SAVED_STATE_GROUP = 8
 """Steps of a group, which the backward kernel replays at once from the saved state before it. A

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 from unittest import mock
 
@@ -62,8 +63,12 @@ def compiling_for(gpu: Target) -> Iterator[Any]:
     Its arguments have it, and `trace(...).lower(lowering_platforms=("cuda",)).compile()` follow.
 
     Raises:
-        UsageError: JAX has no CUDA plugin.
+        UsageError: JAX has no CUDA plugin, or aborts on such kernels.
     """
+    assert gpu.compute_capability is not None
+    before_hopper, version = gpu.compute_capability < BULK_COPIES_FROM, metadata.version("jax")
+    if before_hopper and tuple(map(int, version.split(".")[:2])) < (0, 11):
+        raise UsageError(f"{gpu.name} needs JAX 0.11 or later, got {version}.")
     sharding = _sharding(gpu)  # before JAX is imported
     from jax.experimental.mosaic import gpu as mgpu
 
@@ -84,7 +89,8 @@ def _sharding(gpu: Target) -> Any:
     from jax.sharding import SingleDeviceSharding
 
     jax.config.update("jax_platforms", "cpu")
-    _answer_for_a_hopper()
+    if gpu.compute_capability == target.H100.compute_capability:
+        _answer_for_a_hopper()
     try:
         topology = topologies.get_topology_desc(
             gpu.name, platform="cuda", topology="1x1x1", target_config=_description(gpu)

@@ -21,7 +21,7 @@ class _Piece(NamedTuple):
     step: Reg
     row: Reg
     piece: Reg
-    """Of the row."""
+    """Piece of the row."""
 
     def address(self, w: LaneOps, memory: Memory) -> Reg:
         """In an array of the same steps, rows and columns; its constant part is the round's."""

@@ -41,8 +41,6 @@ MANY_KEYS = 96
 """Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""
 MOST_SCALARS = 4
 """Scalars of a step of a call with every option: decay, write gate, document starts, row ends."""
-
-
 _STATES_HELD = SAVED_STATE_GROUP, SAVED_STATE_GROUP // 2
 
 

@@ -1,4 +1,4 @@
-"""What is read of the compiler's output, and kernels compiled where JAX can."""
+"""The compiler's report as it is read, and kernels compiled where JAX can."""
 
 import importlib.util
 from importlib.metadata import version
@@ -54,6 +54,7 @@ def test_one_gpu_of_every_compute_capability() -> None:
         ("--gpus rtx1", "unknown GPU 'rtx1'"),
         ("--sizes 30", "30"),
         ("--sizes 132", "132"),
+        ("--gpus h100 b200 --listed", "got 2"),
     ],
 )
 def test_mistakes(flags: str, sentence: str) -> None:
