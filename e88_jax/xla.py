@@ -1,4 +1,4 @@
-"""XLA's options for a training step."""
+"""XLA's options for training steps and the programs of experiments."""
 
 import os
 
@@ -17,10 +17,17 @@ GPU_OPTIONS: dict[str, str | bool] = {
 The log in `benchmarks/README.md` has the gain of each."""
 
 
-def xla_options() -> dict[str, str | bool]:
-    """XLA's options for a training step, for `compiler_options` of `jax.jit`: `GPU_OPTIONS`
-    without those that XLA_FLAGS sets; none if the device is no GPU."""
+def xla_options(*, autotune: bool = True) -> dict[str, str | bool]:
+    """XLA's options for a program, for `compiler_options` of `jax.jit`: `GPU_OPTIONS`
+    without those that XLA_FLAGS sets; none if the device is no GPU.
+
+    Args:
+        autotune: time the algorithms of each matmul while compiling. It holds the GPU alone, so
+            that programs running beside wait; of a small model's many programs each compiles twice
+            as fast without (25 s to 11 s, H100), and none was slower.
+    """
     if target.current().platform != "gpu":
         return {}
+    options = GPU_OPTIONS if autotune else GPU_OPTIONS | {"xla_gpu_autotune_level": "0"}
     chosen = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
-    return {name: value for name, value in GPU_OPTIONS.items() if f"--{name}" not in chosen}
+    return {name: value for name, value in options.items() if f"--{name}" not in chosen}

@@ -51,9 +51,10 @@ class Training:
         began = time.perf_counter()
         numbers = jax.ShapeDtypeStruct((lanes,), jnp.int32)
         rates = jax.ShapeDtypeStruct((lanes,), jnp.float32)
+        options = xla_options(autotune=False)
         with _standard_promotion():
             start = jax.jit(jax.vmap(self._start_lane))
-            self._start = start.lower(numbers, rates).compile()
+            self._start = start.lower(numbers, rates).compile(options)
             state = jax.eval_shape(start, numbers, rates)
             self.params = state.params
             """Shapes of the lanes' weights."""
@@ -61,7 +62,7 @@ class Training:
             chunk = jax.jit(chunk, donate_argnums=0)
             step = jax.ShapeDtypeStruct((), jnp.int32)
             lowered = chunk.lower(state, numbers, rates, step)
-            self._run = lowered.compile(compiler_options=xla_options())
+            self._run = lowered.compile(options)
         self.compile_seconds = time.perf_counter() - began
 
     def __call__(

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from e88_jax.model import LanguageModel, LMState
+from e88_jax.xla import xla_options
 from experiments.harness.optimizer import Params
 
 from .base import Sequences, SyntheticConfig, held_out_key, is_right, sampler
@@ -93,12 +94,13 @@ class Reader:
                 jax.vmap(lambda params: self._model(params).init_state(self._rows, context))
             )
             state = jax.eval_shape(start, self._params)
+            options = xla_options(autotune=False)
             advance = jax.jit(jax.vmap(self._advance, (0, 0, None)), donate_argnums=1)
             compiled = {
-                n: advance.lower(self._params, state, _part(self._rows, n)).compile()
+                n: advance.lower(self._params, state, _part(self._rows, n)).compile(options)
                 for n in widths
             }
-            self._compiled[key] = start.lower(self._params).compile(), compiled
+            self._compiled[key] = start.lower(self._params).compile(options), compiled
         return self._compiled[key]
 
     def _model(self, params: Params) -> LanguageModel:
