@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH ?= /usr/local/bin:/usr/bin:/bin
 BIN := .venv/bin
 
-.PHONY: train tasks test check clean
+.PHONY: train tasks test test-compile check clean
 .DELETE_ON_ERROR:
 
 train: .venv/.train
@@ -15,6 +15,10 @@ tasks: .venv/.train
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# The kernels compiled for GPUs that need not be there; JAX for it is PYTHON=python3.12's or later.
+test-compile: .venv/.train .venv/.cuda13
+	$(BIN)/python -m benchmarks.compiled_kernels --check $(ARGS)
+
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -24,7 +28,7 @@ clean:
 	rm -rf .venv
 
 # Each marker records that one extra of pyproject.toml is installed.
-.venv/.train .venv/.test .venv/.dev: .venv/.%: pyproject.toml | .venv/bin/python
+.venv/.train .venv/.test .venv/.dev .venv/.cuda13: .venv/.%: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
 

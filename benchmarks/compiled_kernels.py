@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from benchmarks.measure.described_gpu import compiling_for
 from benchmarks.measure.flags import require_writable
@@ -34,6 +34,10 @@ FEW_BYTES = 16
 """Bytes of registers that a thread may spill at little cost."""
 LAYERS = 16, 32, 64, 128
 """N = V of the other kernels."""
+RECORDED = Path(__file__).parent / "results" / "compiled_kernels.json"
+
+Row: TypeAlias = dict[str, Any]
+"""A kernel, or a program that is refused, as in the file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,9 @@ class CompiledKernelsConfig:
     """N = V of the recurrence's kernels; of the others 16, 32, 64 and 128 among them."""
     json: Path | None = None
     """File to write the numbers to, as JSON."""
+    check: bool = False
+    """Exit with an error if a kernel is refused, or spills more than 16 bytes and more than in
+    benchmarks/results/compiled_kernels.json."""
     listed: bool = False
     """Compile for the only one of --gpus in this process, and print what the compiler says."""
 
@@ -237,7 +244,7 @@ def main(args: Sequence[str]) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for gpu in track(gpus, "compiling", console=Console(stderr=True)):
         for case, kernels in compiled_for(gpu, config.sizes).items():
             about = {"gpu": gpu.key, **case._asdict()}
@@ -259,9 +266,31 @@ def main(args: Sequence[str]) -> None:
     if failed := [row for row in rows if "failed" in row]:
         first = ", ".join(str(x) for x in failed[0].values())
         raise UsageError(f"{len(failed)} programs were not compiled, the first: {first}")
+    if config.check and (worse := worse_than(json.loads(RECORDED.read_text())["kernels"], rows)):
+        raise UsageError(f"{len(worse)} kernels are worse than recorded:\n" + "\n".join(worse))
 
 
-def table(kernels: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def worse_than(recorded: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    """A line for each program that is refused now only, and each kernel that spills more, if more
+    than `FEW_BYTES`."""
+
+    def about(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in ("gpu", *Case._fields, "name"))
+
+    before = {about(row): row for row in recorded}
+    worse = []
+    for row in rows:
+        was = before.get(about(row), {})
+        words = " ".join(str(x) for x in about(row) if x is not None)
+        spilled, most = row.get("spilled_bytes", 0), max(FEW_BYTES, was.get("spilled_bytes", 0))
+        if "refused" in row and "refused" not in was:
+            worse.append(f"{words}: refused, {row['refused']}")
+        elif spilled > most:
+            worse.append(f"{words}: spills {spilled} bytes, more than {most}")
+    return worse
+
+
+def table(kernels: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and rows, one for each GPU, from the entries of the file."""
     rows = []
     for key in dict.fromkeys(kernel["gpu"] for kernel in kernels):
@@ -275,7 +304,7 @@ def table(kernels: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     return [*header, f"spill more than {FEW_BYTES} bytes", "most bytes spilled"], rows
 
 
-def _summary(gpu: hardware.GPU, rows: list[dict[str, Any]]) -> str:
+def _summary(gpu: hardware.GPU, rows: list[Row]) -> str:
     """Kernels, refusals and spills on a GPU."""
     compiled = [row for row in rows if "name" in row]
     refused = collections.Counter(row["refused"] for row in rows if "refused" in row)

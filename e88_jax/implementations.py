@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
-from e88_jax import kernels
+from e88_jax import checked_here, kernels
 from e88_jax.checks import require_choice
 from e88_jax.mixers.base import Implementation
+from pallas_kernels import target
 
 Implementations = Mapping[Implementation, Callable[..., Any]]
 """Implementations of an op by name. One that cannot take a call raises NotImplementedError, whose
@@ -35,7 +36,8 @@ def run(
     **options: Any,
 ) -> Any:
     """The op by the named implementation, or by the first of `fastest_first` that takes the call;
-    the last takes every call. What falls back is logged once.
+    the last takes every call. What falls back is logged once, and so is a GPU for which the
+    kernels have only been compiled.
 
     Raises:
         NotImplementedError: the named implementation does not take the call.
@@ -43,7 +45,10 @@ def run(
     *faster, last = fastest_first if named is None else (named, *fastest_first[-1:])
     for name in faster:
         try:
-            return implementations[name](*arrays, **options)
+            result = implementations[name](*arrays, **options)
+            if named is None and name == "mosaic_gpu":
+                checked_here.suggest(target.current())
+            return result
         except NotImplementedError as refusal:
             refused = NotImplementedError(
                 f"implementation={name!r} {refusal}; use implementation={last!r}, which takes "

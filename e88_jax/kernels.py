@@ -40,6 +40,8 @@ def require(implementation: Implementation | None) -> None:
         raise NotWorthIt("is not asked for")
     if refusal := target.kernels_refusal(target.current()):
         raise NotWorthIt(refusal)
+    if refusal := target.jax_refusal(target.current()):
+        raise NotImplementedError(refusal)
     if (failure := _import_refusal()) is not None:
         raise failure
 

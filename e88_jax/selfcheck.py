@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e88_jax import command, naive, recurrence
+from e88_jax import checked_here, command, naive, recurrence
 from e88_jax.checks import require_bool, require_choice, shown
 from e88_jax.typed import jit, vjp
 from pallas_kernels import target
@@ -323,6 +323,18 @@ def _check(name: str, evaluate: Callable[[Arrays, Case], Arrays], case: Case) ->
     return Result(name, case, worst=worst, ratio=ratios[worst], failures=tuple(failures))
 
 
+def _record(device: target.Target, results: list[Result], report: Callable[[str], object]) -> None:
+    """Notes that the kernels have passed here, if they have."""
+    if not any(x.implementation == "mosaic_gpu" and x.refusal is None for x in results):
+        return
+    try:
+        checked_here.record(device)
+    except OSError as error:
+        report(f"Not noted in {checked_here.file()}: {error}.")
+    else:
+        report(f"The kernels have been run here, with JAX {jax.__version__}: no more warnings.")
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
@@ -356,11 +368,15 @@ def main(args: Sequence[str] | None = None) -> int:
     device = target.current()
     packages = ", ".join(f"{x} {importlib.metadata.version(x)}" for x in ("jax", "jaxlib"))
     report(f"{device.platform} {device.name}, {packages}\n")
+    if sentence := checked_here.only_compiled(device):
+        report(f"{sentence} This runs them.\n")
     results = run_checks(options.implementation, options.quick, report)
     failed = any(result.failures for result in results)
     checked = any(result.refusal is None for result in results)
     verdict = "FAIL" if failed else "OK" if checked else "NOTHING CHECKED"
     report(f"\n{verdict} in {time.perf_counter() - began:.0f} s: {_summary(results)}")
+    if sentence is not None and not options.quick and not failed:
+        _record(device, results, report)
     return 0 if checked and not failed else 1
 
 

@@ -10,6 +10,11 @@ DTYPES = ("float32", "bfloat16")
 BULK_COPIES_FROM = (9, 0)
 """Hopper, the first with bulk tensor copies (TMA). Source: CUDA C++ Programming Guide, technical
 specifications per compute capability."""
+BEFORE_HOPPER_JAX = (0, 11)
+"""The first JAX that lowers kernels for less; 0.10.2 aborts the process there."""
+RUN_FOR = ((9, 0),)
+"""Compute capabilities of the GPUs on which the tests have run: H100 and H200. For others the
+kernels have been compiled, by `benchmarks/compiled_kernels.py`."""
 MIN_COMPUTE_CAPABILITY = (9, 0)
 """Calls go to the kernels from here on; for 8.x they have been compiled, not run."""
 COMPUTE_CAPABILITY_BELOW = (12, 0)

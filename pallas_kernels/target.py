@@ -7,9 +7,11 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Protocol
 
 from pallas_kernels.limits import (
+    BEFORE_HOPPER_JAX,
     BULK_COPIES_FROM,
     COMPUTE_CAPABILITY_BELOW,
     MIN_COMPUTE_CAPABILITY,
@@ -119,6 +121,15 @@ def kernels_refusal(target: Target) -> str | None:
     if MIN_COMPUTE_CAPABILITY <= capability < COMPUTE_CAPABILITY_BELOW:
         return None
     return f"{needs}, got {target.name} of {_dotted(capability)}"
+
+
+def jax_refusal(target: Target) -> str | None:
+    """Why this JAX cannot lower the kernels for it, as a clause without subject, or None."""
+    version = metadata.version("jax")
+    known = tuple(map(int, version.split(".")[:2]))
+    if target.has_bulk_copies or known >= BEFORE_HOPPER_JAX:
+        return None
+    return f"needs JAX {_dotted(BEFORE_HOPPER_JAX)} or later on {target.name}, got {version}"
 
 
 def _dotted(version: tuple[int, int]) -> str:

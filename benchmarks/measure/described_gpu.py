@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 from unittest import mock
 
@@ -66,9 +65,8 @@ def compiling_for(gpu: Target) -> Iterator[Any]:
         UsageError: JAX has no CUDA plugin, or aborts on such kernels.
     """
     assert gpu.compute_capability is not None
-    before_hopper, version = gpu.compute_capability < BULK_COPIES_FROM, metadata.version("jax")
-    if before_hopper and tuple(map(int, version.split(".")[:2])) < (0, 11):
-        raise UsageError(f"{gpu.name} needs JAX 0.11 or later, got {version}.")
+    if refusal := target.jax_refusal(gpu):
+        raise UsageError(f"compiling {refusal}.")
     sharding = _sharding(gpu)  # before JAX is imported
     from jax.experimental.mosaic import gpu as mgpu
 

@@ -2,11 +2,22 @@
 
 import importlib.util
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import pytest
 
-from benchmarks.compiled_kernels import GPUS, Case, Compiled, cases, compiled_for, main, read
+from benchmarks import compiled_kernels
+from benchmarks.compiled_kernels import (
+    GPUS,
+    Case,
+    Compiled,
+    cases,
+    compiled_for,
+    main,
+    read,
+    worse_than,
+)
 from e88_jax import hardware
 from experiments.cli.errors import UsageError
 
@@ -60,6 +71,41 @@ def test_one_gpu_of_every_compute_capability() -> None:
 def test_mistakes(flags: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         main(flags.split())
+
+
+KERNEL = {
+    "gpu": "h100",
+    **Case("recurrence", 64, "bfloat16")._asdict(),
+    **Compiled("e88_backward", 96, 80)._asdict(),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, None),
+        ({"spilled_bytes": 84}, "h100 recurrence 64 bfloat16 many False e88_backward: spills 84"),
+        ({"size": 32}, "spills 80 bytes, more than 16"),
+        ({"size": 32, "spilled_bytes": 16}, None),
+    ],
+)
+def test_what_is_worse_than_recorded(change: dict[str, Any], sentence: str | None) -> None:
+    found = worse_than([KERNEL], [KERNEL | change])
+    assert found == [] if sentence is None else sentence in found[0]
+
+
+def test_a_program_that_is_refused_is_worse() -> None:
+    refused = {"gpu": "h100", **Case("decode", 64, "bfloat16")._asdict(), "refused": "too large"}
+    assert worse_than([refused], [refused]) == []
+    assert "refused, too large" in worse_than([KERNEL], [refused])[0]
+
+
+def test_a_check_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    spilling: Any = {Case("recurrence", 32, "bfloat16"): [Compiled("e88_backward", 255, 9999)]}
+    monkeypatch.setattr(compiled_kernels, "compiled_for", lambda *_: spilling)
+    main(["--gpus", "h100"])
+    with pytest.raises(UsageError, match=r"1 kernels are worse.*\n.*spills 9999 bytes"):
+        main(["--gpus", "h100", "--check"])
 
 
 @pytest.mark.skipif(
