@@ -38,7 +38,8 @@ REPLAYED_TWICE = 1.15
 """Time of a column where half of a group is replayed twice, by arithmetic: a replay is about 0.3 of
 the backward pass."""
 MANY_KEYS = 96
-"""Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""
+"""Most keys at which 8 steps of the backward kernel are unrolled, rather than 4; where half of the
+states are held, it unrolls 4 with fewer keys, and 2 from here on."""
 MOST_SCALARS = 4
 """Scalars of a step of a call with every option: decay, write gate, document starts, row ends."""
 _STATES_HELD = SAVED_STATE_GROUP, SAVED_STATE_GROUP // 2
@@ -123,22 +124,21 @@ def backward_config(
         most[2, 32] = 4
     columns = batch * _padded_columns(heads, n_value, smallest)
     block, held = _fastest(smallest, most, columns, target)
-    unroll, chunks = SAVED_STATE_GROUP, (16, 8)
+    chunks = 16, 8
     # One or two warpgroups leave an SM waiting, and shared memory free.
     few = held <= 2 and block == smallest and n_state <= MANY_KEYS
     if n_state > MANY_KEYS:
-        unroll, chunks = SAVED_STATE_GROUP // 2, (8,)
+        chunks = (8,)
     elif few:
         chunks = (32, 16, 8)
     less_memory = shared_memory_limit(target) < shared_memory_limit(H100)
-    # In float32 a block of several heads, each with keys of its own, may not fit. With four heads,
-    # registers spill at N = 56 and 120 if as many steps are unrolled.
+    # In float32 a block of several heads, each with keys of its own, may not fit.
     blocks = dict.fromkeys([block, *(most if less_memory else ()), (1, column_multiple(1))])
     candidates: Iterable[TuningConfig] = (
         TuningConfig(
             *b,
             chunk,
-            unroll=min(states, unroll // 2 if b[0] == 4 else unroll),
+            unroll=_unroll(n_state, b, states),
             warpgroups=w,
             pipelined=p,
             states_held=states,
@@ -164,6 +164,15 @@ def backward_config(
         return backward_shared_bytes(config, n_state, dtype, n_scalars, has_write_gate)
 
     return _first_that_fits(candidates, needed, target)
+
+
+def _unroll(n_state: int, block: BlockSize, states_held: int) -> int:
+    """Steps of the backward kernel that are unrolled: as many as registers allow."""
+    if states_held < SAVED_STATE_GROUP and n_state >= MANY_KEYS:
+        return states_held // 2
+    unroll = SAVED_STATE_GROUP // 2 if n_state > MANY_KEYS else SAVED_STATE_GROUP
+    # With four heads, registers spill at N = 56 and 120 if as many steps are unrolled.
+    return min(states_held, unroll // 2 if block[0] == 4 else unroll)
 
 
 def copies(target: Target) -> Literal["bulk", "async"]:
