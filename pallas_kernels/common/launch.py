@@ -16,7 +16,7 @@ from pallas_kernels.common.sizes import round_up
 from pallas_kernels.target import H100, Target
 
 _BARRIER_BYTES = 1024
-"""Shared memory left to mbarriers."""
+"""Shared memory left to the mbarriers of bulk copies."""
 _ALIGNMENT = 1024
 """Bytes; Pallas aligns each reference in shared memory to it."""
 
@@ -25,7 +25,7 @@ def shared_memory_limit(target: Target) -> int:
     """Bytes of shared memory for the scratch of a thread block; the H100's where unknown."""
     per_block = target.shared_memory_per_block or H100.shared_memory_per_block
     assert per_block is not None
-    return per_block - _BARRIER_BYTES
+    return per_block - (_BARRIER_BYTES if target.has_bulk_copies else 0)
 
 
 def shared_bytes(scratch: Scratch, warpgroups: int) -> int:
