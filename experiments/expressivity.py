@@ -16,7 +16,7 @@ from experiments.harness import devices, run_directory
 from experiments.harness.ownership import owned
 from experiments.harness.progress import Report
 from experiments.trials import report, running
-from experiments.trials.records import RUNS, Record, Records, groups
+from experiments.trials.records import RUNS, Cell, Record, Records, groups
 from experiments.trials.scheduling import Schedule
 from experiments.trials.suites import SUITES, Suite, in_order
 
@@ -84,7 +84,7 @@ def main(args: Sequence[str]) -> None:
     with owned(directory):
         records = Records(directory / RUNS)
         try:
-            complete = _run(suite, records, config.minutes)
+            complete, failed = _run(suite, records, config.minutes)
         finally:
             if lines := in_order(config.suite, records.lines):
                 report.write(directory, lines, f"Suite {config.suite}", suite.about)
@@ -92,6 +92,12 @@ def main(args: Sequence[str]) -> None:
     if lines:
         print(report.markdown(lines))
     print(f"\nresults are in {directory}: {RUNS}, {report.MARKDOWN}, {report.CSV} and plots")
+    if failed:
+        raise RunStopped(
+            f"{len(failed)} cells failed: {'; '.join(map(str, failed))}. The same command tries "
+            "them again.",
+            exit_code=1,
+        )
     if not complete:
         raise RunStopped("stopped by --minutes: the same command goes on.", exit_code=3)
 
@@ -114,9 +120,9 @@ def describe(suite: Suite, left: Sequence[running.Work]) -> str:
     return "\n".join(lines)
 
 
-def _run(suite: Suite, records: Records, minutes: float | None) -> bool:
-    """Does what is left; returns whether all of it is done."""
-    left = running.left(suite, records)
+def _run(suite: Suite, records: Records, minutes: float | None) -> tuple[bool, list[Cell]]:
+    """Does what is left; returns whether all of it is done, and the cells that failed."""
+    left, failures = running.left(suite, records), list[Cell]()
     with Report(steps=sum(work.lane_steps for work in left)) as shown:
         shown.say(describe(suite, left).partition("\n")[0])
 
@@ -127,9 +133,14 @@ def _run(suite: Suite, records: Records, minutes: float | None) -> bool:
             what = f"{work.cell}: {_outcome(work, records)}, {seconds:.0f} s"
             shown.say(f"{done}/{len(left)}  {what}")
 
+        def failed(work: running.Work, error: Exception) -> None:
+            failures.append(work.cell)
+            shown.say(f"{work.cell}: failed, {str(error).partition(chr(10))[0]}")
+
         end = None if minutes is None else time.monotonic() + 60 * minutes
-        schedule = Schedule(left, advanced=advanced, finished=finished, end=end)
-        return schedule.run([running.Runner(suite, records, x) for x in jax.local_devices()])
+        schedule = Schedule(left, advanced=advanced, finished=finished, failed=failed, end=end)
+        complete = schedule.run([running.Runner(suite, records, x) for x in jax.local_devices()])
+    return complete, failures
 
 
 def _outcome(work: running.Work, records: Records) -> str:

@@ -2,8 +2,12 @@
 
 A device takes the next cell, to compile it, when it begins one: at the end one may wait for a
 device while another has nothing to do.
+
+A cell that fails by what JAX reports, such as too little memory, is left, and the next one begun. A
+device on which two fail in a row begins no other: after some errors nothing runs there.
 """
 
+import collections
 import itertools
 import threading
 import time
@@ -11,7 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 
+import jax
+
 from .running import Runner, Work
+
+MOST_FAILURES = 2
+"""Cells that fail in a row before their device begins no other."""
 
 
 class _StoppedError(Exception):
@@ -25,6 +34,7 @@ class Schedule:
         left: the work; that of one cell follows in a row, and one runner does it.
         advanced: called with work, and with the steps of all work that are done.
         finished: called with work that is done, the number of such, and its seconds.
+        failed: called with work that failed, and its error; the rest of its cell is left.
         end: nothing new begins after this time of `time.monotonic`; None for no end.
 
     The callbacks are never called by two threads at once.
@@ -36,12 +46,13 @@ class Schedule:
         *,
         advanced: Callable[[Work, int], None],
         finished: Callable[[Work, int, float], None],
+        failed: Callable[[Work, Exception], None],
         end: float | None = None,
     ):
         cells = itertools.groupby(left, key=lambda work: work.cell)
-        self._jobs = iter([list(job) for _, job in cells])
+        self._jobs = collections.deque(list(job) for _, job in cells)
         self._total, self._end = len(left), end
-        self._advanced, self._finished = advanced, finished
+        self._advanced, self._finished, self._failed = advanced, finished, failed
         self._steps = self._done = 0
         self._lock, self._stop = threading.Lock(), threading.Event()
 
@@ -64,19 +75,34 @@ class Schedule:
 
     def _drive(self, runner: Runner, ahead: list[Work]) -> None:
         """Does cell after cell, and compiles the next while one runs."""
+        failures = 0
         while job := ahead:
             ahead = self._take(runner)
-            for work in job:
-                if self._is_over():
-                    return
+            failures = 0 if self._do_cell(runner, job) else failures + 1
+            if failures == MOST_FAILURES:
+                with self._lock:
+                    self._jobs.extendleft([ahead] if ahead else [])
+                return
+
+    def _do_cell(self, runner: Runner, job: list[Work]) -> bool:
+        """Whether it has not failed."""
+        for work in job:
+            if self._is_over():
+                break
+            try:
                 self._do(runner, work)
+            except jax.errors.JaxRuntimeError as error:
+                with self._lock:
+                    self._failed(work, error)
+                return False
+        return True
 
     def _take(self, runner: Runner) -> list[Work]:
         """The work of another cell, which the runner begins to compile; none if there is none."""
         if self._is_over():
             return []
         with self._lock:
-            job = next(self._jobs, [])
+            job = self._jobs.popleft() if self._jobs else []
         for work in job:
             runner.prepare(work)
         return job

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from matplotlib.image import imread
 
@@ -86,6 +87,30 @@ def test_a_suite_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(rows) == sum(len(run["accuracy"]) for run in runs)
     assert {row["model"] for row in rows} == {"e88", "lstm"}
     assert imread(directory / "accuracy_8x1_float32.png").shape[0] > 100
+
+
+def test_cells_that_fail_are_named_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = running.Runner.run
+
+    def failing(self: Any, work: Any, advanced: Any) -> None:
+        if work.cell.model == "e88":
+            raise jax.errors.JaxRuntimeError("out of memory\nand more")
+        run(self, work, advanced)
+
+    monkeypatch.setattr(running.Runner, "run", failing)
+    directory = tmp_path / "suite"
+    parity = ["quick", "--problems", "parity", "--out", str(directory)]
+    with pytest.raises(RunStopped, match="1 cells failed: parity, e88, 8 x 1") as stopped:
+        expressivity.main(parity)
+    assert stopped.value.exit_code == 1
+    assert "failed, out of memory\n" in capsys.readouterr().out
+    assert {line["model"] for line in lines(directory)} == {"lstm"}
+    assert "| LSTM |" in (directory / "report.md").read_text()
+    monkeypatch.setattr(running.Runner, "run", run)
+    expressivity.main(parity)
+    assert {line["model"] for line in lines(directory)} == {"e88", "lstm"}
 
 
 def test_the_list_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from experiments.trials.scheduling import Schedule
@@ -61,9 +62,19 @@ class Watch:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.finished: list[int] = []
+        self.failed: list[tuple[int, str]] = []
 
     def schedule(self, left: list[Any], end: float | None = None) -> Schedule:
-        return Schedule(left, advanced=self._advanced, finished=self._finished, end=end)
+        return Schedule(
+            left,
+            advanced=self._advanced,
+            finished=self._finished,
+            failed=self._failed,
+            end=end,
+        )
+
+    def _failed(self, work: Any, error: Exception) -> None:
+        self.failed.append((work.cell, str(error)))
 
     def _advanced(self, work: Any, steps: int) -> None:
         del work
@@ -100,9 +111,48 @@ def test_devices_work_at_the_same_time() -> None:
     assert [len(device.done) for device in devices] == [2, 2]
 
 
-def test_a_failure_of_one_device_stops_the_others() -> None:
-    devices: Any = [Slow(), Device(error=RuntimeError("out of memory"))]
-    with pytest.raises(RuntimeError, match="out of memory"):
+class FailingOn(Device):
+    """One on which some cells fail as JAX reports it."""
+
+    def __init__(self, *cells: int):
+        super().__init__()
+        self._cells = cells
+
+    def run(self, work: Any, advanced: Any) -> None:
+        if work.cell in self._cells:
+            raise jax.errors.JaxRuntimeError("out of memory")
+        super().run(work, advanced)
+
+
+def test_a_cell_that_fails_costs_no_other() -> None:
+    device, watch = FailingOn(1, 3), Watch()
+    runners: Any = [device]
+    assert not watch.schedule(works(5)).run(runners)
+    assert watch.failed == [(1, "out of memory"), (3, "out of memory")]
+    assert [work.cell for work in device.done] == [0, 0, 2, 2, 4, 4]
+    assert device.closed
+
+
+def test_a_device_that_is_broken_takes_no_more_and_leaves_its_next_cell_to_others() -> None:
+    class After(Device):
+        """One whose first cell ends when the other device has given up."""
+
+        def run(self, work: Any, advanced: Any) -> None:
+            while len(watch.failed) < 2:
+                time.sleep(0.01)
+            super().run(work, advanced)
+
+    watch, broken, other = Watch(), FailingOn(*range(9)), After()
+    devices: Any = [other, broken]
+    assert not watch.schedule(works(9)).run(devices)
+    lost = {cell for cell, _ in watch.failed}
+    assert len(lost) == 2
+    assert sorted({work.cell for work in other.done} | lost) == list(range(9))
+
+
+def test_an_error_of_the_program_on_one_device_stops_the_others() -> None:
+    devices: Any = [Slow(), Device(error=ValueError("no such shape"))]
+    with pytest.raises(ValueError, match="no such shape"):
         Watch().schedule(works(4)).run(devices)
     assert all(device.closed for device in devices)
 
