@@ -94,8 +94,7 @@ def main(args: Sequence[str]) -> None:
     print(f"\nresults are in {directory}: {RUNS}, {report.MARKDOWN}, {report.CSV} and plots")
     if failed:
         raise RunStopped(
-            f"{len(failed)} cells failed: {'; '.join(map(str, failed))}. The same command tries "
-            "them again.",
+            f"failed: {'; '.join(map(str, failed))}. The same command tries again.",
             exit_code=1,
         )
     if not complete:
