@@ -21,10 +21,12 @@ import jax
 from benchmarks.measure.flags import require_writable
 from benchmarks.measure.recurrence_timing import Shape, time_passes
 from benchmarks.measure.timing import ClockSampler, Numbers
+from e88_jax import hardware
 from e88_jax.recurrence import Implementation, e88_recurrence
 from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
+from pallas_kernels import target
 
 TANH_PER_CYCLE = 16
 """tanh per cycle of one SM on an H100 or H200: CUDA C++ Programming Guide, throughput of arithmetic
@@ -189,6 +191,17 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         "--implementation", default="mosaic_gpu", choices=get_args(Implementation), help="to time"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument(
+        "--as-gpu",
+        metavar="GPU",
+        help="time the kernels as another GPU takes them, by its copies, shared memory and number "
+        f"of SMs, on the GPU at hand: {', '.join(gpu.key for gpu in hardware.GPUS)}",
+    )
+    parser.add_argument(
+        "--async-copies",
+        action="store_true",
+        help="copy by cp.async, as on GPUs before Hopper, also where there are bulk copies",
+    )
     parser.add_argument("--saved-state-interval", type=int, default=32, metavar="STEPS")
     parser.add_argument(
         "--repetitions", type=int, default=20, help="of which the median and p10, p90 are taken"
@@ -198,9 +211,22 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     try:
         require(options, "saved_state_interval", "repetitions", minimum=1)
         require_writable(options.json)
+        if options.as_gpu is not None:
+            hardware.find_gpu(options.as_gpu)
     except (ValueError, UsageError) as error:
         parser.error(str(error))
     return options
+
+
+def _target(options: argparse.Namespace) -> target.Target:
+    """What the kernels are built for."""
+    if options.as_gpu is not None:
+        built_for = hardware.find_gpu(options.as_gpu).target
+    else:
+        built_for = target.current()
+    if options.async_copies and built_for.has_bulk_copies:
+        return dataclasses.replace(built_for, compute_capability=(8, 0))
+    return built_for
 
 
 def _shape(text: str) -> Shape:
@@ -223,7 +249,7 @@ def main(args: Sequence[str] | None = None) -> int:
         options.sweep = options.sweep is None
     shapes += SWEEP.values() if options.sweep else []
 
-    with ClockSampler() as clock:
+    with ClockSampler() as clock, target.use(_target(options)) as built_for:
         measured = time_all(shapes, options, clock)
     device = jax.devices()[0]
     about = {
@@ -237,6 +263,10 @@ def main(args: Sequence[str] | None = None) -> int:
         "saved_state_interval": options.saved_state_interval,
         "repetitions": options.repetitions,
     }
+    if options.as_gpu is not None:
+        about["as_gpu"] = built_for.name
+    if options.async_copies:
+        about["copies"] = "cp.async"
     if options.json is not None:
         options.json.write_text(json.dumps({**about, "shapes": measured}, indent=2) + "\n")
     print(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks import recurrence as benchmark
+from pallas_kernels import target
 
 
 def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
@@ -46,6 +47,36 @@ def test_what_cannot_be_timed_is_said(
     monkeypatch.setitem(benchmark.main.__globals__, "e88_recurrence", refuse)
     assert benchmark.main(["--shape", "1,2,1,4"]) == 1
     assert "1,2,1,4: not here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "seen"),
+    [
+        ("", ("cpu", None, True)),
+        ("--async-copies", ("cpu", (8, 0), False)),
+        ("--as-gpu rtx4090", ("GeForce RTX 4090", (8, 9), False)),
+        ("--as-gpu b200", ("B200", (10, 0), True)),
+        ("--as-gpu b200 --async-copies", ("B200", (8, 0), False)),
+    ],
+)
+def test_kernels_as_another_gpu_takes_them(
+    flags: str, seen: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: Any, **_options: Any) -> Any:
+        built_for = target.current()
+        found.append((built_for.name, built_for.compute_capability, built_for.has_bulk_copies))
+        raise NotImplementedError("not here")
+
+    found: list[Any] = []
+    monkeypatch.setitem(benchmark.main.__globals__, "e88_recurrence", refuse)
+    assert benchmark.main(["--shape", "1,2,1,4", "--no-scan", *flags.split()]) == 1
+    assert found == [seen]
+
+
+def test_an_unknown_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--as-gpu", "rtx1"])
+    assert "unknown GPU 'rtx1'" in capsys.readouterr().err
 
 
 def test_the_tanh_limit() -> None:
