@@ -266,8 +266,11 @@ def main(args: Sequence[str]) -> None:
     if failed := [row for row in rows if "failed" in row]:
         first = ", ".join(str(x) for x in failed[0].values())
         raise UsageError(f"{len(failed)} programs were not compiled, the first: {first}")
-    if config.check and (worse := worse_than(json.loads(RECORDED.read_text())["kernels"], rows)):
-        raise UsageError(f"{len(worse)} kernels are worse than recorded:\n" + "\n".join(worse))
+    recorded = json.loads(RECORDED.read_text())
+    if config.check and (worse := worse_than(recorded["kernels"], rows)):
+        by = f"JAX {versions()['jax']}, recorded with {recorded['versions']['jax']}"
+        lines = "\n".join(worse)
+        raise UsageError(f"{len(worse)} kernels are worse than recorded ({by}):\n{lines}")
 
 
 def worse_than(recorded: Sequence[Row], rows: Sequence[Row]) -> list[str]:
