@@ -241,6 +241,8 @@ def main(args: Sequence[str]) -> None:
     if config.listed:
         compile_all(gpus[0], config.sizes)
         return
+    # Before --json may write the same file.
+    recorded = json.loads(RECORDED.read_text()) if config.check else None
     from rich.console import Console
     from rich.progress import track
 
@@ -266,16 +268,17 @@ def main(args: Sequence[str]) -> None:
     if failed := [row for row in rows if "failed" in row]:
         first = ", ".join(str(x) for x in failed[0].values())
         raise UsageError(f"{len(failed)} programs were not compiled, the first: {first}")
-    recorded = json.loads(RECORDED.read_text())
-    if config.check and (worse := worse_than(recorded["kernels"], rows)):
+    if recorded is not None and (worse := worse_than(recorded["kernels"], rows)):
         by = f"JAX {versions()['jax']}, recorded with {recorded['versions']['jax']}"
         lines = "\n".join(worse)
-        raise UsageError(f"{len(worse)} kernels are worse than recorded ({by}):\n{lines}")
+        raise UsageError(
+            f"{len(worse)} kernels or programs are worse than recorded ({by}):\n{lines}"
+        )
 
 
 def worse_than(recorded: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     """A line for each program that is refused now only, and each kernel that spills more, if more
-    than `FEW_BYTES`."""
+    than `FEW_BYTES`, or that the compiler's report lacks though its GPU and size were compiled."""
 
     def about(row: Row) -> tuple[Any, ...]:
         return tuple(row.get(name) for name in ("gpu", *Case._fields, "name"))
@@ -290,6 +293,13 @@ def worse_than(recorded: Sequence[Row], rows: Sequence[Row]) -> list[str]:
             worse.append(f"{words}: refused, {row['refused']}")
         elif spilled > most:
             worse.append(f"{words}: spills {spilled} bytes, more than {most}")
+    reported = {about(row) for row in rows}
+    refused = {about(row)[:-1] for row in rows if "refused" in row}
+    compiled = {(row["gpu"], row["size"]) for row in rows}
+    for key, row in before.items():
+        expected = "name" in row and (row["gpu"], row["size"]) in compiled
+        if expected and key not in reported and key[:-1] not in refused:
+            worse.append(f"{' '.join(map(str, key))}: not in the compiler's report")
     return worse
 
 

@@ -219,7 +219,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _target(options: argparse.Namespace) -> target.Target:
-    """What the kernels are built for."""
+    """The device that the kernels are built for: the one at hand unless --as-gpu names another."""
     if options.as_gpu is not None:
         built_for = hardware.find_gpu(options.as_gpu).target
     else:

@@ -1,5 +1,5 @@
-"""Where `e88_jax.selfcheck` has passed on this machine: the project has run its kernels on few
-kinds of GPU, and on another this is the only word."""
+"""GPUs of this machine on which `e88_jax.selfcheck` has passed: the project has run its kernels on
+few kinds of GPU, and cannot vouch for another."""
 
 import functools
 import json

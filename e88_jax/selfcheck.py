@@ -228,13 +228,14 @@ def make_inputs(case: Case) -> Arrays:
         for name in ("q", "k", "v", "initial_state"):
             inputs[name] *= 1e4
     return {
-        name: np.asarray(jnp.asarray(x, _dtype(name, case))).astype(np.float64)
+        name: np.asarray(jnp.asarray(x, dtype_of(name, case))).astype(np.float64)
         for name, x in inputs.items()
         if name not in _EVERY or name in case.options
     }
 
 
-def _dtype(name: str, case: Case) -> str:
+def dtype_of(name: str, case: Case) -> str:
+    """Dtype in which an array of `make_inputs` is given."""
     if name == "segment_ids":
         return "int32"
     return case.dtype if name in ("q", "k", "v", "d_out") else "float32"
@@ -287,7 +288,7 @@ def _evaluator(name: str) -> Callable[[Arrays, Case], Arrays]:
         return {"out": out, "final_state": final_state} | {f"d_{x}": d_arrays[x] for x in d_arrays}
 
     def evaluate(inputs: Arrays, case: Case) -> Arrays:
-        arrays = {x: jnp.asarray(inputs[x], _dtype(x, case)) for x in inputs}
+        arrays = {x: jnp.asarray(inputs[x], dtype_of(x, case)) for x in inputs}
         segment_ids = arrays.pop("segment_ids", None)
         cotangents = arrays.pop("d_out"), arrays.pop("d_final_state")
         results = run(

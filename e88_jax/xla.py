@@ -23,9 +23,7 @@ def xla_options(*, autotune: bool = True) -> dict[str, str | bool]:
 
     Args:
         autotune: time the algorithms of each matmul while compiling. It holds the GPU alone, so
-            that programs running beside wait: steps of small models were up to 1.5 times as slow
-            beside two compilations. Without, those compiled in 11 instead of 25 s and in 8 instead
-            of 11, and ran as fast (6.2 and 1.8 ms a step; E88 of dim 128, 4 layers and 1, H100).
+            that a training beside it waits; a small model runs as fast without.
     """
     if target.current().platform != "gpu":
         return {}

@@ -125,9 +125,10 @@ def kernels_refusal(target: Target) -> str | None:
 
 def jax_refusal(target: Target) -> str | None:
     """Why this JAX cannot lower the kernels for it, as a clause without subject, or None."""
+    if target.has_bulk_copies:
+        return None
     version = metadata.version("jax")
-    known = tuple(map(int, version.split(".")[:2]))
-    if target.has_bulk_copies or known >= BEFORE_HOPPER_JAX:
+    if tuple(map(int, version.split(".")[:2])) >= BEFORE_HOPPER_JAX:
         return None
     return f"needs JAX {_dotted(BEFORE_HOPPER_JAX)} or later on {target.name}, got {version}"
 

@@ -86,6 +86,8 @@ KERNEL = {
         ({}, None),
         ({"spilled_bytes": 84}, "h100 recurrence 64 bfloat16 many False e88_backward: spills 84"),
         ({"size": 32}, "spills 80 bytes, more than 16"),
+        ({"dtype": "float32", "spilled_bytes": 0}, "bfloat16 many False e88_backward: not in the"),
+        ({"gpu": "b200", "spilled_bytes": 0}, None),
         ({"size": 32, "spilled_bytes": 16}, None),
     ],
 )
@@ -98,13 +100,15 @@ def test_a_program_that_is_refused_is_worse() -> None:
     refused = {"gpu": "h100", **Case("decode", 64, "bfloat16")._asdict(), "refused": "too large"}
     assert worse_than([refused], [refused]) == []
     assert "refused, too large" in worse_than([KERNEL], [refused])[0]
+    lost = {key: x for key, x in KERNEL.items() if key in ("gpu", *Case._fields)}
+    assert len(worse_than([KERNEL], [lost | {"refused": "too large"}])) == 1
 
 
 def test_a_check_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     spilling: Any = {Case("recurrence", 32, "bfloat16"): [Compiled("e88_backward", 255, 9999)]}
     monkeypatch.setattr(compiled_kernels, "compiled_for", lambda *_: spilling)
     main(["--gpus", "h100"])
-    with pytest.raises(UsageError, match=r"1 kernels are worse.*\n.*spills 9999 bytes"):
+    with pytest.raises(UsageError, match=r"are worse.*\n.*spills 9999 bytes"):
         main(["--gpus", "h100", "--check"])
 
 

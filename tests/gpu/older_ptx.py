@@ -28,8 +28,8 @@ def both(
     from pallas_kernels.recurrence import recurrence
 
     def run(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        given: Any = arrays
-        return recurrence(**given, linear_state=False, saved_state_interval=32)
+        by_name: Any = arrays
+        return recurrence(**by_name, linear_state=False, saved_state_interval=32)
 
     (out, final_state), pullback = jax.vjp(run, arrays)
     d_arrays = pullback(cotangents)[0]
@@ -37,17 +37,14 @@ def both(
 
 
 def given(case: Case) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Inputs, and cotangents of the results."""
     inputs = selfcheck.make_inputs(case)
-    narrow = {"q", "k", "v", "d_out"}
-    arrays = {
-        name: jnp.asarray(x, case.dtype if name in narrow else "float32")
-        for name, x in inputs.items()
-    }
+    arrays = {x: jnp.asarray(inputs[x], selfcheck.dtype_of(x, case)) for x in inputs}
     return arrays, (arrays.pop("d_out"), arrays.pop("d_final_state"))
 
 
 def compile_for(gpu: hardware.GPU, case: Case) -> None:
-    """Without a GPU."""
+    """Compiles the kernels of a case; no GPU is needed."""
     with compiling_for(gpu.target) as sharding:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), given(case)
@@ -56,7 +53,7 @@ def compile_for(gpu: hardware.GPU, case: Case) -> None:
 
 
 def run_as(gpu: hardware.GPU, case: Case) -> None:
-    """On the GPU at hand; prints the ratio of the worst result."""
+    """Runs a case on the GPU at hand; prints the ratio of each result to `naive` as JSON."""
     with target.use(gpu.target):
         results = jax.jit(both)(*given(case))
     expected = selfcheck.reference(selfcheck.make_inputs(case), linear_state=False)
