@@ -13,20 +13,21 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 
 from benchmarks.measure.flags import require_writable
-from benchmarks.measure.recurrence_timing import Shape, time_passes
+from benchmarks.measure.recurrence_timing import Shape, compile_passes, time_passes
 from benchmarks.measure.timing import ClockSampler, Numbers
 from e88_jax import hardware
 from e88_jax.recurrence import Implementation, e88_recurrence
 from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
-from pallas_kernels import target
+from pallas_kernels import limits, target
 
 TANH_PER_CYCLE = 16
 """tanh per cycle of one SM on an H100 or H200: CUDA C++ Programming Guide, throughput of arithmetic
@@ -51,58 +52,81 @@ SWEEP = {
 }
 
 
-def time_shape(
-    shape: Shape,
-    dtype: str,
+class Job(NamedTuple):
+    """A shape, by kernels as a target takes them."""
+
+    shape: Shape
+    target: target.Target
+    as_gpu: str | None
+    """Key of the GPU that the target is of; None for the one at hand."""
+
+
+def time_all(jobs: Sequence[Job], options: argparse.Namespace, clock: ClockSampler) -> list[Numbers]:
+    """One entry for each job: sizes, and numbers of each pass. All are compiled first, at once."""
+    implementations = [options.implementation]
+    if options.scan and options.implementation != "scan":
+        implementations.append("scan")
+
+    def compiled(job: Job, implementation: Implementation) -> Any:
+        recurrence = functools.partial(
+            e88_recurrence,
+            implementation=implementation,
+            saved_state_interval=options.saved_state_interval,
+        )
+        with target.use(job.target):
+            return compile_passes(recurrence, job.shape, options.dtype)
+
+    with ThreadPoolExecutor() as threads:
+        programs = [
+            [threads.submit(compiled, job, implementation) for implementation in implementations]
+            for job in jobs
+        ]
+    device = jax.devices()[0]
+    sm_count = device.core_count if device.platform == "gpu" else None
+    measured = []
+    for job, (program, *scan) in zip(jobs, programs, strict=True):
+        time_by = functools.partial(_time, job, dtype=options.dtype, clock=clock)
+        passes, error = time_by(program, options.implementation, repetitions=options.repetitions)
+        add_rates(job.shape, passes, sm_count)
+        entry = {**dataclasses.asdict(job.shape), "V": job.shape.N, "elements": job.shape.elements}
+        entry |= {} if job.as_gpu is None else {"as_gpu": job.as_gpu}
+        measured.append({**entry, "passes": passes, "error": error})
+        if scan and passes:
+            by_scan, error = time_by(*scan, "scan", repetitions=SCAN_REPETITIONS)
+            measured[-1]["scan_error"] = error
+            for name in passes.keys() & by_scan.keys():
+                passes[name]["scan_ms"] = by_scan[name]["ms"]
+                ratio = by_scan[name]["ms"] / passes[name]["ms"]
+                passes[name]["times_faster_than_scan"] = round(ratio, 3)
+    sweep = {
+        (entry.get("as_gpu"), entry["N"]): entry["passes"]
+        for entry in measured
+        if entry["name"] == f"N={entry['N']}"
+    }
+    for (as_gpu, _), passes in sweep.items():
+        of_32 = sweep.get((as_gpu, 32), {})
+        for name in passes.keys() & of_32.keys():
+            ratio = passes[name]["ps_per_element"] / of_32[name]["ps_per_element"]
+            passes[name]["times_n32"] = round(ratio, 3)
+    return measured
+
+
+def _time(
+    job: Job,
+    program: Future[Any],
     implementation: Implementation,
-    saved_state_interval: int,
+    *,
+    dtype: str,
     repetitions: int,
     clock: ClockSampler,
 ) -> tuple[dict[str, Numbers], str | None]:
     """Numbers of each pass, and what stopped those that are missing."""
-    recurrence = functools.partial(
-        e88_recurrence, implementation=implementation, saved_state_interval=saved_state_interval
-    )
 
     def say(line: str) -> None:
-        print(f"{shape.name} {implementation} {line}", file=sys.stderr)
+        by = implementation if job.as_gpu is None else f"{implementation} as {job.as_gpu}"
+        print(f"{job.shape.name} {by} {line}", file=sys.stderr)
 
-    return time_passes(recurrence, shape, dtype, repetitions, clock, say)
-
-
-def time_all(
-    shapes: Sequence[Shape], options: argparse.Namespace, clock: ClockSampler
-) -> list[Numbers]:
-    """One entry for each shape: sizes, and numbers of each pass."""
-    device = jax.devices()[0]
-    sm_count = device.core_count if device.platform == "gpu" else None
-    measured = []
-    for shape in shapes:
-        time_with = functools.partial(
-            time_shape,
-            shape,
-            options.dtype,
-            saved_state_interval=options.saved_state_interval,
-            clock=clock,
-        )
-        passes, error = time_with(options.implementation, repetitions=options.repetitions)
-        add_rates(shape, passes, sm_count)
-        entry = {**dataclasses.asdict(shape), "V": shape.N, "elements": shape.elements}
-        measured.append({**entry, "passes": passes, "error": error})
-        if options.scan and passes and options.implementation != "scan":
-            scan, measured[-1]["scan_error"] = time_with("scan", repetitions=SCAN_REPETITIONS)
-            for name in passes.keys() & scan.keys():
-                passes[name]["scan_ms"] = scan[name]["ms"]
-                ratio = scan[name]["ms"] / passes[name]["ms"]
-                passes[name]["times_faster_than_scan"] = round(ratio, 3)
-    sweep = {
-        entry["N"]: entry["passes"] for entry in measured if entry["name"] == f"N={entry['N']}"
-    }
-    for passes in sweep.values():
-        for name in passes.keys() & sweep.get(32, {}).keys():
-            ratio = passes[name]["ps_per_element"] / sweep[32][name]["ps_per_element"]
-            passes[name]["times_n32"] = round(ratio, 3)
-    return measured
+    return time_passes(program.result(), job.shape, dtype, repetitions, clock, say)
 
 
 def tanh_limit_ms(elements: int, sm_count: int, clock_mhz: float) -> float:
@@ -140,7 +164,8 @@ def table(shapes: list[Numbers]) -> str:
     )
     rows: list[tuple[str, ...]] = [header]
     for shape in shapes:
-        sizes = [str(shape[key]) for key in ("name", *"BTHN")]
+        name = " as ".join(shape[key] for key in ("name", "as_gpu") if key in shape)
+        sizes = [name, *(str(shape[key]) for key in "BTHN")]
         for name, numbers in shape["passes"].items():
             values = [(numbers.get(key), spec, unit) for key, spec, unit in columns]
             cells = ["-" if x is None else format(unit * x, spec) for x, spec, unit in values]
@@ -193,9 +218,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument(
         "--as-gpu",
-        metavar="GPU",
-        help="time the kernels as another GPU takes them, by its copies, shared memory and number "
-        f"of SMs, on the GPU at hand: {', '.join(gpu.key for gpu in hardware.GPUS)}",
+        nargs="+",
+        default=[],
+        choices=[gpu.key for gpu in hardware.GPUS],
+        help="time the kernels as other GPUs take them, by their copies and shared memory, on the "
+        "GPU at hand",
     )
     parser.add_argument(
         "--async-copies",
@@ -211,22 +238,24 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     try:
         require(options, "saved_state_interval", "repetitions", minimum=1)
         require_writable(options.json)
-        if options.as_gpu is not None:
-            hardware.find_gpu(options.as_gpu)
     except (ValueError, UsageError) as error:
         parser.error(str(error))
     return options
 
 
-def _target(options: argparse.Namespace) -> target.Target:
-    """The device that the kernels are built for: the one at hand unless --as-gpu names another."""
-    if options.as_gpu is not None:
-        built_for = hardware.find_gpu(options.as_gpu).target
-    else:
-        built_for = target.current()
-    if options.async_copies and built_for.has_bulk_copies:
-        return dataclasses.replace(built_for, compute_capability=(8, 0))
-    return built_for
+def _targets(options: argparse.Namespace) -> dict[str | None, target.Target]:
+    """The devices that kernels are built for: those of --as-gpu, else the one at hand."""
+    here = target.current()
+    others = {
+        key: dataclasses.replace(hardware.find_gpu(key).target, n_sms=here.n_sms)
+        for key in options.as_gpu
+    }
+    return {
+        key: dataclasses.replace(built_for, compute_capability=limits.MIN_COMPUTE_CAPABILITY)
+        if options.async_copies and built_for.has_bulk_copies
+        else built_for
+        for key, built_for in (others or {None: here}).items()
+    }
 
 
 def _shape(text: str) -> Shape:
@@ -249,8 +278,9 @@ def main(args: Sequence[str] | None = None) -> int:
         options.sweep = options.sweep is None
     shapes += SWEEP.values() if options.sweep else []
 
-    with ClockSampler() as clock, target.use(_target(options)) as built_for:
-        measured = time_all(shapes, options, clock)
+    jobs = [Job(x, built_for, key) for key, built_for in _targets(options).items() for x in shapes]
+    with ClockSampler() as clock:
+        measured = time_all(jobs, options, clock)
     device = jax.devices()[0]
     about = {
         "device": device.device_kind,
@@ -263,8 +293,6 @@ def main(args: Sequence[str] | None = None) -> int:
         "saved_state_interval": options.saved_state_interval,
         "repetitions": options.repetitions,
     }
-    if options.as_gpu is not None:
-        about["as_gpu"] = built_for.name
     if options.async_copies:
         about["copies"] = "cp.async"
     if options.json is not None:

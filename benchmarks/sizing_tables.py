@@ -26,12 +26,11 @@ def gpus() -> Table:
             str(gpu.published.max_n_state) if gpu.published else "",
             str(gpu.formula_n_state),
             span(gpu.measured_n_state),
-            "kernels" if gpu.has_kernels else "scan",
         ]
         for gpu in hardware.GPUS
     ]
     header = ["GPU", "published n_state", "published maximum", "the published formula gives"]
-    return [*header, "measured here", "recurrence runs by"], rows
+    return [*header, "measured here"], rows
 
 
 def presets() -> Table:

@@ -7,6 +7,10 @@ MAX_SIZE = 128
 """Largest N and V: a warpgroup holds 32 columns of 128 keys, 32 registers a lane."""
 DTYPES = ("float32", "bfloat16")
 
+MIN_COMPUTE_CAPABILITY = (8, 0)
+"""Ampere, the first with `cp.async` and the mma instructions of bfloat16 and tf32."""
+COMPUTE_CAPABILITY_BELOW = (13, 0)
+"""The first that the kernels have not been compiled for."""
 BULK_COPIES_FROM = (9, 0)
 """Hopper, the first with bulk tensor copies (TMA). Source: CUDA C++ Programming Guide, technical
 specifications per compute capability."""
@@ -14,12 +18,8 @@ BEFORE_HOPPER_JAX = (0, 11)
 """The first JAX that lowers kernels for less; 0.10.2 aborts the process there."""
 RUN_FOR = ((9, 0),)
 """Compute capabilities of the GPUs on which the tests have run: H100 and H200. For others the
-kernels have been compiled, by `benchmarks/compiled_kernels.py`."""
-MIN_COMPUTE_CAPABILITY = (9, 0)
-"""Calls go to the kernels from here on; for 8.x they have been compiled, not run."""
-COMPUTE_CAPABILITY_BELOW = (12, 0)
-"""From 12.0 (GeForce Blackwell) on an SM has 100 KB of shared memory instead of the 228 KB of 9.0
-and 10.x; with the tuning configs for it kernels have been compiled, not run. Source: as above."""
+kernels have been compiled, by `benchmarks/compiled_kernels.py`, and run on an H100 as compiled for
+them."""
 
 SAVED_STATE_GROUP = 8
 """Steps of a group, which the backward kernel replays at once from the saved state before it. A

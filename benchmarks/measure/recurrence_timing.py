@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def make_inputs(shape: Shape, dtype: str, key: jax.Array) -> dict[str, jax.Array
     return {name: x.astype(dtype) for name, x in narrow.items()} | {"decay": decay}
 
 
-def make_programs(recurrence: Recurrence) -> dict[str, Callable[..., Any]]:
+def make_programs(recurrence: Recurrence) -> dict[str, Any]:
     """The programs that are timed: forward, and forward + backward."""
 
     @jax.jit
@@ -66,8 +67,32 @@ def make_programs(recurrence: Recurrence) -> dict[str, Callable[..., Any]]:
     return {"forward": forward, "forward+backward": forward_backward}
 
 
+class Compiled(NamedTuple):
+    """A compiled program."""
+
+    program: Callable[..., Any]
+    seconds: float
+    """Of compilation."""
+
+
+def compile_passes(
+    recurrence: Recurrence, shape: Shape, dtype: str
+) -> dict[str, Compiled] | Exception:
+    """The programs that are timed, or why they cannot run."""
+    inputs = jax.eval_shape(functools.partial(make_inputs, shape, dtype), jax.random.key(0))
+    compiled: dict[str, Compiled] = {}
+    try:
+        for name, program in make_programs(recurrence).items():
+            began = time.perf_counter()
+            done = program.lower(**inputs).compile()
+            compiled[name] = Compiled(done, round(time.perf_counter() - began, 1))
+    except CANNOT_RUN as error:
+        return error
+    return compiled
+
+
 def time_passes(
-    recurrence: Recurrence,
+    compiled: dict[str, Compiled] | Exception,
     shape: Shape,
     dtype: str,
     repetitions: int,
@@ -78,18 +103,17 @@ def time_passes(
 
     Backward is what the gradients add to the forward pass. `say` hears of each program timed.
     """
+    if isinstance(compiled, Exception):
+        return {}, one_line(compiled)
     passes: dict[str, Numbers] = {}
     size = 4 * shape.B * shape.T * shape.H * shape.N * jnp.dtype(dtype).itemsize
     n_sets = min(math.ceil(2 * L2_BYTES / size), MAX_INPUT_SETS)
     try:
         input_sets = [make_inputs(shape, dtype, jax.random.key(seed)) for seed in range(n_sets)]
-        for name, program in make_programs(recurrence).items():
+        for name, (program, seconds) in compiled.items():
             passes[name] = time_calls(program, input_sets, repetitions, clock)
-            passes[name]["input_sets"] = n_sets
-            say(
-                f"{name}: {passes[name]['ms']:.3f} ms, compiled in "
-                f"{passes[name]['compile_seconds']:.1f} s"
-            )
+            passes[name] |= {"compile_seconds": seconds, "input_sets": n_sets}
+            say(f"{name}: {passes[name]['ms']:.3f} ms, compiled in {seconds:.1f} s")
     except CANNOT_RUN as error:
         return passes, one_line(error)
     both = passes["forward+backward"]

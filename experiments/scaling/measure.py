@@ -13,6 +13,7 @@ from benchmarks.measure.recurrence_timing import (
     Shape,
     make_inputs,
     one_line,
+    compile_passes,
     time_passes,
 )
 from benchmarks.measure.timing import ClockSampler, Numbers, time_calls
@@ -131,8 +132,9 @@ def measure(
 
     doing("recurrence")
     recurrence = functools.partial(e88_recurrence, implementation=setting.implementation)
+    compiled = compile_passes(recurrence, shape, setting.dtype)
     passes, reason = time_passes(
-        recurrence, shape, setting.dtype, setting.repetitions, clock, doing
+        compiled, shape, setting.dtype, setting.repetitions, clock, doing
     )
     if reason is not None:
         missing["recurrence"] = reason

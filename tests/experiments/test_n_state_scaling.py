@@ -135,7 +135,7 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, *args: str) -> Any:
         ("--n-state", "--n-state must name at least one size."),
         ("--n-state 4 32", "--d-inner must be at least as large as every --n-state, "),
         ("--seq-len -1", "--seq-len must be at least 1, got -1."),
-        ("--implementation mosaic_gpu", "needs an NVIDIA GPU of compute capability 9.0 or later"),
+        ("--implementation mosaic_gpu", "needs an NVIDIA GPU of compute capability 8.0 or later"),
         ("--n-states 4", "unknown argument --n-states: did you mean --n-state?"),
     ],
 )

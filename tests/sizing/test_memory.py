@@ -127,7 +127,9 @@ def test_the_larger_of_both_ends_of_the_backward_pass() -> None:
 
 def test_who_runs_the_recurrence() -> None:
     assert implementation_on(None) == implementation_on(find_gpu("h100")) == "mosaic_gpu"
-    assert implementation_on(find_gpu("rtx4090")) == "chunked"
+    assert implementation_on(find_gpu("rtx4090")) == "mosaic_gpu"
+    turing = dataclasses.replace(find_gpu("rtx4090"), compute_capability=(7, 5))
+    assert implementation_on(turing) == "chunked"
 
 
 def test_the_scan_is_counted_where_there_is_no_kernel() -> None:
