@@ -61,11 +61,12 @@ class Job(NamedTuple):
     """Key of the GPU that the target is of; None for the one at hand."""
 
 
-def time_all(jobs: Sequence[Job], options: argparse.Namespace, clock: ClockSampler) -> list[Numbers]:
+def time_all(
+    jobs: Sequence[Job], options: argparse.Namespace, clock: ClockSampler
+) -> list[Numbers]:
     """One entry for each job: sizes, and numbers of each pass. All are compiled first, at once."""
-    implementations = [options.implementation]
-    if options.scan and options.implementation != "scan":
-        implementations.append("scan")
+    named: Implementation = options.implementation
+    implementations = dict.fromkeys((named, "scan") if options.scan else (named,))
 
     def compiled(job: Job, implementation: Implementation) -> Any:
         recurrence = functools.partial(
@@ -78,21 +79,20 @@ def time_all(jobs: Sequence[Job], options: argparse.Namespace, clock: ClockSampl
 
     with ThreadPoolExecutor() as threads:
         programs = [
-            [threads.submit(compiled, job, implementation) for implementation in implementations]
-            for job in jobs
+            {name: threads.submit(compiled, job, name) for name in implementations} for job in jobs
         ]
     device = jax.devices()[0]
     sm_count = device.core_count if device.platform == "gpu" else None
     measured = []
-    for job, (program, *scan) in zip(jobs, programs, strict=True):
+    for job, by in zip(jobs, programs, strict=True):
         time_by = functools.partial(_time, job, dtype=options.dtype, clock=clock)
-        passes, error = time_by(program, options.implementation, repetitions=options.repetitions)
+        passes, error = time_by(named, by[named], repetitions=options.repetitions)
         add_rates(job.shape, passes, sm_count)
         entry = {**dataclasses.asdict(job.shape), "V": job.shape.N, "elements": job.shape.elements}
         entry |= {} if job.as_gpu is None else {"as_gpu": job.as_gpu}
         measured.append({**entry, "passes": passes, "error": error})
-        if scan and passes:
-            by_scan, error = time_by(*scan, "scan", repetitions=SCAN_REPETITIONS)
+        if passes and named != "scan" and "scan" in by:
+            by_scan, error = time_by("scan", by["scan"], repetitions=SCAN_REPETITIONS)
             measured[-1]["scan_error"] = error
             for name in passes.keys() & by_scan.keys():
                 passes[name]["scan_ms"] = by_scan[name]["ms"]
@@ -113,8 +113,8 @@ def time_all(jobs: Sequence[Job], options: argparse.Namespace, clock: ClockSampl
 
 def _time(
     job: Job,
-    program: Future[Any],
     implementation: Implementation,
+    program: Future[Any],
     *,
     dtype: str,
     repetitions: int,

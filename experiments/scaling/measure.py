@@ -11,9 +11,9 @@ from benchmarks.measure.layer_step import make_layer_step
 from benchmarks.measure.recurrence_timing import (
     CANNOT_RUN,
     Shape,
+    compile_passes,
     make_inputs,
     one_line,
-    compile_passes,
     time_passes,
 )
 from benchmarks.measure.timing import ClockSampler, Numbers, time_calls
@@ -133,9 +133,7 @@ def measure(
     doing("recurrence")
     recurrence = functools.partial(e88_recurrence, implementation=setting.implementation)
     compiled = compile_passes(recurrence, shape, setting.dtype)
-    passes, reason = time_passes(
-        compiled, shape, setting.dtype, setting.repetitions, clock, doing
-    )
+    passes, reason = time_passes(compiled, shape, setting.dtype, setting.repetitions, clock, doing)
     if reason is not None:
         missing["recurrence"] = reason
     doing("training step")
