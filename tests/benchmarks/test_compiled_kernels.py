@@ -59,6 +59,13 @@ def test_one_gpu_of_every_compute_capability() -> None:
     assert capabilities == [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 
 
+def test_sizes_that_are_padded_to_the_same_row_are_one_program() -> None:
+    found = [(case.size, case.dtype) for case in cases([4, 8, 20, 24])]
+    sizes = [(n, "float32") for n in (4, 8, 20, 24)] + [(n, "bfloat16") for n in (4, 20)]
+    assert set(found) == set(sizes)
+    assert len(found) == 4 * len(sizes)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
