@@ -16,10 +16,12 @@ from pallas_kernels import target
 from tests.gpu import older_ptx
 
 WRAPPER = """#!/bin/sh
-# Keeps the PTX that it is given in the folder KEEP, or assembles that of the same kernel in TAKE.
+# Keeps the PTX of E88's kernels in the folder KEEP, or assembles that of the same kernel in TAKE;
+# XLA's own kernels pass as they are.
 ptx="$1"
 [ -f "$ptx" ] || exec {ptxas} "$@"
-entry=$(sed -n 's/.*\\.entry \\([A-Za-z0-9_]*\\).*/\\1/p' "$ptx" | head -n 1)
+entry=$(sed -n 's/.*\\.entry \\(e88_[A-Za-z0-9_]*\\).*/\\1/p' "$ptx" | head -n 1)
+[ -n "$entry" ] || exec {ptxas} "$@"
 if [ -n "$KEEP" ]; then cp "$ptx" "$KEEP/$entry"; fi
 if [ -n "$TAKE" ] && [ -f "$TAKE/$entry" ]; then
     cp "$TAKE/$entry" "$ptx"
