@@ -43,6 +43,18 @@ class Target:
         """Whether it has bulk tensor copies; a device that is not known is taken for an H100."""
         return self.compute_capability is None or self.compute_capability >= BULK_COPIES_FROM
 
+    @property
+    def has_less_shared_memory(self) -> bool:
+        """Whether a thread block can have less than on an H100; False if that is not known."""
+        most = self.shared_memory_per_block
+        assert H100.shared_memory_per_block is not None
+        return most is not None and most < H100.shared_memory_per_block
+
+    @property
+    def uses_bulk_copies(self) -> bool:
+        """Whether the kernels copy by bulk copies: with `cp.async` they need less shared memory."""
+        return self.has_bulk_copies and not self.has_less_shared_memory
+
 
 CPU = Target("cpu", "cpu")
 H100 = Target(

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.common.aliases import Index, Ref
-from pallas_kernels.common.sizes import round_up
 
 SLOTS = 2
 """Chunks of an input in shared memory: a double buffer."""
@@ -93,8 +92,3 @@ class Copies(abc.ABC):
     def wait_for_stores(self, stores: int = 0) -> None:
         """Waits until at most the latest `stores` calls of `start_stores` still read shared
         memory; a barrier of the warpgroup."""
-
-
-def scalars_per_copy(chunk: int) -> int:
-    """Steps of scalars in one copy, which is a multiple of 128 bytes."""
-    return round_up(chunk, 128 // 4)

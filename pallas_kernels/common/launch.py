@@ -25,7 +25,7 @@ def shared_memory_limit(target: Target) -> int:
     """Bytes of shared memory for the scratch of a thread block; the H100's where unknown."""
     per_block = target.shared_memory_per_block or H100.shared_memory_per_block
     assert per_block is not None
-    return per_block - (_BARRIER_BYTES if target.has_bulk_copies else 0)
+    return per_block - (_BARRIER_BYTES if target.uses_bulk_copies else 0)
 
 
 def shared_bytes(scratch: Scratch, warpgroups: int) -> int:

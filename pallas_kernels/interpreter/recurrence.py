@@ -53,13 +53,18 @@ class ArraySteps(BlockSteps):
         ref[...] = state
 
     def replay(self, n: int, state: Array, **refs: Ref) -> Array:
-        return _replay(self.kind, state, **refs)
+        states = refs.pop("states", None)
+        after, rows = _replay(self.kind, state, **refs)
+        if states is not None:
+            states[...] = rows[int(self.config.first_in_registers) :].astype(states.dtype)
+        return after
 
     def backpropagate(
-        self, n: int, d_state: Array, after: Array, **refs: Ref
+        self, n: int, d_state: Array, after: Array, first: Array | None = None, **refs: Ref
     ) -> tuple[Array, Array]:
-        d_keys = refs.pop("d_keys")
-        rows, d_before, before = _backpropagate(self.kind, n, d_state, after, **refs)
+        d_keys, states = refs.pop("d_keys"), refs.pop("states")
+        held = states[:n] if first is None else jnp.concatenate([first[None], states[: n - 1]])
+        rows, d_before, before = _backpropagate(self.kind, held, d_state, after, **refs)
         d_keys[...] = rows.astype(d_keys.dtype)
         return d_before, before
 
@@ -74,8 +79,9 @@ class ArraySteps(BlockSteps):
         **refs: Ref,
     ) -> tuple[Array, Array, Array]:
         self.add_d_keys(sums=sums["earlier_sums"], d_keys=sums["earlier_d_keys"])
-        state_after = _replay(self.kind, state, **replayed)
-        rows, d_before, before = _backpropagate(self.kind, MMA_STEPS, d_state, after, **refs)
+        state_after = self.replay(MMA_STEPS, state, **replayed)
+        states = refs.pop("states")[:MMA_STEPS]
+        rows, d_before, before = _backpropagate(self.kind, states, d_state, after, **refs)
         own = sums["sums"]
         padded = jnp.pad(rows.reshape(-1), (0, math.prod(own.shape) - rows.size))
         own[...] = padded.reshape(own.shape)
@@ -102,8 +108,10 @@ def _per_step(kind: StepKind, scalars: Array) -> tuple[Array, Array, Array, Arra
 
 
 def _replay(
-    kind: StepKind, state: Array, *, k: Ref, scalars: Ref, delta: Ref, states: Ref
-) -> Array:
+    kind: StepKind, state: Array, *, k: Ref, scalars: Ref, delta: Ref
+) -> tuple[Array, Array]:
+    """The state after the steps, and those before each."""
+
     def step(state: Array, x: Any) -> Any:
         k, delta, (decay, gate, _, live) = x
         after = state * decay[:, None, None] + (gate[:, None] * delta)[:, :, None] * k[:, None, :]
@@ -112,14 +120,12 @@ def _replay(
         return jnp.where(live[:, None, None] > 0, after, state), state
 
     x = k[...].astype(jnp.float32), delta[...], _per_step(kind, scalars[...])
-    after, rows = lax.scan(step, state, x)
-    states[...] = rows.astype(states.dtype)
-    return after
+    return lax.scan(step, state, x)
 
 
 def _backpropagate(
     kind: StepKind,
-    n: int,
+    states: Array,
     d_state: Array,
     after: Array,
     *,
@@ -127,12 +133,12 @@ def _backpropagate(
     q: Ref,
     scalars: Ref,
     delta: Ref,
-    states: Ref,
     d_out: Ref,
     d_v: Ref,
     partial_scalars: Ref,
 ) -> tuple[Array, Array, Array]:
-    """The gradients of q and k, `[2, n, heads, keys]`, then what `backpropagate` returns."""
+    """The gradients of q and k, `[2, n, heads, keys]`, then what `backpropagate` returns, from the
+    states before each of n steps."""
 
     def step(d_after: Array, x: Any) -> Any:
         k, q, d_o, (decay, gate, keep, live), delta, before, after = x
@@ -149,7 +155,7 @@ def _backpropagate(
         d_decay = jnp.sum(d_sum * before, axis=(1, 2))
         return d_before, (d_q, d_k, d_v, d_decay, d_correction)
 
-    rows = states[:n].astype(jnp.float32)
+    rows = states.astype(jnp.float32)
     x = (
         *(ref[...].astype(jnp.float32) for ref in (k, q, d_out)),
         _per_step(kind, scalars[...]),

@@ -10,13 +10,14 @@ import numpy as np
 from jax import Array
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
 from pallas_kernels.common.aliases import Interpret, Layout, Ref
 from pallas_kernels.common.lane_ops import LaneOps, Memory
 from pallas_kernels.common.mosaic import elements_of, inline, load_tiled, store_tiled
 from pallas_kernels.recurrence import backward_lanes
-from pallas_kernels.recurrence.backward_lanes import StepKind
+from pallas_kernels.recurrence.backward_lanes import LateState, StepKind
 from pallas_kernels.recurrence.mma_fragments import MMA_STEPS, Fragments, State, fragment_layout
 from pallas_kernels.recurrence.tuning_config import TuningConfig
 
@@ -67,21 +68,25 @@ class BlockSteps:
             k: `[n, heads, keys]`.
             scalars: `[heads, scalars, n]`.
             delta: `[n, heads, values]` float32.
-            states: the states before each step, written, each lane's in an order of its own.
+            states: the states before each step, without the first if the config has that in
+                registers, written, each lane's in an order of its own; left out if none are held.
         """
+        first_held = int(self.config.first_in_registers)
+        unroll = n if first_held else self.config.unroll_of(n)
 
         def program(f: Fragments, at: dict[str, Memory], state: State) -> State:
-            return backward_lanes.replay(f, self.kind, at, state, n, self.config.unroll_of(n))
+            return backward_lanes.replay(f, self.kind, at, state, n, unroll, first_held)
 
         return self._run(program, refs, state)
 
     def backpropagate(
-        self, n: int, d_state: Array, after: Array, **refs: Ref
+        self, n: int, d_state: Array, after: Array, first: Array | None = None, **refs: Ref
     ) -> tuple[Array, Array]:
         """The gradient of the state before n steps, at most 4, and that state.
 
         Args:
             d_state, after: gradient of the state after the steps, and that state.
+            first: the state before the steps in the dtype of the inputs, if `states` has it not.
             k, scalars, delta: as in `replay`.
             q: `[n, heads, keys]`.
             d_out: `[n, heads, values]`.
@@ -89,13 +94,15 @@ class BlockSteps:
             d_keys: `[2, n, heads, keys]`, of q and of k, written.
             partial_scalars: `[1 or 2, n, ...]`, written: partial sums of the gradients of decay and
                 the write gate, for `add_scalars`.
-            states: as in `replay`, with room for 4 steps; overwritten.
+            states: as in `replay`, with room for 4 steps, or 3 without the first; overwritten.
         """
 
-        def program(f: Fragments, at: dict[str, Memory], d_state: State, after: State) -> Any:
-            return backward_lanes.backpropagate(f, self.kind, at, d_state, after, n)
+        def program(
+            f: Fragments, at: dict[str, Memory], d_state: State, after: State, *first: LateState
+        ) -> Any:
+            return backward_lanes.backpropagate(f, self.kind, at, d_state, after, n, *first)
 
-        return self._run(program, refs, d_state, after)
+        return self._run(program, refs, d_state, after, late=() if first is None else (first,))
 
     def backpropagate_and_replay(
         self,
@@ -137,14 +144,23 @@ class BlockSteps:
         refs = {"partial_scalars": partial_scalars, "d_scalars": d_scalars}
         self._run(lambda f, at: backward_lanes.add_scalars(f, **at), refs)
 
-    def _run(self, program: Callable[..., Any], refs: Mapping[str, Ref], *states: Array) -> Any:
+    def _run(
+        self,
+        program: Callable[..., Any],
+        refs: Mapping[str, Ref],
+        *states: Array,
+        late: tuple[Array, ...] = (),
+    ) -> Any:
+        """The states that the program returns, as many as `states`; those of `late` it takes in
+        their dtype, as functions that widen them."""
         layout = self._layout
 
         def emit(_: Any, *args: Any) -> Any:
             memory = {name: Memory(ref) for name, ref in zip(refs, args, strict=False)}
             f = Fragments(LaneOps(), *self._shape, self.exact)
-            arrays = args[len(refs) :]
-            results = program(f, memory, *(unpacked(f, x) for x in arrays))
+            arrays = args[len(refs) : len(refs) + len(states)]
+            of_late = [lambda x=x: unpacked(f, _wide(x)) for x in args[len(refs) + len(states) :]]
+            results = program(f, memory, *(unpacked(f, x) for x in arrays), *of_late)
             return jax.tree.map(
                 lambda x: _packed(x, arrays[0]), results, is_leaf=lambda x: isinstance(x, list)
             )
@@ -154,8 +170,9 @@ class BlockSteps:
             emit,
             *refs.values(),
             *states,
-            arg_types=(plgpu.RefType(),) * len(refs) + (layout,) * len(states),
-            return_type=(None, array, (array, array), (array, array, array))[len(states)],
+            *late,
+            arg_types=(plgpu.RefType(),) * len(refs) + (layout,) * (len(states) + len(late)),
+            return_type=array if len(states) == 1 else (array,) * len(states) or None,
         )
 
 
@@ -168,6 +185,12 @@ def unpacked(f: Fragments, x: mgpu.FragmentedArray) -> State:
         for pair in zip(elements[i], elements[i + 1], strict=True)
     ]
     return [pairs[u * f.lane_keys : (u + 1) * f.lane_keys] for u in range(f.n_tiles)]
+
+
+def _wide(x: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    """In float32."""
+    f32 = ir.F32Type.get()
+    return x if x.mlir_dtype == f32 else x.astype(f32)
 
 
 def _packed(state: State, like: mgpu.FragmentedArray) -> mgpu.FragmentedArray:

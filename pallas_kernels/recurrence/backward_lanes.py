@@ -27,6 +27,8 @@ _ONE = 0x3F800000
 """The bits of 1.0 in float32."""
 
 Memories: TypeAlias = Mapping[str, Memory]
+LateState: TypeAlias = Callable[[], State]
+"""A state that takes half of the registers until it is called, in the dtype of the inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,8 @@ class _Replay:
     kind: StepKind
     at: Memories
     n: int
+    first_held: int = 0
+    """The step before which the first state is stored."""
 
     def load(self, t: Reg) -> Any:
         return self.f.load_keys(self.at["k"], t), self.f.load_columns(self.at["delta"], t)
@@ -101,19 +105,31 @@ class _Replay:
         keys, delta = loaded
         scalars = _Scalars(f, self.kind, self.at["scalars"], t)
         loaded = self.load(w.minimum(w.add(t, 1), self.n - 1))
-        f.store_words(self.at["states"], f.to_words(state), t)
+        if "states" in self.at and not (isinstance(t, int) and t < self.first_held):
+            f.store_words(self.at["states"], f.to_words(state), w.add(t, -self.first_held))
         correction = scalars.gated(delta)
         after = f.add_outer(scalars.decayed(state), f.wide_keys(keys), correction)
         return scalars.if_live(_after_tanh(f, self.kind, after), state), loaded
 
 
-def replay(f: Fragments, kind: StepKind, at: Memories, state: State, n: int, unroll: int) -> State:
+def replay(
+    f: Fragments,
+    kind: StepKind,
+    at: Memories,
+    state: State,
+    n: int,
+    unroll: int,
+    first_held: int = 0,
+) -> State:
     """n steps from `state`, `unroll` of them unrolled, which divides n.
 
-    Returns the state after them, and writes those before to `states`.
+    Returns the state after them, and writes those before step `first_held` and later ones to
+    `states`, if that is given. `first_held` is 0 unless all are unrolled.
     """
-    steps = _Replay(f, kind, at, n)
-    f.w.synchronize()  # all have read the sums that `backpropagate` left there
+    assert first_held == 0 or unroll == n, (first_held, unroll, n)
+    steps = _Replay(f, kind, at, n, first_held)
+    if "states" in at:
+        f.w.synchronize()  # all have read the sums that `backpropagate` left there
     state, _ = _steps(f.w, n, unroll, steps.step, state, steps.load(0))
     return state
 
@@ -131,13 +147,20 @@ def _steps(w: LaneOps, n: int, unroll: int, step: Callable[..., Any], *carry: An
 
 
 def backpropagate(
-    f: Fragments, kind: StepKind, at: Memories, d_state: State, after: State, n: int
+    f: Fragments,
+    kind: StepKind,
+    at: Memories,
+    d_state: State,
+    after: State,
+    n: int,
+    first: LateState | None = None,
 ) -> tuple[State, State]:
     """n steps back, at most 4; returns the gradient of the state before them, and that state.
 
-    `states` has room for 4 steps, and is overwritten.
+    `states` has room for 4 steps, or for 3 if `first` gives the state before all n; it is
+    overwritten.
     """
-    d_state, before, sums = _backpropagate(f, kind, at, d_state, after, n, lambda i: None)
+    d_state, before, sums = _backpropagate(f, kind, at, d_state, after, n, lambda i: None, first)
     f.w.synchronize()  # all have read their states
     _store_sums(f, at["states"], sums)
     f.w.synchronize()
@@ -182,6 +205,7 @@ def _backpropagate(
     after: State,
     n: int,
     between: Callable[[int], None],
+    first: LateState | None = None,
 ) -> tuple[State, State, Accumulators]:
     """`backpropagate`'s results, and this warp's partial sums of the gradients of q and k.
 
@@ -198,7 +222,10 @@ def _backpropagate(
     else:
         sums = f.accumulate(sums, f.to_words(after), f.only(n - 1, d_o))
     for t in reversed(range(n)):
-        words = f.load_words(at["states"], t)
+        if first is None:
+            words = f.load_words(at["states"], t)
+        else:
+            words = f.load_words(at["states"], t - 1) if t else f.to_words(first())
         k = f.wide_keys(f.load_keys(at["k"], t))
         scalars = _Scalars(f, kind, at["scalars"], t)
         d_sum = d_after
@@ -259,10 +286,11 @@ def _times_derivative(f: Fragments, d_after: State, after: State) -> State:
 
 def _store_partial_scalars(f: Fragments, memory: Memory, of_steps: list[list[Reg]]) -> None:
     """Sums each lane's numbers for at most 4 steps over 8 lanes, and stores the 4 partial sums of
-    a warp in rows `[..., WARPS, 4]`."""
+    a warp in rows `[..., WARPS, 4]`, or their sum in `[..., WARPS, 1]`."""
     w = f.w
     _, step = w.divide(w.lane, MMA_STEPS)
     octet, _ = w.divide(w.lane, 8)
+    one_sum = memory.shape[-1] == 1
     first_bit, second_bit = (w.equal(w.bits_and(w.lane, bit), bit) for bit in (1, 2))
 
     def halved(takes_second: Reg, a: Reg, b: Reg, distance: int) -> Reg:
@@ -276,7 +304,9 @@ def _store_partial_scalars(f: Fragments, memory: Memory, of_steps: list[list[Reg
         halves = [halved(first_bit, x[j], x[j + 1], 1) for j in (0, 2)]
         total = halved(second_bit, halves[0], halves[1], 2)
         total = w.fadd(total, w.shuffle_xor(total, 4))
-        address = w.address(memory, i, step, w.warp, octet)
+        if one_sum:
+            total = f.sum_over_lanes(total, 8, 16)
+        address = w.address(memory, i, step, w.warp, 0 if one_sum else octet)
 
         def store(address: Address = address, total: Reg = total) -> None:
             w.store(memory, address, [w.as_bits(total)])
@@ -298,8 +328,9 @@ def add_scalars(f: Fragments, partial_scalars: Memory, d_scalars: Memory) -> Non
         for start in range(0, n, THREADS // WARPS):
             row = w.add(row_of_thread, start)
             address = w.address(partial_scalars, i, w.minimum(row, n - 1), warp)
-            x = [w.as_float(bits) for bits in w.load(partial_scalars, address, 4)]
-            total = w.fadd(w.fadd(x[0], x[1]), w.fadd(x[2], x[3]))
+            n_sums = partial_scalars.shape[-1]
+            x = [w.as_float(bits) for bits in w.load(partial_scalars, address, n_sums)]
+            total = x[0] if n_sums == 1 else w.fadd(w.fadd(x[0], x[1]), w.fadd(x[2], x[3]))
             total = f.sum_over_lanes(total, *(d for d in (1, 2) if d < f.warps_per_head))
 
             def store(address: Address, total: Reg = total) -> None:

@@ -11,7 +11,6 @@ from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels.common.aliases import Index, Interpret, Ref
-from pallas_kernels.common.copies import scalars_per_copy
 from pallas_kernels.common.padding import padded
 from pallas_kernels.common.sizes import round_up
 from pallas_kernels.recurrence.block import HEADS, KEYS, VALUES
@@ -74,7 +73,7 @@ def prepare(x: Inputs, config: TuningConfig, interpret: Interpret) -> Operands:
     rows = [row_major(row) for row in (decay, x.write_gate, keep, live) if row is not None]
     scalars = padded(jnp.transpose(jnp.stack(rows), (1, 3, 0, 2)), 1, config.heads, 1, 1)
     # The last chunk's copy must end inside the array.
-    ends = round_up(time, config.chunk) + scalars_per_copy(config.chunk)
+    ends = round_up(time, config.chunk) + config.scalar_steps
     scalars = jnp.pad(scalars, ((0, 0), (0, 0), (0, 0), (0, ends - time)))
     return Operands(
         _columns(x.q, KEYS_MULTIPLE, config, interpret),

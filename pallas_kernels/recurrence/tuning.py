@@ -14,7 +14,12 @@ from pallas_kernels.common.launch import shared_bytes, shared_memory_limit
 from pallas_kernels.common.sizes import round_up
 from pallas_kernels.limits import SAVED_STATE_GROUP, UnsupportedError
 from pallas_kernels.recurrence.scratch import backward_scratch, forward_scratch
-from pallas_kernels.recurrence.tuning_config import KEYS_MULTIPLE, TuningConfig, column_multiple
+from pallas_kernels.recurrence.tuning_config import (
+    KEYS_MULTIPLE,
+    STATES_HELD,
+    TuningConfig,
+    column_multiple,
+)
 from pallas_kernels.target import H100, Target
 
 BlockSize: TypeAlias = tuple[int, int]
@@ -25,8 +30,8 @@ MAX_HELD_AT_ONCE = 5
 LARGEST_STATE = 4096
 """Most elements of state of an enlarged block: 32 per lane."""
 MOST_STATE_HELD = MAX_HELD_AT_ONCE * 2048
-"""Most elements of state that an SM holds in the forward kernel where it cannot hold all: with
-more, warpgroups have fewer registers than they need."""
+"""Most elements of state that an SM holds in the forward kernel where it cannot hold all, and in
+the backward kernel: with more, warpgroups have fewer registers than they need."""
 WAIT = 1.6
 """Time before an SM has all of its warpgroups under way, in units of the time that a warpgroup of
 32 columns adds: 1, 2, 3 and 5 of them take 0.70, 0.99, 1.23 and 1.87 ms, forward + backward, with
@@ -42,7 +47,6 @@ MANY_KEYS = 96
 states are held, it unrolls 4 with fewer keys, and 2 from here on."""
 MOST_SCALARS = 4
 """Scalars of a step of a call with every option: decay, write gate, document starts, row ends."""
-_STATES_HELD = SAVED_STATE_GROUP, SAVED_STATE_GROUP // 2
 
 
 def forward_shared_bytes(
@@ -131,7 +135,7 @@ def backward_config(
         chunks = (8,)
     elif few:
         chunks = (32, 16, 8)
-    less_memory = shared_memory_limit(target) < shared_memory_limit(H100)
+    less_memory = target.has_less_shared_memory
     # In float32 a block of several heads, each with keys of its own, may not fit.
     blocks = dict.fromkeys([block, *(most if less_memory else ()), (1, column_multiple(1))])
     candidates: Iterable[TuningConfig] = (
@@ -145,9 +149,9 @@ def backward_config(
             copies=copies(target),
         )
         for b in blocks
-        for w in range(most.get(b, MAX_HELD_AT_ONCE) if less_memory else held, 0, -1)
+        for w in range(_most_held(b, n_state, most) if less_memory else held, 0, -1)
         for p in ((True, False) if few else (False,))
-        for states in (_STATES_HELD[:1] if p or not less_memory else _STATES_HELD)
+        for states in (STATES_HELD[:1] if p or not less_memory else STATES_HELD)
         for chunk in chunks
     )
     if less_memory:
@@ -168,16 +172,23 @@ def backward_config(
 
 def _unroll(n_state: int, block: BlockSize, states_held: int) -> int:
     """Steps of the backward kernel that are unrolled: as many as registers allow."""
-    if states_held < SAVED_STATE_GROUP and n_state >= MANY_KEYS:
-        return states_held // 2
+    at_once = SAVED_STATE_GROUP if states_held == SAVED_STATE_GROUP else SAVED_STATE_GROUP // 2
+    if at_once < SAVED_STATE_GROUP and n_state >= MANY_KEYS:
+        return at_once // 2
     unroll = SAVED_STATE_GROUP // 2 if n_state > MANY_KEYS else SAVED_STATE_GROUP
     # With four heads, registers spill at N = 56 and 120 if as many steps are unrolled.
-    return min(states_held, unroll // 2 if block[0] == 4 else unroll)
+    return min(at_once, unroll // 2 if block[0] == 4 else unroll)
+
+
+def _most_held(block: BlockSize, n_state: int, most: dict[BlockSize, int]) -> int:
+    """Most warpgroups of a thread block where shared memory does not limit them to fewer."""
+    by_registers = MOST_STATE_HELD // (block[0] * block[1] * round_up(n_state, KEYS_MULTIPLE))
+    return max(1, min(most.get(block, MAX_HELD_AT_ONCE), by_registers))
 
 
 def copies(target: Target) -> Literal["bulk", "async"]:
     """`TuningConfig.copies` of a device."""
-    return "bulk" if target.has_bulk_copies else "async"
+    return "bulk" if target.uses_bulk_copies else "async"
 
 
 def _may_be_larger(n_state: int, dtype: Any) -> bool:
@@ -289,7 +300,7 @@ def neighbours(config: TuningConfig) -> list[TuningConfig]:
         *({"unroll": u} for u in (1, 2, 4, 8)),
         *({"warpgroups": w} for w in (config.warpgroups - 1, config.warpgroups + 1)),
         {"pipelined": not config.pipelined},
-        {"states_held": SAVED_STATE_GROUP + SAVED_STATE_GROUP // 2 - config.states_held},
+        *({"states_held": states} for states in STATES_HELD),
         {"copies": "async" if config.copies == "bulk" else "bulk"},
     ]
     found = []

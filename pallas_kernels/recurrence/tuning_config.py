@@ -11,6 +11,7 @@ KEYS_MULTIPLE = 16
 COLUMN_LANES = 8
 """Lanes of a warp side by side on neighbouring columns; the others split the keys of each."""
 KEY_LANES = 4
+STATES_HELD = SAVED_STATE_GROUP, SAVED_STATE_GROUP // 2, SAVED_STATE_GROUP // 2 - 1
 MAX_WARPGROUPS = 8
 """Most warpgroups of a thread block: 1024 threads."""
 
@@ -38,8 +39,9 @@ class TuningConfig:
         pipelined: whether the backward kernel replays each group of steps while it backpropagates
             through the group after it (software pipelining), so that each hides the latency of the
             other; shared memory then holds the states of two groups.
-        states_held: states of a group that the backward kernel has in shared memory at once: all 8,
-            or 4, for which the first 4 steps are replayed once more. Not with `pipelined`.
+        states_held: states of a group that the backward kernel has in shared memory at once: all 8;
+            4, for which the first 4 steps are replayed once more; or 3 of these 4, where the one
+            before them stays in registers. Only 8 with `pipelined`.
         copies: how data moves between device and shared memory: by bulk copies, from compute
             capability 9.0 on, or by the lanes' asynchronous ones (`cp.async`).
     """
@@ -73,8 +75,8 @@ class TuningConfig:
                 f"a thread block has 1 to {MAX_WARPGROUPS} warpgroups, got {self.warpgroups}."
             )
 
-        if self.states_held not in (SAVED_STATE_GROUP // 2, SAVED_STATE_GROUP):
-            raise ValueError(f"states_held must be 4 or 8, got {self.states_held}.")
+        if self.states_held not in STATES_HELD:
+            raise ValueError(f"states_held must be 3, 4 or 8, got {self.states_held}.")
         if self.pipelined and self.states_held != SAVED_STATE_GROUP:
             raise ValueError(f"pipelined blocks hold 8 states of a group, got {self.states_held}.")
 
@@ -83,6 +85,31 @@ class TuningConfig:
         """Chunks of a result in shared memory: bulk copies still read one while the next is
         written."""
         return 2 if self.copies == "bulk" else 1
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the backward kernel's results take the place of its inputs in shared memory.
+
+        Bulk copies still read results when the next inputs arrive, and pipelined blocks write
+        results late.
+        """
+        return self.copies == "async" and not self.pipelined
+
+    @property
+    def scalar_steps(self) -> int:
+        """Steps of scalars in one copy: those of a bulk copy are a multiple of 128 bytes."""
+        return round_up(self.chunk, 128 // 4) if self.copies == "bulk" else self.chunk
+
+    @property
+    def replayed_at_once(self) -> int:
+        """Steps that the backward kernel replays before it walks back through them."""
+        whole = self.states_held == SAVED_STATE_GROUP
+        return SAVED_STATE_GROUP if whole else SAVED_STATE_GROUP // 2
+
+    @property
+    def first_in_registers(self) -> bool:
+        """Whether the state before these steps is not held in shared memory."""
+        return self.states_held < self.replayed_at_once
 
     def padded(self, heads: int, n_value: int, n_state: int) -> PaddedSizes:
         """The sizes of a state in whole blocks."""

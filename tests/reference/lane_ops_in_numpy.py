@@ -2,7 +2,8 @@
 
 A register is an array of one number per thread of a warpgroup: uint32, float32, or bool for a
 condition. The threads run in lockstep, which would hide a missing `synchronize`; so it is an error
-to read what another thread wrote since the last one, or to overwrite what another has read.
+to read what another thread wrote since the last one, or to overwrite what another has read. The
+lanes of a warp wait for one another at a shuffle too: what they alone had read may be overwritten.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.common.sizes import THREADS
+from pallas_kernels.common.sizes import THREADS, WARPS
 
 Lanes = np.ndarray
 _SEVERAL = THREADS
 """In place of a thread, in what last touched a word."""
+_SEVERAL_WARPS = WARPS
+"""In place of a warp, in which warp has read a word."""
 _IN_FLIGHT = np.iinfo(int).max
 """In place of when a word was written: an asynchronous copy to it has not landed."""
 
@@ -28,9 +31,11 @@ class Memory:
         self.shape, self.itemsize, self.strides = array.shape, array.itemsize, array.strides
         if whole is None:
             self.words = array.reshape(-1).view(np.uint32)
-            self.read, self.written = np.zeros((2, self.words.size), int)  # see `_touch`
+            touched = np.zeros((4, self.words.size), int)  # see `_touch`
         else:
-            self.words, self.read, self.written = whole.words, whole.read, whole.written
+            self.words, touched = whole.words, whole.touched
+        self.touched = touched
+        self.read, self.written, self.reading_warp, self.shuffles = touched
         assert np.shares_memory(array, self.words), "the array must be contiguous"
         self.start = array.ctypes.data - self.words.ctypes.data
 
@@ -48,6 +53,7 @@ class NumpyLaneOps:
         self.tanhs: set[bool] = set()
         self._active = np.ones(THREADS, bool)
         self._time = 1  # counts synchronizations
+        self._shuffles = 0
         self._copies = list[Callable[[], None]]()  # of no group yet
         self._groups = list[list[Callable[[], None]]]()  # not waited for
 
@@ -180,10 +186,12 @@ class NumpyLaneOps:
         ]
 
     def shuffle_xor(self, x: Lanes, distance: int) -> Lanes:
+        self._shuffles += 1
         self._check_convergence()
         return self._of(x.dtype, x)[self.thread ^ np.uint32(distance)]
 
     def shuffle_from(self, x: Lanes, lane: int) -> Lanes:
+        self._shuffles += 1
         self._check_convergence()
         return self._of(x.dtype, x)[self.thread // 32 * 32 + lane]
 
@@ -237,17 +245,28 @@ class NumpyLaneOps:
 
     def _touch(self, memory: Memory, words: np.ndarray, is_store: bool) -> None:
         """Notes who read or wrote which words, and checks that they were free to."""
-        now = self._time * (_SEVERAL + 1)
+        now, now_of_warps = (self._time * (n + 1) for n in (_SEVERAL, _SEVERAL_WARPS))
         me = np.broadcast_to(now + self.thread[self._active], words.shape)
+        my_warp = np.broadcast_to(now_of_warps + self.warp[self._active], words.shape)
 
-        def others(last: np.ndarray) -> np.ndarray:
+        def others(last: np.ndarray, me: np.ndarray = me, now: int = now) -> np.ndarray:
             return (last[words] >= now) & (last[words] != me)
 
-        assert not np.any(others(memory.read if is_store else memory.written)), "not synchronized"
-        last = memory.written if is_store else memory.read
-        before = others(last)
-        last[words] = me
-        last[words[before | others(last)]] = now + _SEVERAL
+        def note(last: np.ndarray, me: np.ndarray, now: int, several: int) -> None:
+            before = others(last, me, now)
+            last[words] = me
+            last[words[before | others(last, me, now)]] = now + several
+
+        if is_store:
+            shuffled = memory.shuffles[words] < self._shuffles
+            free = shuffled & (memory.reading_warp[words] == my_warp)
+            assert not np.any(others(memory.read) & ~free), "not synchronized"
+            note(memory.written, me, now, _SEVERAL)
+            return
+        assert not np.any(others(memory.written)), "not synchronized"
+        note(memory.read, me, now, _SEVERAL)
+        note(memory.reading_warp, my_warp, now_of_warps, _SEVERAL_WARPS)
+        memory.shuffles[words] = self._shuffles
 
     def copy_async(self, target: Memory, to: Any, source: Memory, at: Any, size: Any) -> None:
         size = self._int(size)

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -143,6 +144,23 @@ def places_of(f: Fragments, shape: tuple[int, int, int]) -> np.ndarray:
         return np.array(backward_block.unpacked(f, state))
 
 
+def lanes_of(
+    f: Fragments, shape: tuple[int, int, int]
+) -> tuple[Callable[[np.ndarray], Any], Callable[[Any], np.ndarray]]:
+    """From a state to its fragments, and back."""
+    places = places_of(f, shape)
+
+    def to_lanes(state: np.ndarray) -> list[list[list[np.ndarray]]]:
+        return [[list(pair) for pair in unit] for unit in state.reshape(-1)[places]]
+
+    def from_lanes(fragments: Any) -> np.ndarray:
+        state = np.full(shape, np.nan)
+        state.reshape(-1)[places] = fragments
+        return state
+
+    return to_lanes, from_lanes
+
+
 def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int, pipelined: bool) -> Arrays:
     """Results of the programs, called as the kernel does.
 
@@ -153,15 +171,7 @@ def run(inputs: Arrays, kind: StepKind, dtype: Any, unroll: int, pipelined: bool
     n_scalars = 1 + kind.has_write_gate
     w = lane_ops()
     f = Fragments(w, *shape, exact=dtype == jnp.float32)
-    places = places_of(f, shape)
-
-    def to_lanes(state: np.ndarray) -> list[list[list[np.ndarray]]]:
-        return [[list(pair) for pair in unit] for unit in state.reshape(-1)[places]]
-
-    def from_lanes(fragments: Any) -> np.ndarray:
-        state = np.full(shape, np.nan)
-        state.reshape(-1)[places] = fragments
-        return state
+    to_lanes, from_lanes = lanes_of(f, shape)
 
     def empty(*shape: int, dtype: Any = np.float32) -> Any:
         return memory(np.full(shape, np.nan, dtype))
@@ -258,8 +268,10 @@ def check(
     pipelined: bool = False,
 ) -> None:
     inputs = make_inputs(n, *shape, kind, dtype)
-    actual = run(inputs, kind, dtype, unroll, pipelined)
-    wanted = expected(inputs, kind)
+    require_close(run(inputs, kind, dtype, unroll, pipelined), expected(inputs, kind), dtype)
+
+
+def require_close(actual: Arrays, wanted: Arrays, dtype: Any) -> None:
     ratios = {name: rms_ratio(x, wanted[name]) for name, x in actual.items()}
 
     def bound(name: str) -> float:
@@ -304,11 +316,84 @@ def test_numbers_of_steps(n: int, unroll: int, dtype: Any) -> None:
     check(n, (2, 16, 48), EVERY_OPTION, dtype, unroll)
 
 
+@over_dtypes
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 32, 64), (2, 16, 48), (4, 8, 32)])
+def test_in_place_with_the_first_state_in_registers(
+    shape: tuple[int, int, int], n: int, dtype: Any
+) -> None:
+    """Gradients take the place of q, k and d_out; 3 states are held of 4."""
+    kind = dataclasses.replace(EVERY_OPTION, has_live=False)
+    inputs = make_inputs(n, *shape, kind, dtype)
+    heads, _, keys = shape
+    w = lane_ops()
+    f = Fragments(w, *shape, exact=dtype == jnp.float32)
+    to_lanes, from_lanes = lanes_of(f, shape)
+    config = TuningConfig(*shape[:2], chunk=8, states_held=3, copies="async")
+    of_kernel = backward_scratch(config, keys, inputs["scalars"].shape[1], True, dtype)
+
+    def empty(*shape: int, dtype: Any = np.float32) -> Any:
+        return memory(np.full(shape, np.nan, dtype))
+
+    # A row more than there is room for shows what is written past the last.
+    qk = np.full((2, n + 1, heads, keys), np.nan, dtype)
+    qk[:, :n] = inputs["q"], inputs["k"]
+    d_out = np.full((n + 1, *shape[:2]), np.nan, dtype)
+    d_out[:n] = inputs["d_out"]
+    of_keys, of_values = memory(qk), memory(d_out)
+    states = empty(4, *shape, dtype=dtype)
+    partial_scalars = empty(2, n + 1, *of_kernel["partial_scalars"].shape[2:])
+    d_scalars = empty(2, n + 1, heads)
+    own = {"k": of_keys[1, :n], "delta": memory(inputs["delta"])}
+    own |= {"scalars": memory(inputs["scalars"]), "states": states[:3]}
+
+    state = to_lanes(inputs["state"])
+    without_states = {name: x for name, x in own.items() if name != "states"}
+    nothing_held = replay(f, kind, without_states, state, n, n)
+    assert np.all(np.isnan(states.array.astype(np.float32)))
+    after = replay(f, kind, own, state, n, n, first_held=1)
+    np.testing.assert_array_equal(from_lanes(nothing_held), from_lanes(after))
+    own |= {"q": of_keys[0, :n], "d_out": of_values[:n], "d_v": of_values[:n]}
+    own |= {"d_keys": of_keys[:, :n], "partial_scalars": partial_scalars[:, :n]}
+    d, before = backpropagate(
+        f, kind, own, to_lanes(inputs["d_state"]), after, n, first=lambda: state
+    )
+    w.synchronize()
+    add_scalars(f, partial_scalars[:, :n], d_scalars[:, :n])
+
+    for x in (qk[:, n], d_out[n], states.array[3], partial_scalars.array[:, n]):
+        assert np.all(np.isnan(x.astype(np.float32))), "written past the steps"
+    actual = {"d_q": qk[0, :n], "d_k": qk[1, :n], "d_v": d_out[:n]}
+    actual |= {"d_decay": d_scalars.array[0, :n], "d_write_gate": d_scalars.array[1, :n]}
+    actual |= {"state": from_lanes(after), "d_state": from_lanes(d)}
+    require_close(actual | {"before step 0": from_lanes(before)}, expected(inputs, kind), dtype)
+
+
 def test_numpy_lane_ops_are_called_as_the_real_ones() -> None:
     for name, method in inspect.getmembers(LaneOps, inspect.isfunction):
         if not name.startswith("_"):
             own, real = (inspect.signature(m) for m in (getattr(NumpyLaneOps, name), method))
             assert list(own.parameters) == list(real.parameters), name
+
+
+def test_what_another_lane_has_read_is_overwritten_after_a_shuffle_at_the_earliest() -> None:
+    for of_next_warp in (False, True):
+        w = lane_ops()
+        x = memory(np.zeros(THREADS, np.float32))
+
+        def address(lane: Any, w: Any = w) -> Any:
+            return w.multiply(w.divide(lane, THREADS)[1], 4)
+
+        words = w.load(x, address(w.add(w.thread, 32 if of_next_warp else 0)), 1)
+        other = address(w.bits_xor(w.thread, 1))
+        with pytest.raises(AssertionError, match="not synchronized"):
+            w.store(x, other, words)
+        w.shuffle_xor(words[0], 1)
+        if of_next_warp:
+            with pytest.raises(AssertionError, match="not synchronized"):
+                w.store(x, other, words)
+        else:
+            w.store(x, other, words)
 
 
 def test_addresses_keep_their_constants_apart() -> None:

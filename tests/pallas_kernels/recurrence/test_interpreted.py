@@ -115,11 +115,12 @@ class TestInterpreted(RecurrenceContract):
 
     @on_either
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_half_of_a_group_held(self, dtype: str, gpu: Target) -> None:
-        """Whole groups in two chunks, then one of 3 steps; and one of 6 steps alone."""
+    @pytest.mark.parametrize("states_held", [4, 3])
+    def test_half_of_a_group_held(self, states_held: int, dtype: str, gpu: Target) -> None:
+        """Whole groups in two chunks, then one of 3 steps; one of 6 steps alone, and one of 1."""
         self.gpu = gpu
-        config = TuningConfig(heads=1, values=32, chunk=16, states_held=4)
-        for time in (35, 6):
+        config = TuningConfig(heads=1, values=32, chunk=16, states_held=states_held)
+        for time in (35, 6, 1):
             inputs = make_inputs(time, 8, 32, EVERY_OPTION, batch=1, heads=1)
             self.check_against_numpy(_rounded(inputs, dtype), dtype, backward_config=config)
 

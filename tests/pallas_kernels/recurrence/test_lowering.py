@@ -134,6 +134,9 @@ def test_options_where_shared_memory_is_full() -> None:
         TuningConfig(heads=4, values=16, chunk=8),
         TuningConfig(heads=1, values=32, chunk=32),
         TuningConfig(heads=2, values=32, chunk=16, pipelined=True),
+        TuningConfig(heads=2, values=16, chunk=16, states_held=4, copies="async"),
+        TuningConfig(heads=1, values=32, chunk=8, states_held=3, copies="async"),
+        TuningConfig(heads=1, values=32, chunk=8, states_held=3),
     ],
     ids=str,
 )
