@@ -10,15 +10,25 @@ import functools
 import json
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
-from benchmarks import compiled_kernels, expressivity_tables, sizing_tables
+from benchmarks import expressivity_tables, gpu_tables, sizing_tables
+from benchmarks.recorded import (
+    N_STATE,
+    ROOT,
+    STEP_GPU,
+    Record,
+    about_recurrence,
+    block,
+    passes,
+    percent,
+    provenance,
+    read,
+)
 from e88_jax import command
 from experiments import markdown
 
-ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
     "docs/expressivity.md",
@@ -27,48 +37,11 @@ PAGES = (
     "docs/sizing.md",
 )
 
-COMPILED = "benchmarks/results/compiled_kernels.json"
 DECODE = "benchmarks/results/decode_h100.json"
 RECURRENCE = "benchmarks/results/recurrence_h100.json"
 STEP_CPU = "benchmarks/results/train_step_cpu.json"
-STEP_GPU = "benchmarks/results/train_step_h100.json"
 STEP_MIXERS = "benchmarks/results/mixers_h100.json"
-N_STATE = "experiments/results/n_state_scaling_h100/results.json"
 RUN = "experiments/results/h72n32-500m_h100"
-
-Record: TypeAlias = Mapping[str, Any]
-"""An object of a results file."""
-
-
-def read(path: str) -> Record:
-    """A results file."""
-    return json.loads((ROOT / path).read_text())
-
-
-def provenance(result: Record, *passes: Record) -> str:
-    """Device, clock, versions, date and commit: those of them that the file has."""
-    device = result.get("device") or result["devices"]
-    clocks = [x["clock_mhz"] for x in passes if x.get("clock_mhz") is not None]
-    jax = result.get("jax") or result["versions"]["jax"]
-    said = [device]
-    if clocks:
-        low, high = min(clocks), max(clocks)
-        said.append(f"{low:.0f} MHz" if low == high else f"{low:.0f} to {high:.0f} MHz")
-    said.append(f"JAX {jax}")
-    if "date" in result:
-        said.append(result["date"][:10])
-    if "commit" in result:
-        said.append(f"commit {result['commit']}")
-    return ", ".join(said)
-
-
-def percent(x: float) -> str:
-    return f"{100 * x:.0f} %"
-
-
-def block(about: str, command: str, table: str) -> str:
-    """Device and versions, command, and table."""
-    return f"{about}:\n\n    {command}\n\n{table}"
 
 
 def _recurrence() -> tuple[Record, str, list[Record], list[Record]]:
@@ -85,7 +58,7 @@ def recurrence() -> str:
     result, command, shapes, _ = _recurrence()
     rows = []
     for shape in shapes:
-        forward, backward, both = _passes(shape)
+        forward, backward, both = passes(shape)
         rows.append(
             [
                 f"({', '.join(str(shape[axis]) for axis in 'BTHN')})",
@@ -104,29 +77,20 @@ def recurrence() -> str:
         "forward / backward over the tanh limit",
         "forward + backward by the scan, ms",
     ]
-    about = f"{_about_recurrence(result)}, {result['dtype']}"
+    about = f"{about_recurrence(result)}, {result['dtype']}"
     return block(about, command, markdown.table(header, rows))
 
 
 def recurrence_sizes() -> str:
     result, command, _, sweep = _recurrence()
-    passes = [_passes(shape) for shape in sweep]
+    of_shapes = [passes(shape) for shape in sweep]
     rows = [
-        [name, *(f"{x[i]['ps_per_element']:.2f} ({x[i]['times_n32']:.2f})" for x in passes)]
+        [name, *(f"{x[i]['ps_per_element']:.2f} ({x[i]['times_n32']:.2f})" for x in of_shapes)]
         for i, name in enumerate(("forward", "backward"))
     ]
     header = ["N = V", *(str(shape["N"]) for shape in sweep)]
-    about = f"{_about_recurrence(result)}, {result['dtype']}"
+    about = f"{about_recurrence(result)}, {result['dtype']}"
     return block(about, command, markdown.table(header, rows))
-
-
-def _passes(shape: Record) -> tuple[Record, Record, Record]:
-    passes = shape["passes"]
-    return passes["forward"], passes["backward"], passes["forward+backward"]
-
-
-def _about_recurrence(result: Record) -> str:
-    return provenance(result, *(x for shape in result["shapes"] for x in _passes(shape)))
 
 
 def train_step() -> str:
@@ -267,7 +231,7 @@ def headline() -> str:
     )
     data, sizes = trained["config"]["data"], ", ".join(f"{axis} {shape[axis]}" for axis in "BTHN")
     rows = [
-        [f"the recurrence, forward + backward ({sizes})", _passes(shape)[2]["tokens_per_second"]],
+        [f"the recurrence, forward + backward ({sizes})", passes(shape)[2]["tokens_per_second"]],
         [
             f"training {preset}, {data['seq_len']} x {data['batch_size']}",
             trained["tokens_per_second"],
@@ -319,16 +283,7 @@ def _text_of(table: Callable[[], sizing_tables.Table]) -> Callable[[], str]:
     return lambda: markdown.table(*table())
 
 
-def kernels_of_gpus() -> str:
-    """Kernels compiled for GPUs that were not there."""
-    result = read(COMPILED)
-    about = provenance({"device": "compiled only", **result})
-    command = f"python -m benchmarks.compiled_kernels --json {COMPILED}"
-    return block(about, command, markdown.table(*compiled_kernels.table(result["kernels"])))
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    "compiled-kernels": kernels_of_gpus,
     "decode": decode,
     "headline": headline,
     "mixers": mixers,
@@ -338,6 +293,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-step": train_step,
     "train-step-cpu": train_step_cpu,
     "training-run": training_run,
+    **gpu_tables.TABLES,
     **{name: _text_of(table) for name, table in sizing_tables.TABLES.items()},
     **{
         f"expressivity-{name}": functools.partial(expressivity_tables.suite, ROOT, name)

@@ -1,0 +1,190 @@
+"""Times of the recurrence on GPUs that were not at hand, from those of their kernels on an H100.
+
+`benchmarks.recurrence --as-gpu` times the kernels as another GPU takes them: its copies, its shared
+memory. From there arithmetic goes on:
+
+- as many cycles on an SM, the other GPU's number of SMs and boost clock: the lower end of a range;
+- its slower units added, as if no other work hid them: the upper end;
+- no less than its memory takes for the arrays read and written.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from e88_jax import hardware
+from e88_jax.hardware import GPU
+
+RECORDED = "benchmarks/results/recurrence_as_other_gpus.json"
+TIMED_AS = "h100", "a100-80gb", "rtx4090"
+"""GPUs as which the kernels were timed: one of each kind of copies and amount of shared memory."""
+H100 = hardware.find_gpu("h100")
+
+SCHEDULERS = 4
+"""Of an SM. Source: CUDA Programming Guide, compute capabilities."""
+UNIT = 8 * 32
+"""State elements of a unit, a warp's 8 columns of 32 keys: 8 of a lane."""
+FLOAT_INSTRUCTIONS = {"forward": 39, "forward+backward": 39 + 64}
+"""Multiplications, additions and FMAs in float32 for a unit and step, by the PTX of the inner loops
+at N = V = 32 in bfloat16."""
+MMA_CYCLES = {"forward": 0, "forward+backward": 12 * 4.1}
+"""Cycles of the tensor cores for a unit and step on an H100: mmas of the same PTX, and cycles of
+each, `pallas_kernels/README.md`."""
+MMA_FLOPS = 2048
+"""FLOP that an SM of an H100 does in a cycle by such mmas in bfloat16: half of its peak, for which
+it needs `wgmma`, and an A100's peak."""
+FLOAT_LANES = {(8, 0): 64}
+"""Lanes of an SM for float32, of 128 elsewhere from compute capability 8.0 to 12.0. Source: CUDA
+C++ Programming Guide, throughput of arithmetic instructions."""
+
+Record: TypeAlias = Mapping[str, Any]
+Table: TypeAlias = tuple[list[str], list[list[str]]]
+"""Header and rows."""
+
+
+class Range(NamedTuple):
+    """A prediction, in milliseconds."""
+
+    low: float
+    high: float
+    by_memory: bool
+    """Whether the lower end is the memory's."""
+
+    def __str__(self) -> str:
+        ends = (f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in (self.low, self.high))
+        return " to ".join(dict.fromkeys(ends))
+
+
+def timed_as(gpu: GPU) -> str:
+    """Of `TIMED_AS`, the GPU whose kernels this one takes."""
+
+    def kind(gpu: GPU) -> tuple[bool, int | None]:
+        uses_bulk_copies = gpu.target.uses_bulk_copies
+        memory = None if uses_bulk_copies else gpu.target.shared_memory_per_block
+        return uses_bulk_copies, memory
+
+    return next(key for key in TIMED_AS if kind(hardware.find_gpu(key)) == kind(gpu))
+
+
+def predicted(gpu: GPU, shape: Record, name: str) -> Range:
+    """Of a pass, from an entry of the file for the kernels that the GPU takes.
+
+    Args:
+        gpu: the other GPU.
+        shape: the entry.
+        name: "forward", or "forward+backward".
+    """
+    assert shape["as_gpu"] == timed_as(gpu)
+    numbers = shape["passes"][name]
+    cycles = numbers["ms"] * H100.n_sms * numbers["clock_mhz"]
+    per_ms = gpu.n_sms * gpu.boost_clock_MHz
+    added = shape["elements"] / UNIT / SCHEDULERS * _slower_cycles(gpu, name) / 1e3
+    memory = _bytes(shape, name) / (gpu.memory_bandwidth_GBps * 1e6)
+    low, high = cycles / per_ms, (cycles + added) / per_ms
+    return Range(max(low, memory), max(high, memory), memory > low)
+
+
+def _slower_cycles(gpu: GPU, name: str) -> float:
+    """More cycles of a scheduler for a unit and step than on an H100, if nothing hides them."""
+    capability = gpu.compute_capability
+    floats = FLOAT_INSTRUCTIONS[name] * (128 / FLOAT_LANES.get(capability, 128) - 1)
+    # From 9.0 on the peak is that of other instructions; these are taken to be as on an H100.
+    if (9, 0) <= capability < (12, 0):
+        return floats
+    flops = gpu.bf16_tflops * 1e6 / (gpu.n_sms * gpu.boost_clock_MHz)
+    return floats + MMA_CYCLES[name] * max(0.0, MMA_FLOPS / flops - 1)
+
+
+def _bytes(shape: Record, name: str) -> int:
+    """Bytes read and written in bfloat16, without a write gate; gradients save a state every 8
+    steps, in bfloat16, and delta, in float32. Blocks of 32 columns give partial sums of d_q and
+    d_k, which are added."""
+    n = shape["N"]
+    forward = 2 * 4 * n + 4  # q, k, v, out; decay
+    saved = 4 * n + 2 * n * n // 8
+    sums = -(-n // 32)
+    d_keys = 2 * 2 * n * (1 if sums == 1 else 2 * sums + 1)
+    backward = 2 * 3 * n + 4 + saved + d_keys + 2 * n + 4  # q, k, d_out, decay; d_v, d_decay
+    per_step = forward if name == "forward" else forward + saved + backward
+    return shape["B"] * shape["T"] * shape["H"] * per_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step on another GPU."""
+
+    recurrence_ms: Range
+    matmuls_ms: float
+    others_ms: float
+
+    def tokens_per_second(self, tokens: int) -> tuple[float, float]:
+        """From and to."""
+        rest = self.matmuls_ms + self.others_ms
+        low, high = self.recurrence_ms.low + rest, self.recurrence_ms.high + rest
+        return 1e3 * tokens / high, 1e3 * tokens / low
+
+
+def measured(shapes: Sequence[Record]) -> Table:
+    """Forward + backward of the named shapes, by kernels as the GPUs of `TIMED_AS` take them."""
+    by_name: dict[str, dict[str, Record]] = {}
+    for shape in shapes:
+        if not shape["name"].startswith("N="):
+            by_name.setdefault(shape["name"], {})[shape["as_gpu"]] = shape
+    rows = [
+        [
+            f"({', '.join(str(of_gpu[TIMED_AS[0]][axis]) for axis in 'BTHN')})",
+            *(
+                " + ".join(f"{of_gpu[key]['passes'][x]['ms']:.3f}" for x in ("forward", "backward"))
+                for key in TIMED_AS
+            ),
+        ]
+        for of_gpu in by_name.values()
+    ]
+    return ["(B, T, H, N = V)", *(hardware.find_gpu(key).name for key in TIMED_AS)], rows
+
+
+def gpus(
+    shapes: Sequence[Record], point: Record, layers: int, published: Mapping[str, str]
+) -> Table:
+    """What is predicted of the recurrence of a training step, and of the step, on every GPU that
+    has not been at hand.
+
+    Args:
+        shapes: entries of the file; the first of each GPU is the step's recurrence.
+        point: an H100's step (`benchmarks.train_step`).
+        layers: of its model.
+        published: tokens/s of other implementations, by the GPU's key.
+    """
+    first = {shape["as_gpu"]: shape for shape in reversed(shapes)}
+    data = point["config"]["data"]
+    rows = []
+    for gpu in hardware.GPUS:
+        if gpu.compute_capability == H100.compute_capability:
+            continue
+        shape = first[timed_as(gpu)]
+        passes = [predicted(gpu, shape, name) for name in ("forward", "forward+backward")]
+        of_step = step(gpu, shape, point["part_ms"], layers)
+        rates = of_step.tokens_per_second(data["seq_len"] * data["batch_size"])
+        rows.append(
+            [
+                gpu.name,
+                *map(str, passes),
+                f"{of_step.matmuls_ms:.0f}, {of_step.recurrence_ms}, {of_step.others_ms:.0f}",
+                " to ".join(dict.fromkeys(f"{rate:,.0f}" for rate in rates)),
+                published.get(gpu.key, ""),
+            ]
+        )
+    header = ["GPU", "forward, ms", "forward + backward, ms"]
+    return [*header, "matmuls, recurrence, others, ms", "tokens/s", "published"], rows
+
+
+def step(gpu: GPU, shape: Record, parts: Record, layers: int) -> Step:
+    """From the parts of an H100's step: matmuls by the tensor cores' rate, everything else by the
+    memory's bandwidth, the recurrence as `predicted`."""
+    recurrence = predicted(gpu, shape, "forward+backward")
+    return Step(
+        Range(layers * recurrence.low, layers * recurrence.high, recurrence.by_memory),
+        parts["matmuls"] * H100.bf16_tflops / gpu.bf16_tflops,
+        (parts["everything else"] + parts["idle"])
+        * (H100.memory_bandwidth_GBps / gpu.memory_bandwidth_GBps),
+    )
