@@ -1,6 +1,7 @@
 """State and training memory of a configuration, in bytes, without building it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from e88_jax.checks import require_choice, require_instance, require_int
@@ -34,9 +35,22 @@ def _bytes_of(dtype: str) -> int:
     return DTYPE_BYTES[require_choice("dtype", dtype, get_args(Dtype))]
 
 
-def implementation_on(gpu: GPU | None) -> Implementation:
-    """The fastest implementation on the GPU: kernels if it has them, or if none is given."""
-    return "mosaic_gpu" if gpu is None or gpu.has_kernels else "chunked"
+HOPPER = (9, 0)
+"""Compute capability of the GPUs that the kernels of jax-linear-attention are for."""
+
+
+def implementation_on(gpu: GPU | None, mixer: MixerConfig) -> Implementation:
+    """The fastest implementation of a mixer on the GPU: kernels if it has them, or if none is
+    given.
+
+    Those of Gated DeltaNet and Mamba2 are for Hopper GPUs; elsewhere the chunk form is counted,
+    also where E88's kernels take the heads of Gated DeltaNet, with less memory.
+    """
+    if gpu is None:
+        return "mosaic_gpu"
+    of_hopper = mixer.kind in ("gated_deltanet", "mamba2")
+    runs = gpu.compute_capability == HOPPER if of_hopper else gpu.has_kernels
+    return "mosaic_gpu" if runs else "chunked"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +82,7 @@ def training_memory(
     length: int,
     *,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    implementation: Implementation = "mosaic_gpu",
+    implementation: Implementation | Callable[[MixerConfig], Implementation] = "mosaic_gpu",
     moments: int = 2,
 ) -> TrainingMemory:
     """An estimate of the memory of one training step on a GPU.
@@ -86,8 +100,9 @@ def training_memory(
         length: tokens of each.
         dtype: compute dtype, and that of the gradients of matmuls' weights; parameters and
             optimizer are float32.
-        implementation: of the mixers' recurrences. Where a mixer lacks "mosaic_gpu", or its sizes
-            are not for it, "chunked" is counted, and where it lacks that, "scan".
+        implementation: of the mixers' recurrences, or a function that says it of each. Where a
+            mixer lacks "mosaic_gpu", or its sizes are not for it, "chunked" is counted, and where
+            it lacks that, "scan".
         moments: numbers that the optimizer keeps for each parameter: 2 for AdamW.
 
     Raises:
@@ -98,11 +113,14 @@ def training_memory(
     require_instance("config", config, LMConfig)
     batch, length = require_int("batch", batch), require_int("length", length)
     moments = require_int("moments", moments, minimum=0)
-    require_choice("implementation", implementation, get_args(Implementation))
     narrow, tokens, n_params = _bytes_of(dtype), batch * length, config.count_params()
     remat = config.execution.remat
-    execution = dataclasses.replace(config.execution, dtype=dtype, implementation=implementation)
-    by_layer = {x: _of_layer(config, x, length, execution) for x in set(config.layers)}
+    by_layer: dict[MixerConfig, Activations] = {}
+    for mixer in set(config.layers):
+        name = implementation(mixer) if callable(implementation) else implementation
+        require_choice("implementation", name, get_args(Implementation))
+        execution = dataclasses.replace(config.execution, dtype=dtype, implementation=name)
+        by_layer[mixer] = _of_layer(config, mixer, length, execution)
     kept, saved_states, working = 0, 0, 0
     for layer in map(by_layer.__getitem__, config.mixers):
         states = batch * layer.saved_states

@@ -1,6 +1,7 @@
 """Whether a configuration is well proportioned, and what to change where it is not."""
 
 import dataclasses
+import functools
 from fractions import Fraction
 from typing import Literal
 
@@ -110,7 +111,7 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
             )
         )
 
-    implementation = implementation_on(gpu)
+    implementation = functools.partial(implementation_on, gpu)
 
     def needed_gb(remat: Remat) -> float:
         execution = dataclasses.replace(config.execution, remat=remat)

@@ -1,5 +1,6 @@
 """Rows of numbers about models, for JSON, and tables of them, for readers."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ Row = dict[str, Any]
 def describe(config: LMConfig, gpu: hardware.GPU | None, batch: int, length: int) -> Row:
     """Numbers of a model of E88 layers, for JSON."""
     layer = e88_layer(config)
-    memory = training_memory(config, batch, length, implementation=implementation_on(gpu))
+    memory = training_memory(
+        config, batch, length, implementation=functools.partial(implementation_on, gpu)
+    )
     return {
         "dim": config.dim,
         "n_heads": layer.n_heads,
@@ -139,7 +142,7 @@ def comparison(
         config, flops = match.config, match.config.flops_per_token()
         memory, plain = (
             training_memory(config, batch, length, implementation=implementation).total
-            for implementation in (implementation_on(gpu), "chunked")
+            for implementation in (functools.partial(implementation_on, gpu), "chunked")
         )
         rows.append(
             {

@@ -1,6 +1,7 @@
 """The estimate of memory against XLA's own figures."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,32 @@ def test_the_larger_of_both_ends_of_the_backward_pass() -> None:
 
 
 def test_who_runs_the_recurrence() -> None:
-    assert implementation_on(None) == implementation_on(find_gpu("h100")) == "mosaic_gpu"
-    assert implementation_on(find_gpu("rtx4090")) == "mosaic_gpu"
+    """Those of jax-linear-attention are for Hopper alone."""
     turing = dataclasses.replace(find_gpu("rtx4090"), compute_capability=(7, 5))
-    assert implementation_on(turing) == "chunked"
+    gpus = None, find_gpu("h100"), find_gpu("rtx4090"), find_gpu("b200"), turing
+    by_kernels = {
+        mixer.kind: [implementation_on(gpu, mixer) == "mosaic_gpu" for gpu in gpus]
+        for mixer in (
+            E88Config(n_heads=2, n_state=32),
+            AttentionConfig(n_heads=1),
+            GatedDeltaNetConfig(n_heads=1),
+            Mamba2Config(),
+        )
+    }
+    assert by_kernels["e88"] == by_kernels["attention"] == [True, True, True, True, False]
+    assert by_kernels["mamba2"] == by_kernels["gated_deltanet"] == [True, True, False, False, False]
+
+
+def test_a_hybrid_by_kernels_and_without() -> None:
+    """Each mixer's own implementation counts."""
+    layers = Mamba2Config(), AttentionConfig(n_heads=1)
+    config = dataclasses.replace(lm_config(dim=64, n_heads=2, n_state=32, depth=2), layers=layers)
+
+    def total(implementation: Any) -> int:
+        return training_memory(config, 2, 1024, implementation=implementation).total
+
+    on_4090 = total(functools.partial(implementation_on, find_gpu("rtx4090")))
+    assert total("mosaic_gpu") < on_4090 < total("chunked")
 
 
 def test_the_scan_is_counted_where_there_is_no_kernel() -> None:
