@@ -1,4 +1,5 @@
-"""Check of every implementation of the recurrence on this machine: `python -m e88_jax.selfcheck`.
+"""Check of every implementation of the recurrence on this machine, and of a layer's other kernels:
+`python -m e88_jax.selfcheck`.
 
 To be run on a new GPU, and after a change of driver or JAX: a wrong gradient is easy to see here
 and hard to see in a loss.
@@ -16,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e88_jax import checked_here, command, naive, recurrence
+from e88_jax import checked_here, command, naive, recurrence, selfcheck_layers
 from e88_jax.checks import require_bool, require_choice, shown
+from e88_jax.selfcheck_layers import LayerCase
 from e88_jax.typed import jit, vjp
 from pallas_kernels import target
 
@@ -54,7 +56,7 @@ class Result:
     """Outcome of one case on one implementation."""
 
     implementation: str
-    case: Case
+    case: Case | LayerCase
     refusal: str | None = None
     """Reason for which the implementation does not take the call; then nothing else is set."""
     worst: str = ""
@@ -109,7 +111,7 @@ def run_checks(
     report: Callable[[str], object] = print,
 ) -> list[Result]:
     """Checks each implementation on each case: results and gradients against `reference`, bitwise
-    equality of two runs, NaN and inf.
+    equality of two runs, NaN and inf; with "mosaic_gpu" the other kernels of a layer too.
 
     Args:
         implementations: names in `e88_jax.recurrence`; None is all of them.
@@ -136,9 +138,12 @@ def run_checks(
     quick = require_bool("quick", quick)
     if not callable(report):
         raise TypeError(f"report must be a function of a line, got {shown(report)}.")
-    cases = QUICK if quick else FULL
+    cases: dict[str, Sequence[Case | LayerCase]] = dict.fromkeys(names, QUICK if quick else FULL)
+    if "mosaic_gpu" in cases:
+        others = selfcheck_layers.QUICK if quick else selfcheck_layers.FULL
+        cases["mosaic_gpu"] = *cases["mosaic_gpu"], *others
     name_width = max(len("implementation"), *map(len, names))
-    case_width = max(len(str(case)) for case in cases)
+    case_width = max(len(str(case)) for own in cases.values() for case in own)
 
     def show(*columns: str) -> None:
         name, case, worst, ratio, bound, verdict = columns
@@ -150,16 +155,18 @@ def run_checks(
     show("implementation", "case", "worst", "ratio", "bound", "")
     results: list[Result] = []
     for name in names:
-        evaluate = _evaluator(name)
+        of_recurrence = _evaluator(name)
         waiting: list[Result] = []  # refusals, one line if there is nothing else
-        for case in cases:
+        for case in cases[name]:
+            is_layer = isinstance(case, LayerCase)
+            evaluate = selfcheck_layers.evaluate if is_layer else of_recurrence
             waiting.append(_check(name, evaluate, case))
             results.append(waiting[-1])
             if waiting[-1].refusal is None:
                 for result in waiting:
                     show(*_columns(result))
                 waiting = []
-        if len(waiting) == len(cases):
+        if len(waiting) == len(cases[name]):
             report(f"{name:{name_width}}  {_NOT_AVAILABLE}: {waiting[0].refusal}")
         else:
             for result in waiting:
@@ -260,7 +267,10 @@ def reference(inputs: Arrays, linear_state: bool) -> Arrays:
 
 
 @functools.cache
-def _inputs_and_reference(case: Case) -> tuple[Arrays, Arrays]:
+def _inputs_and_reference(case: Case | LayerCase) -> tuple[Arrays, Arrays]:
+    if isinstance(case, LayerCase):
+        inputs = selfcheck_layers.make_inputs(case)
+        return inputs, selfcheck_layers.reference(inputs, case)
     inputs = make_inputs(case)
     return inputs, reference(inputs, "linear_state" in case.options)
 
@@ -303,7 +313,7 @@ def _evaluator(name: str) -> Callable[[Arrays, Case], Arrays]:
     return evaluate
 
 
-def _check(name: str, evaluate: Callable[[Arrays, Case], Arrays], case: Case) -> Result:
+def _check(name: str, evaluate: Callable[[Arrays, Any], Arrays], case: Case | LayerCase) -> Result:
     inputs, expected = _inputs_and_reference(case)
     try:
         first, second = evaluate(inputs, case), evaluate(inputs, case)
@@ -347,7 +357,7 @@ def main(args: Sequence[str] | None = None) -> int:
         prog="python -m e88_jax.selfcheck",
         description="Checks every implementation of the recurrence on this machine: results and "
         "gradients against a float64 loop, the same bits from two runs, no NaN or inf from extreme "
-        "inputs.",
+        "inputs. The other kernels of a layer are checked with mosaic_gpu.",
         epilog="Exits with 1 if a check fails or nothing could be checked, with 0 otherwise. An "
         "implementation that this machine lacks, or a call that one does not take, is listed and "
         "is no failure. In the table, gate, state, ids and linear are the options write_gate, "
