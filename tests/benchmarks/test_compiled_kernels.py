@@ -1,6 +1,8 @@
 """The compiler's report as it is read, and kernels compiled where JAX can."""
 
+import functools
 import importlib.util
+import json
 from importlib.metadata import version
 from typing import Any
 
@@ -119,18 +121,41 @@ def test_a_check_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["--gpus", "h100", "--check"])
 
 
-@pytest.mark.skipif(
+JAX = tuple(map(int, version("jax").split(".")[:2]))
+needs_a_plugin = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None
-    or tuple(map(int, version("jax").split(".")[:2])) < (0, 11)
+    or JAX < (0, 11)
     or jax.default_backend() == "gpu",
     reason="needs JAX 0.11 or later with its CUDA plugin, and no GPU",
 )
+
+
+@functools.cache
+def compiled_at_32(name: str) -> dict[Case, list[Compiled] | str]:
+    return compiled_for(hardware.find_gpu(name), [32])
+
+
+@needs_a_plugin
 @pytest.mark.parametrize("name", GPUS)
 def test_kernels_compile(name: str) -> None:
-    """Without a GPU, for one of every compute capability; nothing is spilled at N = V = 32."""
-    compiled = compiled_for(hardware.find_gpu(name), [32])
+    """Without a GPU, for one of every compute capability."""
+    compiled = compiled_at_32(name)
     assert compiled.keys() == set(cases([32]))
     for case, kernels in compiled.items():
         assert isinstance(kernels, list), (case, kernels)
         assert len(kernels) == (1 if case.kernel == "decode" else 2)
-        assert all(kernel.spilled_bytes <= 16 for kernel in kernels), (case, kernels)
+
+
+@needs_a_plugin
+@pytest.mark.parametrize("name", GPUS)
+def test_no_more_is_spilled_than_recorded(name: str, request: pytest.FixtureRequest) -> None:
+    if JAX >= (0, 12) and not hardware.find_gpu(name).target.has_bulk_copies:
+        # It assembles by nvJitLink: docs/gpus.md.
+        request.applymarker(pytest.mark.xfail(strict=True))
+    rows = [
+        {"gpu": name, **case._asdict(), **kernel._asdict()}
+        for case, kernels in compiled_at_32(name).items()
+        for kernel in kernels
+        if isinstance(kernel, Compiled)
+    ]
+    assert worse_than(json.loads(compiled_kernels.RECORDED.read_text())["kernels"], rows) == []
