@@ -28,7 +28,7 @@ def as_other_gpus() -> str:
 
 
 def predicted() -> str:
-    """What is predicted on GPUs that were not there."""
+    """Predictions for GPUs that were not at hand."""
     shapes, points = read(predictions.RECORDED)["shapes"], read(STEP_GPU)["points"]
     point: Record = next(
         x

@@ -21,7 +21,7 @@ TIMED_AS = "h100", "a100-80gb", "rtx4090"
 H100 = hardware.find_gpu("h100")
 
 SCHEDULERS = 4
-"""Of an SM. Source: CUDA Programming Guide, compute capabilities."""
+"""Warp schedulers of an SM. Source: CUDA Programming Guide, compute capabilities."""
 UNIT = 8 * 32
 """State elements of a unit, a warp's 8 columns of 32 keys: 8 of a lane."""
 FLOAT_INSTRUCTIONS = {"forward": 39, "forward+backward": 39 + 64}
@@ -56,7 +56,7 @@ class Range(NamedTuple):
 
 
 def timed_as(gpu: GPU) -> str:
-    """Of `TIMED_AS`, the GPU whose kernels this one takes."""
+    """The GPU among `TIMED_AS` whose kernels this one takes."""
 
     def kind(gpu: GPU) -> tuple[bool, int | None]:
         uses_bulk_copies = gpu.target.uses_bulk_copies
@@ -67,7 +67,7 @@ def timed_as(gpu: GPU) -> str:
 
 
 def predicted(gpu: GPU, shape: Record, name: str) -> Range:
-    """Of a pass, from an entry of the file for the kernels that the GPU takes.
+    """The time of a pass, from the file's entry for the kernels that the GPU takes.
 
     Args:
         gpu: the other GPU.
@@ -146,8 +146,7 @@ def measured(shapes: Sequence[Record]) -> Table:
 def gpus(
     shapes: Sequence[Record], point: Record, layers: int, published: Mapping[str, str]
 ) -> Table:
-    """What is predicted of the recurrence of a training step, and of the step, on every GPU that
-    has not been at hand.
+    """Predictions of a training step and its recurrence, for every GPU that was not at hand.
 
     Args:
         shapes: entries of the file; the first of each GPU is the step's recurrence.

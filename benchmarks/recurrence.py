@@ -27,6 +27,7 @@ from e88_jax.recurrence import Implementation, e88_recurrence
 from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
+from experiments.harness.run_directory import commit
 from pallas_kernels import limits, target
 
 TANH_PER_CYCLE = 16
@@ -287,6 +288,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "driver": clock.query("driver_version"),
         "jax": importlib.metadata.version("jax"),
         "jaxlib": importlib.metadata.version("jaxlib"),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "implementation": options.implementation,
         "dtype": options.dtype,

@@ -1,4 +1,4 @@
-"""What `selfcheck` checks beside the recurrence: the other kernels of a layer, against float64.
+"""Cases of `selfcheck` for a layer's other kernels, against float64.
 
 They are what a GPU runs between a layer's two matmuls: SiLU and unit length of q, k and v with
 their gradient, and for a single token all of it.
@@ -105,7 +105,7 @@ def reference(inputs: Arrays, case: LayerCase) -> Arrays:
 
 
 _UNIT_LENGTH = True, True, False
-"""Of q, k and v."""
+"""Whether q, k and v get unit length."""
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

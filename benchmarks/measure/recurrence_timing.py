@@ -72,13 +72,13 @@ class Compiled(NamedTuple):
 
     program: Callable[..., Any]
     seconds: float
-    """Of compilation."""
+    """Compilation time."""
 
 
 def compile_passes(
     recurrence: Recurrence, shape: Shape, dtype: str
-) -> dict[str, Compiled] | Exception:
-    """The programs that are timed, or why they cannot run."""
+) -> tuple[dict[str, Compiled], str | None]:
+    """The programs that are timed, and what stopped those that are missing."""
     inputs = jax.eval_shape(functools.partial(make_inputs, shape, dtype), jax.random.key(0))
     compiled: dict[str, Compiled] = {}
     try:
@@ -87,12 +87,12 @@ def compile_passes(
             done = program.lower(**inputs).compile()
             compiled[name] = Compiled(done, round(time.perf_counter() - began, 1))
     except CANNOT_RUN as error:
-        return error
-    return compiled
+        return compiled, one_line(error)
+    return compiled, None
 
 
 def time_passes(
-    compiled: dict[str, Compiled] | Exception,
+    programs: tuple[dict[str, Compiled], str | None],
     shape: Shape,
     dtype: str,
     repetitions: int,
@@ -102,9 +102,11 @@ def time_passes(
     """Numbers of each pass, and what stopped those that are missing.
 
     Backward is what the gradients add to the forward pass. `say` hears of each program timed.
+
+    Args:
+        programs: as `compile_passes` returns them.
     """
-    if isinstance(compiled, Exception):
-        return {}, one_line(compiled)
+    compiled, stopped_by = programs
     passes: dict[str, Numbers] = {}
     size = 4 * shape.B * shape.T * shape.H * shape.N * jnp.dtype(dtype).itemsize
     n_sets = min(math.ceil(2 * L2_BYTES / size), MAX_INPUT_SETS)
@@ -116,6 +118,8 @@ def time_passes(
             say(f"{name}: {passes[name]['ms']:.3f} ms, compiled in {seconds:.1f} s")
     except CANNOT_RUN as error:
         return passes, one_line(error)
+    if stopped_by is not None:
+        return passes, stopped_by
     both = passes["forward+backward"]
     ms = round(both["ms"] - passes["forward"]["ms"], 6)
     backward = {"ms": ms, "clock_mhz": both["clock_mhz"]}

@@ -214,7 +214,8 @@ class BlockBackward:
     ) -> dict[str, Ref]:
         """Refs that `backpropagate` takes, `d_keys` left out, for n steps from row t of a chunk on.
 
-        Their scalars start at `row`, and results in no slot, their states at `states`.
+        Their scalars start at `row`, and so do results that are not in place; their states start at
+        `states`.
         """
         ref, config = self.ref, self.steps.config
         return {

@@ -19,6 +19,7 @@ from pallas_kernels.recurrence.tuning_config import (
     STATES_HELD,
     TuningConfig,
     column_multiple,
+    replayed_at_once,
 )
 from pallas_kernels.target import H100, Target
 
@@ -172,7 +173,7 @@ def backward_config(
 
 def _unroll(n_state: int, block: BlockSize, states_held: int) -> int:
     """Steps of the backward kernel that are unrolled: as many as registers allow."""
-    at_once = SAVED_STATE_GROUP if states_held == SAVED_STATE_GROUP else SAVED_STATE_GROUP // 2
+    at_once = replayed_at_once(states_held)
     if at_once < SAVED_STATE_GROUP and n_state >= MANY_KEYS:
         return at_once // 2
     unroll = SAVED_STATE_GROUP // 2 if n_state > MANY_KEYS else SAVED_STATE_GROUP

@@ -103,8 +103,7 @@ class TuningConfig:
     @property
     def replayed_at_once(self) -> int:
         """Steps that the backward kernel replays before it walks back through them."""
-        whole = self.states_held == SAVED_STATE_GROUP
-        return SAVED_STATE_GROUP if whole else SAVED_STATE_GROUP // 2
+        return replayed_at_once(self.states_held)
 
     @property
     def first_in_registers(self) -> bool:
@@ -125,6 +124,12 @@ class TuningConfig:
 
     def unroll_of(self, steps: int) -> int:
         return self.unroll if steps % self.unroll == 0 else 1
+
+
+def replayed_at_once(states_held: int) -> int:
+    """`TuningConfig.replayed_at_once` where so many states are held."""
+    whole = states_held == SAVED_STATE_GROUP
+    return SAVED_STATE_GROUP if whole else SAVED_STATE_GROUP // 2
 
 
 def column_multiple(heads: int) -> int:

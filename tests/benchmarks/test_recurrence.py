@@ -3,6 +3,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from benchmarks import recurrence as benchmark
@@ -47,6 +48,32 @@ def test_what_cannot_be_timed_is_said(
     monkeypatch.setitem(benchmark.main.__globals__, "e88_recurrence", refuse)
     assert benchmark.main(["--shape", "1,2,1,4"]) == 1
     assert "1,2,1,4: not here" in capsys.readouterr().err
+
+
+def test_a_pass_that_compiles_is_timed_though_the_other_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @jax.custom_vjp
+    def no_gradient(q: Any) -> Any:
+        return q
+
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError("no gradient")
+
+    no_gradient.defvjp(lambda q: (q, None), refuse)
+    monkeypatch.setitem(
+        benchmark.main.__globals__,
+        "e88_recurrence",
+        lambda q, **_: (no_gradient(q), None),
+    )
+    path = tmp_path / "numbers.json"
+    arguments = ["--shape", "1,2,1,4", "--no-scan", "--repetitions", "1"]
+    assert benchmark.main([*arguments, "--json", str(path)]) == 1
+    numbers = json.loads(path.read_text())
+    assert numbers["commit"]
+    (shape,) = numbers["shapes"]
+    assert list(shape["passes"]) == ["forward"]
+    assert shape["error"] == "no gradient"
 
 
 @pytest.mark.parametrize(
