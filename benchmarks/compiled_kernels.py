@@ -7,6 +7,7 @@ in `jax[cuda13]`.
 import collections
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import re
@@ -122,18 +123,27 @@ def lower(case: Case, sharding: Any) -> Any:
     def array(*shape: int, dtype: str = "float32") -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    of_kernel = {"recurrence": _recurrence, "qkv_activation": _activation, "decode": _decoding}
+    of_kernel = {"recurrence": recurrence, "qkv_activation": _activation, "decode": _decoding}
     program, arguments, options = of_kernel[case.kernel](case, array)
     traced = jax.jit(program, **options).trace(*arguments)
     return traced.lower(lowering_platforms=("cuda",))
 
 
-def _recurrence(case: Case, array: Any) -> Any:
+def recurrence(
+    case: Case, array: Any, rows: tuple[int, int, int] | None = None, backward_config: Any = None
+) -> Any:
+    """The recurrence and its gradient: program, arguments and options of `jax.jit`.
+
+    Args:
+        array: makes an argument from its shape and dtype.
+        rows: B, T and H; those of the case by default.
+        backward_config: tuning config of the backward kernel; that of the rules by default.
+    """
     import jax
 
     from pallas_kernels.recurrence import recurrence
 
-    (batch, time, heads), size = ROWS[case.rows], case.size
+    (batch, time, heads), size = rows or ROWS[case.rows], case.size
     q = array(batch, time, heads, size, dtype=case.dtype)
     decay, state = array(batch, time, heads), array(batch, heads, size, size)
     marks = array(batch, time, dtype="bool")
@@ -141,7 +151,13 @@ def _recurrence(case: Case, array: Any) -> Any:
 
     def both(arrays: dict[str, Any], marks: dict[str, Any], cotangents: Any) -> Any:
         def run(arrays: dict[str, Any]) -> Any:
-            return recurrence(**arrays, **marks, linear_state=False, saved_state_interval=32)
+            return recurrence(
+                **arrays,
+                **marks,
+                linear_state=False,
+                saved_state_interval=32,
+                backward_config=backward_config,
+            )
 
         results, pullback = jax.vjp(run, arrays)
         return results, pullback(cotangents)
@@ -203,20 +219,31 @@ def compile_all(gpu: hardware.GPU, sizes: Sequence[int]) -> None:
 def read(lines: Sequence[str]) -> dict[Case, list[Compiled] | str]:
     """Kernels of each case in the output of `compile_all`, or "refused: ..." or "failed: ..."."""
     found: dict[Case, list[Compiled] | str] = {}
+    for case, of_case in sections(lines, _CASE):
+        why = [line for line in of_case if line.startswith((_REFUSED, _FAILED))]
+        found[Case(*json.loads(case))] = why[-1] if why else kernels_in(of_case)
+    return found
+
+
+def sections(lines: Sequence[str], title: str) -> Iterator[tuple[str, list[str]]]:
+    """What follows `title` in each line that starts with it, and the lines up to the next one."""
+    starts = [i for i, line in enumerate(lines) if line.startswith(title)]
+    for start, stop in itertools.pairwise([*starts, len(lines)]):
+        yield lines[start].removeprefix(title), [*lines[start + 1 : stop]]
+
+
+def kernels_in(lines: Sequence[str]) -> list[Compiled]:
+    """The kernels of a program by the compiler's report (`MOSAIC_GPU_DUMP_PTXAS=1`)."""
     kernels: list[Compiled] = []
     name, spilled = "", 0
     for line in lines:
-        if line.startswith(_CASE):
-            found[Case(*json.loads(line.removeprefix(_CASE)))] = kernels = []
-        elif line.startswith((_REFUSED, _FAILED)):
-            found[next(reversed(found))] = line
-        elif match := re.search(r"Compiling entry function '(\w+?)(?:_mosaic_gpu\w*)?'", line):
+        if match := re.search(r"Compiling entry function '(\w+?)(?:_mosaic_gpu\w*)?'", line):
             name = match[1]
         elif match := re.search(r"(\d+) bytes spill stores, \d+ bytes spill loads$", line):
             spilled = int(match[1])
         elif match := re.search(r"Used (\d+) registers", line):
             kernels.append(Compiled(name, int(match[1]), spilled))
-    return found
+    return kernels
 
 
 def compiled_for(gpu: hardware.GPU, sizes: Sequence[int]) -> dict[Case, list[Compiled] | str]:

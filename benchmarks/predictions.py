@@ -5,7 +5,8 @@ memory. From there arithmetic goes on:
 
 - as many cycles on an SM, the other GPU's number of SMs and boost clock: the lower end of a range;
 - its slower units added, as if no other work hid them: the upper end;
-- no less than its memory takes for the arrays read and written.
+- no less than its memory takes for the arrays read and written; where the level-2 cache is small,
+  also for what the cache is to hold: the upper end.
 """
 
 import dataclasses
@@ -36,6 +37,15 @@ it needs `wgmma`, and an A100's peak."""
 FLOAT_LANES = {(8, 0): 64}
 """Lanes of an SM for float32, of 128 elsewhere from compute capability 8.0 to 12.0. Source: CUDA
 C++ Programming Guide, throughput of arithmetic instructions."""
+
+SMALL_CACHE = ("rtx3090",)
+"""GPUs whose level-2 cache may not hold the states of half of each group, which the backward kernel
+leaves in device memory: at N = 64 they take 6.7 MB on an RTX 3090, whose cache has 6 MB. Source:
+NVIDIA Ampere GA102 GPU Architecture white paper. The other GPUs have 40 MB and more."""
+D_INNER = 2304
+"""`n_heads * n_state` of the shapes that n_state is recommended by."""
+NEARLY = 1.06
+"""As `GPU.measured_n_state`: time of an element, relative to the least."""
 
 Record: TypeAlias = Mapping[str, Any]
 Table: TypeAlias = tuple[list[str], list[list[str]]]
@@ -79,9 +89,25 @@ def predicted(gpu: GPU, shape: Record, name: str) -> Range:
     cycles = numbers["ms"] * H100.n_sms * numbers["clock_mhz"]
     per_ms = gpu.n_sms * gpu.boost_clock_MHz
     added = shape["elements"] / UNIT / SCHEDULERS * _slower_cycles(gpu, name) / 1e3
-    memory = _bytes(shape, name) / (gpu.memory_bandwidth_GBps * 1e6)
+    of_arrays = _bytes(shape, name)
+    of_states = _bytes_of_earlier_states(shape) if name != "forward" else 0
+    most = of_arrays + (of_states if gpu.key in SMALL_CACHE else 0)
+    memory, at_most = (n / (gpu.memory_bandwidth_GBps * 1e6) for n in (of_arrays, most))
     low, high = cycles / per_ms, (cycles + added) / per_ms
-    return Range(max(low, memory), max(high, memory), memory > low)
+    return Range(max(low, memory), max(high, at_most), memory > low)
+
+
+def n_state_range(gpu: GPU, shapes: Sequence[Record]) -> tuple[int, int]:
+    """From and to which N = V an element of state takes nearly the least time, forward + backward,
+    in the middle of the predicted range."""
+    of_width = {
+        shape["N"]: predicted(gpu, shape, "forward+backward")
+        for shape in shapes
+        if shape["as_gpu"] == timed_as(gpu) and shape["H"] * shape["N"] == D_INNER
+    }
+    times = {n: (x.low + x.high) / 2 / n for n, x in of_width.items()}
+    best = [n for n, time in times.items() if time < NEARLY * min(times.values())]
+    return min(best), max(best)
 
 
 def _slower_cycles(gpu: GPU, name: str) -> float:
@@ -109,6 +135,12 @@ def _bytes(shape: Record, name: str) -> int:
     return shape["B"] * shape["T"] * shape["H"] * per_step
 
 
+def _bytes_of_earlier_states(shape: Record) -> int:
+    """Bytes of the states of half of each group, written and read in bfloat16, from 16 keys on."""
+    n = shape["N"]
+    return 0 if n <= 16 else shape["B"] * shape["T"] * shape["H"] * 2 * (4 * 2 * n * n) // 8
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A training step on another GPU."""
@@ -125,11 +157,10 @@ class Step:
 
 
 def measured(shapes: Sequence[Record]) -> Table:
-    """Forward + backward of the named shapes, by kernels as the GPUs of `TIMED_AS` take them."""
+    """Forward + backward of each shape, by kernels as the GPUs of `TIMED_AS` take them."""
     by_name: dict[str, dict[str, Record]] = {}
     for shape in shapes:
-        if not shape["name"].startswith("N="):
-            by_name.setdefault(shape["name"], {})[shape["as_gpu"]] = shape
+        by_name.setdefault(shape["name"], {})[shape["as_gpu"]] = shape
     rows = [
         [
             f"({', '.join(str(of_gpu[TIMED_AS[0]][axis]) for axis in 'BTHN')})",

@@ -26,11 +26,12 @@ def gpus() -> Table:
             str(gpu.published.max_n_state) if gpu.published else "",
             str(gpu.formula_n_state),
             span(gpu.measured_n_state),
+            span(gpu.predicted_n_state),
         ]
         for gpu in hardware.GPUS
     ]
     header = ["GPU", "published n_state", "published maximum", "the published formula gives"]
-    return [*header, "measured here"], rows
+    return [*header, "measured here", "predicted"], rows
 
 
 def presets() -> Table:

@@ -52,6 +52,8 @@ class GPU:
     measured_n_state: tuple[int, int] | None = None
     """Range in which the kernels' forward + backward takes at most 6 % more than the least time per
     state element: `experiments/results/n_state_scaling_h100/`."""
+    predicted_n_state: tuple[int, int] | None = None
+    """The same by the predictions of `benchmarks/predictions.py`, from times on an H100."""
 
     @property
     def formula_n_state(self) -> int:
@@ -61,12 +63,22 @@ class GPU:
 
     @property
     def n_state_range(self) -> tuple[int, int]:
-        """Recommended n_state, from and to: measured, else published, else the formula's."""
-        if self.measured_n_state:
-            return self.measured_n_state
+        """Recommended n_state, from and to: measured, else predicted, else published, else the
+        formula's."""
+        if found := self.measured_n_state or self.predicted_n_state:
+            return found
         if self.published:
             return self.published.optimal_n_state
         return self.formula_n_state, self.formula_n_state
+
+    @property
+    def how_n_state_is_known(self) -> str:
+        """Where `n_state_range` comes from."""
+        if self.measured_n_state:
+            return "measured"
+        if self.predicted_n_state:
+            return "predicted"
+        return "published" if self.published else "by formula"
 
     @property
     def has_kernels(self) -> bool:

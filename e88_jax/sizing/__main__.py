@@ -208,9 +208,9 @@ def _about(gpu: hardware.GPU | None, options: argparse.Namespace) -> str:
     if gpu is None:
         return f"No GPU given. {memory}."
     low, high = gpu.n_state_range
-    how = "measured" if gpu.measured_n_state else "published" if gpu.published else "by formula"
+    how = gpu.how_n_state_is_known
     text = f"{gpu.name}: n_state {low} to {high} ({how})"
-    if gpu.measured_n_state and gpu.published:
+    if gpu.published and how != "published":
         low, high = gpu.published.optimal_n_state
         text += f", {low} to {high} published"
     return f"{text}, {gpu.memory_GB} GB. {memory[0].upper()}{memory[1:]}."

@@ -40,11 +40,18 @@ class _Address:
 class LaneOps:
     """Instructions of the lanes of a warp."""
 
-    def __init__(self) -> None:
+    def __init__(self, thread_of_block: Reg | None = None) -> None:
         self.i32 = ir.IntegerType.get_signless(32)
         self.f32 = ir.F32Type.get()
-        self.warpgroup, self.thread = self.divide(mgpu.thread_idx(), THREADS)
+        index = mgpu.thread_idx() if thread_of_block is None else thread_of_block
+        self.warpgroup, self.thread = self.divide(index, THREADS)
         self.warp, self.lane = self.divide(self.thread, LANES)  # warp of the warpgroup
+
+    def anew(self) -> "LaneOps":
+        """The same, but LLVM does not see that it is: what follows from the lane's number is
+        computed here, not ahead of a loop, where it would take registers all along."""
+        index, asm = mgpu.thread_idx(), "mov.b32 $0, $1;"
+        return LaneOps(llvm.inline_asm(self.i32, [index], asm, "=r,r", has_side_effects=True))
 
     def _int(self, x: Reg) -> Reg:
         return arith.constant(self.i32, x) if isinstance(x, int) else x

@@ -5,6 +5,9 @@ WARPS = 4
 LANES = 32
 """Lanes of a warp."""
 THREADS = LANES * WARPS
+REGISTERS = 65_536
+"""Registers of an SM, from compute capability 8.0 to 12.x. Source: CUDA C++ Programming Guide,
+technical specifications."""
 
 
 def round_up(x: int, multiple: int) -> int:

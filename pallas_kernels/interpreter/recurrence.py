@@ -53,9 +53,11 @@ class ArraySteps(BlockSteps):
         ref[...] = state
 
     def replay(self, n: int, state: Array, **refs: Ref) -> Array:
-        states = refs.pop("states", None)
+        states, own_states = refs.pop("states", None), refs.pop("own_states", None)
         after, rows = _replay(self.kind, state, **refs)
-        if states is not None:
+        if own_states is not None:
+            own_states[...] = rows.astype(own_states.dtype)
+        elif states is not None:
             states[...] = rows[int(self.config.first_in_registers) :].astype(states.dtype)
         return after
 
@@ -63,6 +65,7 @@ class ArraySteps(BlockSteps):
         self, n: int, d_state: Array, after: Array, first: Array | None = None, **refs: Ref
     ) -> tuple[Array, Array]:
         d_keys, states = refs.pop("d_keys"), refs.pop("states")
+        states = refs.pop("own_states", states)
         held = states[:n] if first is None else jnp.concatenate([first[None], states[: n - 1]])
         rows, d_before, before = _backpropagate(self.kind, held, d_state, after, **refs)
         d_keys[...] = rows.astype(d_keys.dtype)

@@ -51,6 +51,10 @@ class BlockSteps:
         return self.config.heads, self.config.values, self.keys
 
     @property
+    def is_short_of_registers(self) -> bool:
+        return self.config.is_short_of_registers(self.keys)
+
+    @property
     def _layout(self) -> Layout:
         return fragment_layout(*self._shape)
 
@@ -70,8 +74,9 @@ class BlockSteps:
             delta: `[n, heads, values]` float32.
             states: the states before each step, without the first if the config has that in
                 registers, written, each lane's in an order of its own; left out if none are held.
+            own_states: in place of `states`, memory in which each lane alone reads what it wrote.
         """
-        first_held = int(self.config.first_in_registers)
+        first_held = int(self.config.first_in_registers and "own_states" not in refs)
         unroll = n if first_held else self.config.unroll_of(n)
 
         def program(f: Fragments, at: dict[str, Memory], state: State) -> State:
@@ -95,6 +100,7 @@ class BlockSteps:
             partial_scalars: `[1 or 2, n, ...]`, written: partial sums of the gradients of decay and
                 the write gate, for `add_scalars`.
             states: as in `replay`, with room for 4 steps, or 3 without the first; overwritten.
+            own_states: where `replay` wrote the states, if not in `states`.
         """
 
         def program(
@@ -157,7 +163,8 @@ class BlockSteps:
 
         def emit(_: Any, *args: Any) -> Any:
             memory = {name: Memory(ref) for name, ref in zip(refs, args, strict=False)}
-            f = Fragments(LaneOps(), *self._shape, self.exact)
+            w = LaneOps().anew() if self.is_short_of_registers else LaneOps()
+            f = Fragments(w, *self._shape, self.exact)
             arrays = args[len(refs) : len(refs) + len(states)]
             of_late = [lambda x=x: unpacked(f, _wide(x)) for x in args[len(refs) + len(states) :]]
             results = program(f, memory, *(unpacked(f, x) for x in arrays), *of_late)

@@ -1,8 +1,8 @@
 """The backward kernel: each block replays its columns and carries their gradient back in time.
 
 Time goes by in groups of 8 steps, from last to first. A group is replayed from the saved state
-before it, with its states, or those of half of it, kept in shared memory, and then backpropagated
-through.
+before it, with its states kept in shared memory, or some of those of its first half in device
+memory, and then backpropagated through.
 """
 
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from pallas_kernels.recurrence.backward_lanes import StepKind
 from pallas_kernels.recurrence.backward_pipelined import PipelinedBackward
 from pallas_kernels.recurrence.backward_walk import BlockBackward
 from pallas_kernels.recurrence.block import HEADS, KEYS, VALUES, Block
+from pallas_kernels.recurrence.mma_fragments import MMA_STEPS
 from pallas_kernels.recurrence.operands import Operands
 from pallas_kernels.recurrence.scratch import backward_scratch
 from pallas_kernels.recurrence.tuning_config import TuningConfig
@@ -80,8 +81,16 @@ def backward(
         "d_initial_state": jax.ShapeDtypeStruct((batch, *sizes), jnp.float32),
     }
 
+    n_blocks = batch * config.blocks(sizes)
+    if config.halved:
+        # Memory of each block, read by none but the lanes that wrote it.
+        of_block = MMA_STEPS, config.heads, config.values, sizes.keys
+        outputs["earlier_states"] = jax.ShapeDtypeStruct((n_blocks, *of_block), dtype)
+
     def body(index: Index, warpgroup: Index, ref: dict[str, Ref]) -> None:
         block = Block.from_index(index, sizes, config)
+        if config.halved:
+            ref["earlier_states"] = ref["earlier_states"].at[index]
         if config.in_place:
             ref |= {"q_slots": ref["keys_slots"].at[0], "k_slots": ref["keys_slots"].at[1]}
         axes = {"k": KEYS, "q": KEYS, "delta": VALUES, "d_out": VALUES, "scalars": HEADS}
@@ -92,7 +101,7 @@ def backward(
     results = run_blocks(
         "e88_backward",
         body,
-        batch * config.blocks(sizes),
+        n_blocks,
         inputs,
         outputs,
         backward_scratch(config, sizes.keys, x.scalars.shape[2], x.has_write_gate, dtype),

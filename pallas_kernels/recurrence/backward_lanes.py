@@ -105,8 +105,9 @@ class _Replay:
         keys, delta = loaded
         scalars = _Scalars(f, self.kind, self.at["scalars"], t)
         loaded = self.load(w.minimum(w.add(t, 1), self.n - 1))
-        if "states" in self.at and not (isinstance(t, int) and t < self.first_held):
-            f.store_words(self.at["states"], f.to_words(state), w.add(t, -self.first_held))
+        held = self.at.get("own_states", self.at.get("states"))
+        if held is not None and not (isinstance(t, int) and t < self.first_held):
+            f.store_words(held, f.to_words(state), w.add(t, -self.first_held))
         correction = scalars.gated(delta)
         after = f.add_outer(scalars.decayed(state), f.wide_keys(keys), correction)
         return scalars.if_live(_after_tanh(f, self.kind, after), state), loaded
@@ -124,7 +125,7 @@ def replay(
     """n steps from `state`, `unroll` of them unrolled, which divides n.
 
     Returns the state after them, and writes those before step `first_held` and later ones to
-    `states`, if that is given. `first_held` is 0 unless all are unrolled.
+    `states` or `own_states`, if that is given. `first_held` is 0 unless all are unrolled.
     """
     assert first_held == 0 or unroll == n, (first_held, unroll, n)
     steps = _Replay(f, kind, at, n, first_held)
@@ -158,7 +159,7 @@ def backpropagate(
     """n steps back, at most 4; returns the gradient of the state before them, and that state.
 
     `states` has room for 4 steps, or for 3 if `first` gives the state before all n; it is
-    overwritten.
+    overwritten, also if `own_states` has the states.
     """
     d_state, before, sums = _backpropagate(f, kind, at, d_state, after, n, lambda i: None, first)
     f.w.synchronize()  # all have read their states
@@ -213,6 +214,7 @@ def _backpropagate(
     i-th step from the end.
     """
     w = f.w
+    states = at.get("own_states", at["states"])
     sums = f.zero_accumulators()
     scalars_of_steps: list[list[Reg]] = [[None] * n for _ in range(1 + kind.has_write_gate)]
     d_o = f.load_d_out(at["d_out"], n - 1)
@@ -223,9 +225,9 @@ def _backpropagate(
         sums = f.accumulate(sums, f.to_words(after), f.only(n - 1, d_o))
     for t in reversed(range(n)):
         if first is None:
-            words = f.load_words(at["states"], t)
+            words = f.load_words(states, t)
         else:
-            words = f.load_words(at["states"], t - 1) if t else f.to_words(first())
+            words = f.load_words(states, t - 1) if t else f.to_words(first())
         k = f.wide_keys(f.load_keys(at["k"], t))
         scalars = _Scalars(f, kind, at["scalars"], t)
         d_sum = d_after

@@ -1,6 +1,7 @@
 """A block's way back in time: chunks, from last to first, of groups of steps."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -132,11 +133,11 @@ class BlockBackward:
         before, d = carry
         row, config = g * GROUP, self.steps.config
 
-        def replay(state: Array, first: int, n: int, hold: bool = True) -> Array:
-            """The state after n steps from step `first` on; those before each may be held."""
+        def replay(state: Array, first: int, n: int, **own_states: Ref) -> Array:
+            """The state after n steps from step `first` on; those before each are held."""
             at, held = row + first, n - config.first_in_registers
-            refs = self._inputs(slot, rows.start + at, at, n)
-            if hold and held:
+            refs = self._inputs(slot, rows.start + at, at, n) | own_states
+            if held and not own_states:
                 refs["states"] = self.ref["states"].at[pl.ds(0, held)]
             return self.steps.replay(n, state, **refs)
 
@@ -145,40 +146,29 @@ class BlockBackward:
             group = i * (self.chunks.size // GROUP) + g - back
             return self._saved_state(jnp.maximum(group, 0))
 
+        backpropagate = functools.partial(self._backpropagate, slot, rows, row)
         start = before.astype(jnp.float32)
-        if n > config.replayed_at_once:
-
-            def half(j: Index, carry: Any, n: int = MMA_STEPS) -> Any:
-                """The n steps of the second half, then of the first."""
-                start, d = carry
-                own_start = start.astype(before.dtype)
-                first = MMA_STEPS * (1 - j)
-                after = replay(start, first, n)
-                # Of the first half, then of the group before: prefetched where registers allow.
-                if not config.first_in_registers:
-                    start = saved(j)
-                d, _ = self._backpropagate(slot, rows, row, first, n, 0, (d, after), own_start)
-                if config.first_in_registers:
-                    start = saved(j)
-                return start.astype(jnp.float32), d
-
-            carry = replay(start, 0, MMA_STEPS, hold=False), d
-            if n == GROUP:
-                start, d = lax.fori_loop(0, 2, half, carry)
-            else:
-                start, d = half(1, half(0, carry, n - MMA_STEPS))
-            return start.astype(before.dtype), d
+        if config.halved and n > MMA_STEPS:
+            own = {"own_states": self.ref["earlier_states"]}
+            middle = replay(start, 0, MMA_STEPS, **own)
+            after = replay(middle, MMA_STEPS, n - MMA_STEPS)
+            middle = middle.astype(before.dtype)
+            d, _ = backpropagate(MMA_STEPS, n - MMA_STEPS, 0, (d, after), middle)
+            prefetched = None if self.steps.is_short_of_registers else saved(1)
+            carry = d, middle.astype(jnp.float32)
+            d, _ = backpropagate(0, MMA_STEPS, 0, carry, **own)
+            return saved(1) if prefetched is None else prefetched, d
         after = replay(start, 0, n)
         own_start, before = before, saved(1)  # prefetched
         whole, left_over = divmod(n, MMA_STEPS)
         carry = d, after
         if left_over:
             first = whole * MMA_STEPS
-            carry = self._backpropagate(slot, rows, row, first, left_over, first, carry, own_start)
+            carry = backpropagate(first, left_over, first, carry, own_start)
 
         def tile(j: Index, carry: Any) -> Any:
             first = (whole - 1 - j) * MMA_STEPS
-            return self._backpropagate(slot, rows, row, first, MMA_STEPS, first, carry, own_start)
+            return backpropagate(first, MMA_STEPS, first, carry, own_start)
 
         carry = lax.fori_loop(0, whole, tile, carry)
         return before, carry[0]
@@ -192,11 +182,12 @@ class BlockBackward:
         n: int,
         states: Index,
         carry: Any,
-        start: Array,
+        start: Array | None = None,
+        **own_states: Ref,
     ) -> Any:
         """n steps from step `first` on of the group in this row, whose states start at `states`.
 
-        `start` is the state before them, read where none is held.
+        `start` is the state before them, read where `states` has it not.
         """
         (d_state, after), row = carry, row + first
         t = rows.start + row
@@ -205,6 +196,7 @@ class BlockBackward:
             d_state,
             after,
             start if self.steps.config.first_in_registers else None,
+            **own_states,
             d_keys=self._results(slot, t, row, n)[0],
             **self._backward_refs(slot, t, row, states, n),
         )

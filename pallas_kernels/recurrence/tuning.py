@@ -19,7 +19,6 @@ from pallas_kernels.recurrence.tuning_config import (
     STATES_HELD,
     TuningConfig,
     column_multiple,
-    replayed_at_once,
 )
 from pallas_kernels.target import H100, Target
 
@@ -40,12 +39,11 @@ WAIT = 1.6
 SHARED = 0.85
 """Time of a column in an enlarged block, relative to the smallest: more columns share the loads of
 k and q."""
-REPLAYED_TWICE = 1.15
-"""Time of a column where half of a group is replayed twice, by arithmetic: a replay is about 0.3 of
-the backward pass."""
+HALVED = 1.1
+"""Time of a column where states of half of a group lie in device memory: with it the choices at A,
+B and F were the fastest of those timed."""
 MANY_KEYS = 96
-"""Most keys at which 8 steps of the backward kernel are unrolled, rather than 4; where half of the
-states are held, it unrolls 4 with fewer keys, and 2 from here on."""
+"""Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""
 MOST_SCALARS = 4
 """Scalars of a step of a call with every option: decay, write gate, document starts, row ends."""
 
@@ -134,9 +132,11 @@ def backward_config(
     few = held <= 2 and block == smallest and n_state <= MANY_KEYS
     if n_state > MANY_KEYS:
         chunks = (8,)
-    elif few:
+    elif few or copies(target) == "async":  # to which a chunk costs more
         chunks = (32, 16, 8)
     less_memory = target.has_less_shared_memory
+    states_and_chunks = [(STATES_HELD[0], chunk) for chunk in chunks]
+    halved = [(states, chunk) for chunk in chunks for states in STATES_HELD[1:]]
     # In float32 a block of several heads, each with keys of its own, may not fit.
     blocks = dict.fromkeys([block, *(most if less_memory else ()), (1, column_multiple(1))])
     candidates: Iterable[TuningConfig] = (
@@ -152,15 +152,14 @@ def backward_config(
         for b in blocks
         for w in range(_most_held(b, n_state, most) if less_memory else held, 0, -1)
         for p in ((True, False) if few else (False,))
-        for states in (STATES_HELD[:1] if p or not less_memory else STATES_HELD)
-        for chunk in chunks
+        for states, chunk in [*states_and_chunks, *(halved if less_memory and not p else ())]
     )
     if less_memory:
 
         def time(config: TuningConfig) -> float:
             own = config.heads, config.values
             columns = batch * _padded_columns(heads, n_value, own)
-            of_column = 1.0 if config.states_held == SAVED_STATE_GROUP else REPLAYED_TWICE
+            of_column = HALVED if config.halved else 1.0
             return _time(config.warpgroups, columns, own, smallest, target, of_column)
 
         candidates = sorted(candidates, key=time)
@@ -173,9 +172,7 @@ def backward_config(
 
 def _unroll(n_state: int, block: BlockSize, states_held: int) -> int:
     """Steps of the backward kernel that are unrolled: as many as registers allow."""
-    at_once = replayed_at_once(states_held)
-    if at_once < SAVED_STATE_GROUP and n_state >= MANY_KEYS:
-        return at_once // 2
+    at_once = SAVED_STATE_GROUP if states_held == SAVED_STATE_GROUP else SAVED_STATE_GROUP // 2
     unroll = SAVED_STATE_GROUP // 2 if n_state > MANY_KEYS else SAVED_STATE_GROUP
     # With four heads, registers spill at N = 56 and 120 if as many steps are unrolled.
     return min(at_once, unroll // 2 if block[0] == 4 else unroll)

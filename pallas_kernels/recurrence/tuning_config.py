@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
-from pallas_kernels.common.sizes import WARPS, round_up
+from pallas_kernels.common.sizes import REGISTERS, THREADS, WARPS, round_up
 from pallas_kernels.limits import SAVED_STATE_GROUP
 
 KEYS_MULTIPLE = 16
@@ -12,6 +12,10 @@ COLUMN_LANES = 8
 """Lanes of a warp side by side on neighbouring columns; the others split the keys of each."""
 KEY_LANES = 4
 STATES_HELD = SAVED_STATE_GROUP, SAVED_STATE_GROUP // 2, SAVED_STATE_GROUP // 2 - 1
+REGISTERS_PER_ELEMENT = 9
+"""Registers of a lane for each element of the state that it holds, below which it is short of them.
+With 6 (N = 64, five warpgroups an SM) the backward pass is 4 % faster if the next saved state is
+loaded late; with 8 it is 2 % faster to 2 % slower, and spills half as much or less."""
 MAX_WARPGROUPS = 8
 """Most warpgroups of a thread block: 1024 threads."""
 
@@ -39,9 +43,10 @@ class TuningConfig:
         pipelined: whether the backward kernel replays each group of steps while it backpropagates
             through the group after it (software pipelining), so that each hides the latency of the
             other; shared memory then holds the states of two groups.
-        states_held: states of a group that the backward kernel has in shared memory at once: all 8;
-            4, for which the first 4 steps are replayed once more; or 3 of these 4, where the one
-            before them stays in registers. Only 8 with `pipelined`.
+        states_held: states of a group that the backward kernel has in shared memory: all 8; 4,
+            those of the second half, where those of the first lie in device memory, which the
+            level-2 cache is to hold; or 3, where the one in the middle stays in registers. Only 8
+            with `pipelined`.
         copies: how data moves between device and shared memory: by bulk copies, from compute
             capability 9.0 on, or by the lanes' asynchronous ones (`cp.async`).
     """
@@ -101,14 +106,20 @@ class TuningConfig:
         return round_up(self.chunk, 128 // 4) if self.copies == "bulk" else self.chunk
 
     @property
-    def replayed_at_once(self) -> int:
-        """Steps that the backward kernel replays before it walks back through them."""
-        return replayed_at_once(self.states_held)
+    def halved(self) -> bool:
+        """Whether states of the first half of a group are not held in shared memory."""
+        return self.states_held < SAVED_STATE_GROUP
 
     @property
     def first_in_registers(self) -> bool:
-        """Whether the state before these steps is not held in shared memory."""
-        return self.states_held < self.replayed_at_once
+        """Whether the first state of the second half is not held in shared memory either."""
+        return self.states_held < SAVED_STATE_GROUP // 2
+
+    def is_short_of_registers(self, keys: int) -> bool:
+        """Whether a halved block of so many keys had better load and compute again than keep."""
+        registers = REGISTERS / (THREADS * self.warpgroups)
+        elements = self.heads * self.values * keys / THREADS
+        return self.halved and registers < REGISTERS_PER_ELEMENT * elements
 
     def padded(self, heads: int, n_value: int, n_state: int) -> PaddedSizes:
         """The sizes of a state in whole blocks."""
@@ -124,12 +135,6 @@ class TuningConfig:
 
     def unroll_of(self, steps: int) -> int:
         return self.unroll if steps % self.unroll == 0 else 1
-
-
-def replayed_at_once(states_held: int) -> int:
-    """`TuningConfig.replayed_at_once` where so many states are held."""
-    whole = states_held == SAVED_STATE_GROUP
-    return SAVED_STATE_GROUP if whole else SAVED_STATE_GROUP // 2
 
 
 def column_multiple(heads: int) -> int:

@@ -57,6 +57,9 @@ class NumpyLaneOps:
         self._copies = list[Callable[[], None]]()  # of no group yet
         self._groups = list[list[Callable[[], None]]]()  # not waited for
 
+    def anew(self) -> "NumpyLaneOps":
+        return self
+
     def _int(self, x: Lanes | int) -> Lanes:
         if isinstance(x, int):
             return np.full(THREADS, x & 0xFFFFFFFF, np.uint32)

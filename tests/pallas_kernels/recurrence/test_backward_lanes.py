@@ -319,10 +319,10 @@ def test_numbers_of_steps(n: int, unroll: int, dtype: Any) -> None:
 @over_dtypes
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", [(1, 32, 64), (2, 16, 48), (4, 8, 32)])
-def test_in_place_with_the_first_state_in_registers(
-    shape: tuple[int, int, int], n: int, dtype: Any
-) -> None:
-    """Gradients take the place of q, k and d_out; 3 states are held of 4."""
+@pytest.mark.parametrize("half", ["second", "first"])
+def test_halves_in_place(half: str, shape: tuple[int, int, int], n: int, dtype: Any) -> None:
+    """Gradients take the place of q, k and d_out. Of the second half 3 states are held, the first
+    in registers; those of the first are in memory where no barrier comes between."""
     kind = dataclasses.replace(EVERY_OPTION, has_live=False)
     inputs = make_inputs(n, *shape, kind, dtype)
     heads, _, keys = shape
@@ -341,27 +341,30 @@ def test_in_place_with_the_first_state_in_registers(
     d_out = np.full((n + 1, *shape[:2]), np.nan, dtype)
     d_out[:n] = inputs["d_out"]
     of_keys, of_values = memory(qk), memory(d_out)
-    states = empty(4, *shape, dtype=dtype)
+    states, own_states = empty(4, *shape, dtype=dtype), empty(n + 1, *shape, dtype=dtype)
     partial_scalars = empty(2, n + 1, *of_kernel["partial_scalars"].shape[2:])
     d_scalars = empty(2, n + 1, heads)
     own = {"k": of_keys[1, :n], "delta": memory(inputs["delta"])}
-    own |= {"scalars": memory(inputs["scalars"]), "states": states[:3]}
+    own |= {"scalars": memory(inputs["scalars"])}
 
-    state = to_lanes(inputs["state"])
-    without_states = {name: x for name, x in own.items() if name != "states"}
-    nothing_held = replay(f, kind, without_states, state, n, n)
-    assert np.all(np.isnan(states.array.astype(np.float32)))
-    after = replay(f, kind, own, state, n, n, first_held=1)
+    state, first = to_lanes(inputs["state"]), None
+    nothing_held = replay(f, kind, own, state, n, n)
+    if half == "first":
+        own |= {"own_states": own_states[:n]}
+        after = replay(f, kind, own, state, n, n)
+        own |= {"states": states[:3]}
+    else:
+        own |= {"states": states[:3]}
+        after, first = replay(f, kind, own, state, n, n, first_held=1), lambda: state
     np.testing.assert_array_equal(from_lanes(nothing_held), from_lanes(after))
     own |= {"q": of_keys[0, :n], "d_out": of_values[:n], "d_v": of_values[:n]}
     own |= {"d_keys": of_keys[:, :n], "partial_scalars": partial_scalars[:, :n]}
-    d, before = backpropagate(
-        f, kind, own, to_lanes(inputs["d_state"]), after, n, first=lambda: state
-    )
+    d, before = backpropagate(f, kind, own, to_lanes(inputs["d_state"]), after, n, first)
     w.synchronize()
     add_scalars(f, partial_scalars[:, :n], d_scalars[:, :n])
 
-    for x in (qk[:, n], d_out[n], states.array[3], partial_scalars.array[:, n]):
+    memories = states.array[3], own_states.array[n], partial_scalars.array[:, n]
+    for x in (qk[:, n], d_out[n], *memories):
         assert np.all(np.isnan(x.astype(np.float32))), "written past the steps"
     actual = {"d_q": qk[0, :n], "d_k": qk[1, :n], "d_v": d_out[:n]}
     actual |= {"d_decay": d_scalars.array[0, :n], "d_write_gate": d_scalars.array[1, :n]}
