@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import predictions
+from benchmarks.recorded import read
 from e88_jax import hardware
 from e88_jax.hardware import GPUS, find_gpu, optimal_n_state
 
@@ -75,8 +77,26 @@ def test_measured_n_state_has_nearly_the_least_time_for_an_element() -> None:
     best = [n_state for n_state, ps in sweep.items() if ps < 1.06 * least]
     assert find_gpu(results["device"]).measured_n_state == (min(best), max(best)) == (32, 64)
     assert find_gpu("h100").n_state_range == (32, 64)
-    assert find_gpu("a100-80gb").n_state_range == (64, 64)  # published
-    assert find_gpu("l40s").n_state_range == (64, 64)  # by formula
+
+
+def test_predicted_n_state_is_that_of_the_recorded_times() -> None:
+    shapes = read(predictions.RECORDED)["shapes"]
+    for gpu in GPUS:
+        if gpu.measured_n_state is None:
+            assert gpu.predicted_n_state == predictions.n_state_range(gpu, shapes), gpu.key
+            assert gpu.n_state_range == gpu.predicted_n_state
+
+
+def test_which_n_state_is_recommended_first() -> None:
+    gpu = find_gpu("rtx4090")
+    without = dataclasses.replace(gpu, predicted_n_state=None)
+    unpublished = dataclasses.replace(without, published=None)
+    found = [(x.how_n_state_is_known, x.n_state_range) for x in (gpu, without, unpublished)]
+    assert found == [
+        ("predicted", gpu.predicted_n_state),
+        ("published", (32, 48)),
+        ("by formula", (64, 64)),
+    ]
 
 
 def test_which_gpus_have_kernels() -> None:

@@ -13,13 +13,15 @@ from pallas_kernels.recurrence.tuning import backward_config, copies, forward_co
 H100, A100, RTX4090 = (find_gpu(key) for key in TIMED_AS)
 
 
-def entry(as_gpu: str, forward: float = 1.0, both: float = 3.0, n: int = 32) -> dict[str, Any]:
-    sizes = {"B": 8, "T": 2048, "H": 72, "N": n}
+def entry(
+    as_gpu: str, forward: float = 1.0, both: float = 3.0, n: int = 32, heads: int = 72
+) -> dict[str, Any]:
+    sizes = {"B": 8, "T": 2048, "H": heads, "N": n}
     passes = {"forward": forward, "forward+backward": both}
     return {
         **sizes,
         "as_gpu": as_gpu,
-        "elements": 8 * 2048 * 72 * n * n,
+        "elements": 8 * 2048 * heads * n * n,
         "passes": {name: {"ms": ms, "clock_mhz": 1980} for name, ms in passes.items()},
     }
 
@@ -84,6 +86,27 @@ def test_no_faster_than_the_memory(n: int, of_a_step: int) -> None:
     fast = predicted(RTX4090, entry("rtx4090", both=0.01, n=n), "forward+backward")
     assert fast.by_memory
     assert fast.low == pytest.approx(8 * 2048 * 72 * of_a_step / 1008e9 * 1e3)
+
+
+def test_states_in_device_memory_count_where_the_cache_is_small() -> None:
+    """Of 8 steps 4 states are written and read."""
+    small, large = (
+        predicted(find_gpu(key), entry("rtx4090", both=0.01), "forward+backward")
+        for key in ("rtx3090", "rtx4090")
+    )
+    assert large.low == large.high
+    of_states = 8 * 2048 * 72 / 8 * 4 * 2 * (2 * 32 * 32)
+    assert small.high - small.low == pytest.approx(of_states / 936e9 * 1e3)
+    narrow = entry("rtx4090", both=0.01, n=16)
+    assert len(set(predicted(find_gpu("rtx3090"), narrow, "forward+backward")[:2])) == 1
+
+
+def test_recommended_n_state_takes_nearly_the_least_time_for_an_element() -> None:
+    """At one width an element's share is the time over N."""
+    ms = {16: 1.2, 32: 2.0, 48: 2.95, 64: 4.2, 96: 9.0}
+    shapes = [entry("h100", both=x, n=n, heads=2304 // n) for n, x in ms.items()]
+    other_width = entry("h100", both=1.0, n=128)
+    assert predictions.n_state_range(H100, [*shapes, other_width]) == (32, 48)
 
 
 def test_the_table_has_every_gpu_that_was_not_at_hand() -> None:

@@ -18,6 +18,8 @@ CASES = (
     Case((2, 67, 5, 32, 32), "bfloat16", ("write_gate", "initial_state")),
     Case((1, 131, 3, 44, 100), "float32", ("write_gate", "initial_state")),
     Case((1, 40, 2, 128, 128), "bfloat16", ("write_gate", "initial_state")),
+    # So many blocks for an SM that with 99 KB some states are in device memory.
+    Case((8, 11, 40, 64, 64), "bfloat16", ("write_gate", "initial_state")),
 )
 
 

@@ -156,6 +156,11 @@ CONFIGS = {
     "4 heads": ((2, 70, 6, 16, 8), TuningConfig(4, 8, 16, 2)),
     "2 n-tiles": ((2, 131, 2, 64, 64), TuningConfig(1, 64, 16, 2)),
     "chunks of 32": ((2, 99, 2, 32, 32), TuningConfig(2, 32, 32, 2)),
+    "halved": ((2, 131, 4, 48, 48), TuningConfig(2, 16, 16, 4, 4, states_held=4, copies="async")),
+    "halved, 5 warpgroups": (
+        (2, 131, 4, 64, 64),
+        TuningConfig(1, 32, 8, 4, 5, states_held=3, copies="async"),
+    ),
 }
 
 
