@@ -289,6 +289,10 @@ class LaneOps:
         """Barrier of the warpgroup: afterwards a lane sees what the other warps wrote."""
         mgpu.utils.warpgroup_barrier()
 
+    def synchronize_warp(self) -> None:
+        """Barrier of the warp: what its lanes have read may be overwritten by others of them."""
+        mgpu.utils.warp_barrier()
+
     # Control.
 
     def loop(self, n: int, carry: Any, body: Callable[[Reg, Any], Any]) -> Any:

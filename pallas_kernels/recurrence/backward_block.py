@@ -106,7 +106,9 @@ class BlockSteps:
         def program(
             f: Fragments, at: dict[str, Memory], d_state: State, after: State, *first: LateState
         ) -> Any:
-            return backward_lanes.backpropagate(f, self.kind, at, d_state, after, n, *first)
+            in_place = self.config.in_place
+            late = first[0] if first else None
+            return backward_lanes.backpropagate(f, self.kind, at, d_state, after, n, late, in_place)
 
         return self._run(program, refs, d_state, after, late=() if first is None else (first,))
 

@@ -155,13 +155,17 @@ def backpropagate(
     after: State,
     n: int,
     first: LateState | None = None,
+    in_place: bool = False,
 ) -> tuple[State, State]:
     """n steps back, at most 4; returns the gradient of the state before them, and that state.
 
+    `in_place` says that `d_v` is the memory of `d_out`.
     `states` has room for 4 steps, or for 3 if `first` gives the state before all n; it is
     overwritten, also if `own_states` has the states.
     """
-    d_state, before, sums = _backpropagate(f, kind, at, d_state, after, n, lambda i: None, first)
+    d_state, before, sums = _backpropagate(
+        f, kind, at, d_state, after, n, lambda i: None, first, in_place
+    )
     f.w.synchronize()  # all have read their states
     _store_sums(f, at["states"], sums)
     f.w.synchronize()
@@ -207,6 +211,7 @@ def _backpropagate(
     n: int,
     between: Callable[[int], None],
     first: LateState | None = None,
+    in_place: bool = False,
 ) -> tuple[State, State, Accumulators]:
     """`backpropagate`'s results, and this warp's partial sums of the gradients of q and k.
 
@@ -235,6 +240,8 @@ def _backpropagate(
             d_sum = _times_derivative(f, d_after, after)
         d_correction = f.sums_over_keys(d_sum, k)
         between(n - 1 - t)
+        if in_place:
+            w.synchronize_warp()  # its lanes have read d_out of this step
         d_v = scalars.gated(d_correction)
         d_read = [[w.negative(x) for x in tile] for tile in scalars.within_document(d_v)]
         d_after = scalars.if_live(scalars.decayed(d_sum), d_after)

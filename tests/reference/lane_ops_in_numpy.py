@@ -2,8 +2,8 @@
 
 A register is an array of one number per thread of a warpgroup: uint32, float32, or bool for a
 condition. The threads run in lockstep, which would hide a missing `synchronize`; so it is an error
-to read what another thread wrote since the last one, or to overwrite what another has read. The
-lanes of a warp wait for one another at a shuffle too: what they alone had read may be overwritten.
+to read what another thread wrote since the last one, or to overwrite what another has read. What
+the lanes of a warp alone have read may be overwritten after `synchronize_warp`.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ class Memory:
         else:
             self.words, touched = whole.words, whole.touched
         self.touched = touched
-        self.read, self.written, self.reading_warp, self.shuffles = touched
+        self.read, self.written, self.reading_warp, self.warp_barriers = touched
         assert np.shares_memory(array, self.words), "the array must be contiguous"
         self.start = array.ctypes.data - self.words.ctypes.data
 
@@ -53,7 +53,7 @@ class NumpyLaneOps:
         self.tanhs: set[bool] = set()
         self._active = np.ones(THREADS, bool)
         self._time = 1  # counts synchronizations
-        self._shuffles = 0
+        self._warp_barriers = 0
         self._copies = list[Callable[[], None]]()  # of no group yet
         self._groups = list[list[Callable[[], None]]]()  # not waited for
 
@@ -189,12 +189,10 @@ class NumpyLaneOps:
         ]
 
     def shuffle_xor(self, x: Lanes, distance: int) -> Lanes:
-        self._shuffles += 1
         self._check_convergence()
         return self._of(x.dtype, x)[self.thread ^ np.uint32(distance)]
 
     def shuffle_from(self, x: Lanes, lane: int) -> Lanes:
-        self._shuffles += 1
         self._check_convergence()
         return self._of(x.dtype, x)[self.thread // 32 * 32 + lane]
 
@@ -261,15 +259,15 @@ class NumpyLaneOps:
             last[words[before | others(last, me, now)]] = now + several
 
         if is_store:
-            shuffled = memory.shuffles[words] < self._shuffles
-            free = shuffled & (memory.reading_warp[words] == my_warp)
+            waited = memory.warp_barriers[words] < self._warp_barriers
+            free = waited & (memory.reading_warp[words] == my_warp)
             assert not np.any(others(memory.read) & ~free), "not synchronized"
             note(memory.written, me, now, _SEVERAL)
             return
         assert not np.any(others(memory.written)), "not synchronized"
         note(memory.read, me, now, _SEVERAL)
         note(memory.reading_warp, my_warp, now_of_warps, _SEVERAL_WARPS)
-        memory.shuffles[words] = self._shuffles
+        memory.warp_barriers[words] = self._warp_barriers
 
     def copy_async(self, target: Memory, to: Any, source: Memory, at: Any, size: Any) -> None:
         size = self._int(size)
@@ -304,6 +302,10 @@ class NumpyLaneOps:
     def synchronize(self) -> None:
         assert np.all(self._active), "some threads never come here"
         self._time += 1
+
+    def synchronize_warp(self) -> None:
+        self._check_convergence()
+        self._warp_barriers += 1
 
     # Control.
 

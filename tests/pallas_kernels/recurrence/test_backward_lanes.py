@@ -359,7 +359,9 @@ def test_halves_in_place(half: str, shape: tuple[int, int, int], n: int, dtype: 
     np.testing.assert_array_equal(from_lanes(nothing_held), from_lanes(after))
     own |= {"q": of_keys[0, :n], "d_out": of_values[:n], "d_v": of_values[:n]}
     own |= {"d_keys": of_keys[:, :n], "partial_scalars": partial_scalars[:, :n]}
-    d, before = backpropagate(f, kind, own, to_lanes(inputs["d_state"]), after, n, first)
+    d, before = backpropagate(
+        f, kind, own, to_lanes(inputs["d_state"]), after, n, first, in_place=True
+    )
     w.synchronize()
     add_scalars(f, partial_scalars[:, :n], d_scalars[:, :n])
 
@@ -379,7 +381,7 @@ def test_numpy_lane_ops_are_called_as_the_real_ones() -> None:
             assert list(own.parameters) == list(real.parameters), name
 
 
-def test_what_another_lane_has_read_is_overwritten_after_a_shuffle_at_the_earliest() -> None:
+def test_what_another_lane_has_read_is_overwritten_after_a_barrier_of_the_warp() -> None:
     for of_next_warp in (False, True):
         w = lane_ops()
         x = memory(np.zeros(THREADS, np.float32))
@@ -392,6 +394,9 @@ def test_what_another_lane_has_read_is_overwritten_after_a_shuffle_at_the_earlie
         with pytest.raises(AssertionError, match="not synchronized"):
             w.store(x, other, words)
         w.shuffle_xor(words[0], 1)
+        with pytest.raises(AssertionError, match="not synchronized"):
+            w.store(x, other, words)
+        w.synchronize_warp()
         if of_next_warp:
             with pytest.raises(AssertionError, match="not synchronized"):
                 w.store(x, other, words)
