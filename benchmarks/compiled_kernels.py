@@ -268,6 +268,18 @@ def compiled_for(gpu: hardware.GPU, sizes: Sequence[int]) -> dict[Case, list[Com
     return read(lines)
 
 
+def write_kernels(path: Path, rows: Sequence[Row], **about: Any) -> None:
+    """Writes a file of kernels, one to a line, after `about`, commit, date and versions."""
+    about |= {
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": versions(),
+    }
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    head = json.dumps(about, indent=1).removesuffix("\n}")
+    path.write_text(f'{head},\n "kernels": [\n{lines}\n ]\n}}\n')
+
+
 def main(args: Sequence[str]) -> None:
     """Parses, compiles, prints."""
     config = cli.parse(CompiledKernelsConfig, args)
@@ -292,14 +304,7 @@ def main(args: Sequence[str]) -> None:
             rows += [about | kernel._asdict() for kernel in kernels]
         print(_summary(gpu, [row for row in rows if row["gpu"] == gpu.key]), flush=True)
     if config.json is not None:
-        written = {
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "versions": versions(),
-        }
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        head = json.dumps(written, indent=1).removesuffix("\n}")
-        config.json.write_text(f'{head},\n "kernels": [\n{lines}\n ]\n}}\n')
+        write_kernels(config.json, rows)
     if failed := [row for row in rows if "failed" in row]:
         first = ", ".join(str(x) for x in failed[0].values())
         raise UsageError(f"{len(failed)} programs were not compiled, the first: {first}")

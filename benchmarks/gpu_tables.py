@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from benchmarks import compiled_kernels, predictions
+from benchmarks import compiled_kernels, predictions, spills
 from benchmarks.recorded import N_STATE, STEP_GPU, Record, about_recurrence, block, provenance, read
 from e88_jax.sizing import PRESETS
 from experiments import markdown
 
 COMPILED = "benchmarks/results/compiled_kernels.json"
+SPILLS = "benchmarks/results/spills.json"
 
 
 def compiled() -> str:
@@ -21,13 +22,38 @@ def compiled() -> str:
 def as_other_gpus() -> str:
     """Kernels as other GPUs take them, timed on an H100."""
     result = read(predictions.RECORDED)
-    named = [x["name"] for x in result["shapes"] if x["as_gpu"] == predictions.TIMED_AS[0]]
-    letters, others = ([x for x in named if ("," in x) is own] for own in (False, True))
-    command = f"python -m benchmarks.recurrence --no-scan --shapes {' '.join(letters)} "
-    command += "".join(f"--shape {sizes} " for sizes in others)
-    command += f"--as-gpu {' '.join(predictions.TIMED_AS)} --json {predictions.RECORDED}"
+    named = f"--shapes {' '.join(_names(result))}"
     about = f"{about_recurrence(result)}, {result['dtype']}, forward + backward in ms"
-    return block(about, command, markdown.table(*predictions.measured(result["shapes"])))
+    table = markdown.table(*predictions.measured(result["shapes"]))
+    return block(about, _as_gpus(named, predictions.RECORDED), table)
+
+
+def by_n_state() -> str:
+    """The same by N = V, at equal d_inner."""
+    result = read(predictions.BY_N_STATE)
+    named = " ".join(f"--shape {name}" for name in _names(result))
+    about = f"{about_recurrence(result)}, {result['dtype']}, an element of state in ps"
+    table = markdown.table(*predictions.by_n_state(result["shapes"]))
+    return block(about, _as_gpus(named, predictions.BY_N_STATE), table)
+
+
+def _names(result: Record) -> list[str]:
+    """Names of the shapes."""
+    return list(dict.fromkeys(shape["name"] for shape in result["shapes"]))
+
+
+def _as_gpus(shapes: str, path: str) -> str:
+    """The command that timed these shapes."""
+    keys = " ".join(predictions.TIMED_AS)
+    return f"python -m benchmarks.recurrence --no-scan {shapes} --as-gpu {keys} --json {path}"
+
+
+def spilled() -> str:
+    """Kernels that spill, against others."""
+    result = read(SPILLS)
+    processes = "--processes 11 --repetitions 5"
+    command = f"python -m benchmarks.spills {processes} --json {SPILLS}"
+    return block(provenance(result), command, markdown.table(*spills.table(result["kernels"])))
 
 
 def predicted() -> str:
@@ -46,5 +72,7 @@ def predicted() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "compiled-kernels": compiled,
     "as-other-gpus": as_other_gpus,
+    "by-n-state": by_n_state,
+    "spills": spilled,
     "predicted-gpus": predicted,
 }

@@ -17,6 +17,7 @@ from e88_jax import hardware
 from e88_jax.hardware import GPU
 
 RECORDED = "benchmarks/results/recurrence_as_other_gpus.json"
+BY_N_STATE = "benchmarks/results/recurrence_by_n_state.json"
 TIMED_AS = "h100", "a100-80gb", "rtx4090"
 """GPUs as which the kernels were timed: one of each kind of copies and amount of shared memory."""
 H100 = hardware.find_gpu("h100")
@@ -42,8 +43,6 @@ SMALL_CACHE = ("rtx3090",)
 """GPUs whose level-2 cache may not hold the states of half of each group, which the backward kernel
 leaves in device memory: at N = 64 they take 6.7 MB on an RTX 3090, whose cache has 6 MB. Source:
 NVIDIA Ampere GA102 GPU Architecture white paper. The other GPUs have 40 MB and more."""
-D_INNER = 2304
-"""`n_heads * n_state` of the shapes that n_state is recommended by."""
 NEARLY = 1.06
 """As `GPU.measured_n_state`: time of an element, relative to the least."""
 
@@ -99,13 +98,17 @@ def predicted(gpu: GPU, shape: Record, name: str) -> Range:
 
 def n_state_range(gpu: GPU, shapes: Sequence[Record]) -> tuple[int, int]:
     """From and to which N = V an element of state takes nearly the least time, forward + backward,
-    in the middle of the predicted range."""
-    of_width = {
-        shape["N"]: predicted(gpu, shape, "forward+backward")
-        for shape in shapes
-        if shape["as_gpu"] == timed_as(gpu) and shape["H"] * shape["N"] == D_INNER
+    in the middle of the predicted range.
+
+    Args:
+        shapes: the entries of `BY_N_STATE`.
+    """
+    own = [shape for shape in shapes if shape["as_gpu"] == timed_as(gpu)]
+    ranges = [predicted(gpu, shape, "forward+backward") for shape in own]
+    times = {
+        shape["N"]: (x.low + x.high) / shape["elements"]
+        for shape, x in zip(own, ranges, strict=True)
     }
-    times = {n: (x.low + x.high) / 2 / n for n, x in of_width.items()}
     best = [n for n, time in times.items() if time < NEARLY * min(times.values())]
     return min(best), max(best)
 
@@ -172,6 +175,24 @@ def measured(shapes: Sequence[Record]) -> Table:
         for of_gpu in by_name.values()
     ]
     return ["(B, T, H, N = V)", *(hardware.find_gpu(key).name for key in TIMED_AS)], rows
+
+
+def by_n_state(shapes: Sequence[Record]) -> Table:
+    """Picoseconds of an element of state, forward + backward, by N = V, and by kernels as the GPUs
+    of `TIMED_AS` take them."""
+    sizes = dict.fromkeys(shape["N"] for shape in shapes)
+    rows = [
+        [
+            hardware.find_gpu(key).name,
+            *(
+                f"{x['passes']['forward+backward']['ps_per_element']:.2f}"
+                for x in shapes
+                if x["as_gpu"] == key
+            ),
+        ]
+        for key in TIMED_AS
+    ]
+    return ["N = V", *map(str, sizes)], rows
 
 
 def gpus(

@@ -6,7 +6,6 @@ rules choose is timed, and others that leave a thread more registers or need few
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import json
 import os
@@ -17,14 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.compiled_kernels import FEW_BYTES, RECORDED, ROWS, Case, Row, kernels_in, sections
+from benchmarks.compiled_kernels import (
+    FEW_BYTES,
+    RECORDED,
+    ROWS,
+    Case,
+    Row,
+    kernels_in,
+    sections,
+    write_kernels,
+)
 from benchmarks.compiled_kernels import recurrence as recurrence_of
 from benchmarks.measure.flags import require_writable
 from e88_jax import hardware
 from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
-from experiments.harness.run_directory import commit, versions
 from pallas_kernels import target
 from pallas_kernels.target import Target
 
@@ -282,15 +289,7 @@ def main(args: Sequence[str]) -> None:
         return
     rows = list(compare(of_all, time_all(len(of_all), options)))
     if options.json is not None:
-        about = {
-            "device": target.current().name,
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "versions": versions(),
-        }
-        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        head = json.dumps(about, indent=1).removesuffix("\n}")
-        options.json.write_text(f'{head},\n "kernels": [\n{lines}\n ]\n}}\n')
+        write_kernels(options.json, rows, device=target.current().name)
     for row in rows:
         print(" ".join(f"{name} {row[name]}" for name in row if "config" not in name))
     header, lines = table(rows)

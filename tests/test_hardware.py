@@ -80,7 +80,7 @@ def test_measured_n_state_has_nearly_the_least_time_for_an_element() -> None:
 
 
 def test_predicted_n_state_is_that_of_the_recorded_times() -> None:
-    shapes = read(predictions.RECORDED)["shapes"]
+    shapes = read(predictions.BY_N_STATE)["shapes"]
     for gpu in GPUS:
         if gpu.measured_n_state is None:
             assert gpu.predicted_n_state == predictions.n_state_range(gpu, shapes), gpu.key

@@ -17,12 +17,15 @@ def entry(
     as_gpu: str, forward: float = 1.0, both: float = 3.0, n: int = 32, heads: int = 72
 ) -> dict[str, Any]:
     sizes = {"B": 8, "T": 2048, "H": heads, "N": n}
-    passes = {"forward": forward, "forward+backward": both}
+    passes, elements = {"forward": forward, "forward+backward": both}, 8 * 2048 * heads * n * n
     return {
         **sizes,
         "as_gpu": as_gpu,
-        "elements": 8 * 2048 * heads * n * n,
-        "passes": {name: {"ms": ms, "clock_mhz": 1980} for name, ms in passes.items()},
+        "elements": elements,
+        "passes": {
+            name: {"ms": ms, "clock_mhz": 1980, "ps_per_element": ms * 1e9 / elements}
+            for name, ms in passes.items()
+        },
     }
 
 
@@ -105,8 +108,11 @@ def test_recommended_n_state_takes_nearly_the_least_time_for_an_element() -> Non
     """At one width an element's share is the time over N."""
     ms = {16: 1.2, 32: 2.0, 48: 2.95, 64: 4.2, 96: 9.0}
     shapes = [entry("h100", both=x, n=n, heads=2304 // n) for n, x in ms.items()]
-    other_width = entry("h100", both=1.0, n=128)
-    assert predictions.n_state_range(H100, [*shapes, other_width]) == (32, 48)
+    others = [entry("rtx4090", both=1.0, n=128, heads=18)]
+    assert predictions.n_state_range(H100, [*shapes, *others]) == (32, 48)
+    header, rows = predictions.by_n_state(shapes)
+    assert header == ["N = V", "16", "32", "48", "64", "96"]
+    assert rows[0][:2] == ["H100", "1.99"]
 
 
 def test_the_table_has_every_gpu_that_was_not_at_hand() -> None:
