@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.compiled_kernels import (
     FEW_BYTES,
+    GPUS,
     RECORDED,
     ROWS,
     Case,
@@ -44,6 +45,9 @@ class SpillsConfig:
     """Time the backward kernels that spill registers, as other GPUs take them, against others that
     spill fewer, on the GPU at hand."""
 
+    gpus: tuple[str, ...] = tuple(gpu for gpu in GPUS if gpu != "rtx3090")
+    """GPUs whose kernels are timed, by their names in e88_jax.hardware; an RTX 3090 takes an RTX
+    4090's."""
     json: Path | None = None
     """File to write the numbers to, as JSON."""
     repetitions: int = 9
@@ -55,6 +59,8 @@ class SpillsConfig:
 
     def __post_init__(self) -> None:
         require(self, "repetitions", "processes", minimum=1)
+        for name in self.gpus:
+            hardware.find_gpu(name)
 
 
 class Candidate(NamedTuple):
@@ -103,27 +109,29 @@ def _chosen(kernel: Row) -> Any:
 
 
 def _others(kernel: Row, chosen: Any) -> Iterator[Any]:
-    """One or two warpgroups fewer, other states in shared memory, fewer steps unrolled."""
+    """One or two warpgroups fewer, other states in shared memory, half of the steps unrolled."""
     from pallas_kernels.common.launch import shared_memory_limit
-    from pallas_kernels.recurrence.tuning import backward_shared_bytes
+    from pallas_kernels.recurrence.tuning import backward_shared_bytes, unrolled_steps
     from pallas_kernels.recurrence.tuning_config import STATES_HELD
 
     limit = shared_memory_limit(hardware.find_gpu(kernel["gpu"]).target)
-    held = STATES_HELD if chosen.copies == "async" else STATES_HELD[:1]
+    block = chosen.heads, chosen.values
+    found = []
     for warpgroups in range(chosen.warpgroups, max(0, chosen.warpgroups - 3), -1):
-        for states in held:
-            steps = min(states, 4) if states != held[0] else chosen.unroll
-            for unroll in dict.fromkeys((max(steps, 4), chosen.unroll, chosen.unroll // 2)):
-                config = dataclasses.replace(
-                    chosen,
-                    warpgroups=warpgroups,
-                    states_held=states,
-                    unroll=max(unroll, 1),
-                    pipelined=chosen.pipelined and states == held[0],
-                )
-                fits = backward_shared_bytes(config, kernel["size"], **_sizes(kernel)) <= limit
-                if fits and config != chosen:
-                    yield config
+        for states in STATES_HELD if chosen.copies == "async" else STATES_HELD[:1]:
+            config = dataclasses.replace(
+                chosen,
+                warpgroups=warpgroups,
+                states_held=states,
+                unroll=unrolled_steps(kernel["size"], block, states),
+                pipelined=chosen.pipelined and states == STATES_HELD[0],
+            )
+            found.append(config)
+    found.append(dataclasses.replace(chosen, unroll=max(1, chosen.unroll // 2)))
+    for config in dict.fromkeys(found):
+        fits = backward_shared_bytes(config, kernel["size"], **_sizes(kernel)) <= limit
+        if fits and config != chosen:
+            yield config
 
 
 _CANDIDATE, _COMPILED, _TIMED = "candidate: ", "compiled", "timed: "
@@ -192,6 +200,7 @@ def _inputs(key: Any, like: Any) -> Any:
 def time_all(n_candidates: int, options: SpillsConfig) -> dict[int, tuple[int, float]]:
     """Spilled bytes, here, and milliseconds of each candidate that compiles and fits in memory."""
     flags = ["--processes", str(options.processes), "--repetitions", str(options.repetitions)]
+    flags += ["--gpus", *options.gpus]
     environment = os.environ | {"MOSAIC_GPU_DUMP_PTXAS": "1"}
     environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
@@ -282,7 +291,8 @@ def main(args: Sequence[str]) -> None:
     require_writable(options.json)
     if refusal := target.kernels_refusal(target.current()):
         raise UsageError(f"timing {refusal}.")
-    of_all = list(candidates(json.loads(RECORDED.read_text())["kernels"]))
+    recorded = json.loads(RECORDED.read_text())["kernels"]
+    of_all = list(candidates([x for x in recorded if x["gpu"] in options.gpus]))
     if options.part is not None:
         own = list(enumerate(of_all))[options.part :: options.processes]
         time_part(own, options.repetitions)

@@ -143,7 +143,7 @@ def backward_config(
         TuningConfig(
             *b,
             chunk,
-            unroll=_unroll(n_state, b, states),
+            unroll=unrolled_steps(n_state, b, states),
             warpgroups=w,
             pipelined=p,
             states_held=states,
@@ -170,7 +170,7 @@ def backward_config(
     return _first_that_fits(candidates, needed, target)
 
 
-def _unroll(n_state: int, block: BlockSize, states_held: int) -> int:
+def unrolled_steps(n_state: int, block: BlockSize, states_held: int) -> int:
     """Steps of the backward kernel that are unrolled: as many as registers allow."""
     at_once = SAVED_STATE_GROUP if states_held == SAVED_STATE_GROUP else SAVED_STATE_GROUP // 2
     unroll = SAVED_STATE_GROUP // 2 if n_state > MANY_KEYS else SAVED_STATE_GROUP
