@@ -123,7 +123,7 @@ def _others(kernel: Row, chosen: Any) -> Iterator[Any]:
                 chosen,
                 warpgroups=warpgroups,
                 states_held=states,
-                unroll=unrolled_steps(kernel["size"], block, states),
+                unroll=unrolled_steps(kernel["size"], block, states, kernel["dtype"]),
                 pipelined=chosen.pipelined and states == STATES_HELD[0],
             )
             found.append(config)
