@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 
-from benchmarks import compiled_kernels, predictions, spills
+from benchmarks import compiled_kernels, predictions
 from benchmarks.recorded import N_STATE, STEP_GPU, Record, about_recurrence, block, provenance, read
 from e88_jax.sizing import PRESETS
 from experiments import markdown
 
 COMPILED = "benchmarks/results/compiled_kernels.json"
-SPILLS = "benchmarks/results/spills.json"
 
 
 def compiled() -> str:
@@ -48,14 +47,6 @@ def _as_gpus(shapes: str, path: str) -> str:
     return f"python -m benchmarks.recurrence --no-scan {shapes} --as-gpu {keys} --json {path}"
 
 
-def spilled() -> str:
-    """Kernels that spill, against others."""
-    result = read(SPILLS)
-    processes = "--processes 11 --repetitions 5"
-    command = f"python -m benchmarks.spills {processes} --json {SPILLS}"
-    return block(provenance(result), command, markdown.table(*spills.table(result["kernels"])))
-
-
 def predicted() -> str:
     """Predictions for GPUs that were not at hand."""
     shapes, points = read(predictions.RECORDED)["shapes"], read(STEP_GPU)["points"]
@@ -73,6 +64,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "compiled-kernels": compiled,
     "as-other-gpus": as_other_gpus,
     "by-n-state": by_n_state,
-    "spills": spilled,
     "predicted-gpus": predicted,
 }

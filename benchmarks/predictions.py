@@ -85,7 +85,8 @@ def predicted(gpu: GPU, shape: Record, name: str) -> Range:
     """
     assert shape["as_gpu"] == timed_as(gpu)
     numbers = shape["passes"][name]
-    cycles = numbers["ms"] * H100.n_sms * numbers["clock_mhz"]
+    clock = numbers["clock_mhz"] or H100.boost_clock_MHz  # nvidia-smi may have given none
+    cycles = numbers["ms"] * H100.n_sms * clock
     per_ms = gpu.n_sms * gpu.boost_clock_MHz
     added = shape["elements"] / UNIT / SCHEDULERS * _slower_cycles(gpu, name) / 1e3
     of_arrays = _bytes(shape, name)

@@ -45,11 +45,13 @@ class ClockSampler:
         return answer.stdout.strip() if answer.returncode == 0 else None
 
     def _sample(self) -> None:
-        while (answer := self.query("clocks.sm")) is not None:
-            if answer.isdecimal():
+        while not self._stop.is_set():
+            answer = self.query("clocks.sm")
+            if answer is None and not self._samples:
+                break  # no nvidia-smi; later it may fail once
+            if answer is not None and answer.isdecimal():
                 self._samples.append((time.perf_counter(), float(answer)))
-            if self._stop.wait(0.01):
-                break
+            self._stop.wait(0.01)
 
     def median_mhz(self, start: float, stop: float) -> float | None:
         """Median clock between two times of `time.perf_counter`; None without samples."""

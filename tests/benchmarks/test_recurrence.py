@@ -146,6 +146,24 @@ def test_the_clock_is_read_while_timing(
     assert sampler.median_mhz(ended + 60, ended + 61) is None
 
 
+def test_the_clock_is_read_on_after_an_answer_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was stopped gets none in time: all that it timed since had no clock."""
+    lines = [
+        f"cd {tmp_path}",
+        "[ -e first ] || { : >first; echo 1980; exit; }",
+        "[ -e failed ] || { : >failed; exit 9; }",
+        "echo 1755",
+    ]
+    fake_nvidia_smi(tmp_path, monkeypatch, "\n".join(lines))
+    with benchmark.ClockSampler() as sampler:
+        began = time.perf_counter()
+        time.sleep(0.4)
+    assert (tmp_path / "failed").exists()
+    assert sampler.median_mhz(began, time.perf_counter()) == 1755
+
+
 def test_no_nvidia_smi_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with benchmark.ClockSampler() as sampler:
