@@ -102,12 +102,13 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
                         f"take a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}",
                     )
                 )
-    if gpu.published is not None and layer.n_state > gpu.published.max_n_state:
+    most = gpu.published.max_n_state if gpu.published is not None else layer.n_state
+    if layer.n_state > most:
         findings.append(
             Finding(
                 f"n_state {layer.n_state} is too large for the {gpu.name}, of which the published "
-                f"maximum is {gpu.published.max_n_state}",
-                f"take n_state {gpu.published.optimal_n_state[1]} and more heads",
+                f"maximum is {most}",
+                f"take n_state {min(gpu.n_state_range[1], most)} and more heads",
             )
         )
 
