@@ -34,10 +34,14 @@ from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
 from pallas_kernels import target
+from pallas_kernels.common.sizes import REGISTERS, THREADS
 from pallas_kernels.target import Target
 
 STEPS = 512
 """T of what is timed."""
+RESERVED = 1024
+"""Bytes of shared memory that the driver keeps of a thread block. Source: CUDA Programming
+Guide."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,23 @@ class Candidate(NamedTuple):
     config: Any
     is_chosen: bool
     """Whether it is the config of the rules."""
+
+    def blocks_of_an_sm(self, registers: int, memory: int) -> int:
+        """Thread blocks that an SM holds, by its registers and bytes of shared memory."""
+        from pallas_kernels.recurrence.tuning import backward_shared_bytes
+
+        size = self.kernel["size"]
+        own = backward_shared_bytes(self.config, size, **_sizes(self.kernel))
+        by_registers = REGISTERS // (THREADS * self.config.warpgroups * registers)
+        return min(by_registers, memory // (own + RESERVED))
+
+
+class Timed(NamedTuple):
+    """A candidate on the GPU at hand."""
+
+    registers: int
+    spilled_bytes: int
+    ms: float
 
 
 def candidates(kernels: Sequence[Row]) -> Iterator[Candidate]:
@@ -197,8 +218,8 @@ def _inputs(key: Any, like: Any) -> Any:
     return jax.tree.map(fill, like)
 
 
-def time_all(n_candidates: int, options: SpillsConfig) -> dict[int, tuple[int, float]]:
-    """Spilled bytes, here, and milliseconds of each candidate that compiles and fits in memory."""
+def time_all(n_candidates: int, options: SpillsConfig) -> dict[int, Timed]:
+    """Each candidate that compiles and fits in memory."""
     flags = ["--processes", str(options.processes), "--repetitions", str(options.repetitions)]
     flags += ["--gpus", *options.gpus]
     environment = os.environ | {"MOSAIC_GPU_DUMP_PTXAS": "1"}
@@ -230,37 +251,54 @@ def time_all(n_candidates: int, options: SpillsConfig) -> dict[int, tuple[int, f
             stack.callback(workers[-1].kill)
         with ThreadPoolExecutor(len(workers)) as threads:
             lines = [x for own in threads.map(compiled, workers) for x in own]
-        spilled = {
-            int(i): kernel.spilled_bytes
+        compiled_to = {
+            int(i): (kernel.registers, kernel.spilled_bytes)
             for i, of_candidate in sections(lines, _CANDIDATE)
             for kernel in kernels_in(of_candidate)
             if kernel.name == "e88_backward"
         }
-        results: dict[int, tuple[int, float]] = {}
+        results: dict[int, Timed] = {}
         for worker in workers:
             said, _ = worker.communicate("go\n")
             for line in said.splitlines():
                 if line.startswith(_TIMED):
                     i, ms = json.loads(line.removeprefix(_TIMED))
-                    results[i] = spilled[i], ms
+                    results[i] = Timed(*compiled_to[i], ms)
     return results
 
 
-def compare(candidates: Sequence[Candidate], timed: dict[int, tuple[int, float]]) -> Iterator[Row]:
-    """For each kernel, what the config of the rules takes, and the fastest that spills little."""
+def compare(candidates: Sequence[Candidate], timed: dict[int, Timed], memory: int) -> Iterator[Row]:
+    """For each kernel, what the config of the rules takes, and the fastest that spills little.
+
+    Args:
+        memory: bytes of shared memory of an SM of the GPU at hand. What it holds more of than the
+            GPU of the kernel, unless it does so with the config of the rules too, does not count.
+    """
     starts = [i for i, x in enumerate(candidates) if x.is_chosen]
     for start, stop in zip(starts, [*starts[1:], len(candidates)], strict=True):
         kernel, config, _ = candidates[start]
         row = {name: kernel[name] for name in ("gpu", "size", "dtype", "rows", "every_option")}
         row |= {"spilled_bytes": kernel["spilled_bytes"], "config": dataclasses.asdict(config)}
+        of_gpu = hardware.find_gpu(kernel["gpu"]).target.shared_memory_per_sm
+        assert of_gpu is not None
+
+        def too_many(i: int, there: int = of_gpu) -> bool:
+            registers = timed[i].registers
+            here, there = (candidates[i].blocks_of_an_sm(registers, x) for x in (memory, there))
+            return here > there
+
         if start in timed:
-            row["spilled_here"], row["ms"] = timed[start]
-        others = [
-            (timed[i][1], i) for i in range(start, stop) if i in timed and timed[i][0] <= FEW_BYTES
-        ]
-        if others:
-            row["ms_without"], best = min(others)
-            row["config_without"] = dataclasses.asdict(candidates[best].config)
+            row["spilled_here"], row["ms"] = timed[start][1:]
+            others = [
+                (timed[i].ms, i)
+                for i in range(start + 1, stop)
+                if i in timed
+                and timed[i].spilled_bytes <= FEW_BYTES
+                and too_many(i) <= too_many(start)
+            ]
+            if others:
+                row["ms_without"], best = min(others)
+                row["config_without"] = dataclasses.asdict(candidates[best].config)
         yield row
 
 
@@ -297,7 +335,11 @@ def main(args: Sequence[str]) -> None:
         own = list(enumerate(of_all))[options.part :: options.processes]
         time_part(own, options.repetitions)
         return
-    rows = list(compare(of_all, time_all(len(of_all), options)))
+    memory = target.H100.shared_memory_per_sm
+    if gpu := hardware.detect_gpu():
+        memory = gpu.target.shared_memory_per_sm
+    assert memory is not None
+    rows = list(compare(of_all, time_all(len(of_all), options), memory))
     if options.json is not None:
         write_kernels(options.json, rows, device=target.current().name)
     for row in rows:

@@ -15,7 +15,7 @@ STATES_HELD = SAVED_STATE_GROUP, SAVED_STATE_GROUP // 2, SAVED_STATE_GROUP // 2 
 REGISTERS_PER_ELEMENT = 9
 """Registers of a lane for each element of the state that it holds, below which it is short of them.
 With 6 (N = 64, five warpgroups an SM) the backward pass is 4 % faster if the next saved state is
-loaded late; with 8 it is 2 % faster to 2 % slower, and spills half as much or less."""
+loaded late; with 8 it is 3 % faster to 3 % slower, and spills half as much or less."""
 MAX_WARPGROUPS = 8
 """Most warpgroups of a thread block: 1024 threads."""
 

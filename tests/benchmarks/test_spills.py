@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import spills
 from benchmarks.compiled_kernels import Case
-from benchmarks.spills import SpillsConfig, candidates, compare, table, time_all
+from benchmarks.spills import SpillsConfig, Timed, candidates, compare, table, time_all
 from e88_jax.hardware import find_gpu
 from experiments.cli.errors import UsageError
 from pallas_kernels.common.launch import shared_memory_limit
@@ -46,22 +46,46 @@ def test_which_kernels_are_timed() -> None:
     assert sum(x.is_chosen for x in candidates([kernel(), kernel(every_option=True)])) in (1, 2)
 
 
+H100_MEMORY = 228 * 1024
+
+
 def test_what_is_compared() -> None:
     of_both = list(candidates([kernel(), kernel(gpu="h100")]))
     second = next(i for i, x in enumerate(of_both) if i and x.is_chosen)
-    timed = {0: (120, 2.0), 1: (200, 1.0), 2: (16, 3.0), 3: (0, 2.5), second: (80, 4.0)}
-    rows = list(compare(of_both, timed))
+    timed = {
+        0: Timed(96, 120, 2.0),
+        1: Timed(96, 200, 1.0),  # faster, but spills too
+        2: Timed(128, 16, 3.0),
+        3: Timed(128, 0, 2.5),
+        second: Timed(96, 80, 4.0),
+    }
+    rows = list(compare(of_both, timed, H100_MEMORY))
     assert [(row["gpu"], row["ms"], row["spilled_here"]) for row in rows] == [
         ("rtx4090", 2.0, 120),
         ("h100", 4.0, 80),
     ]
-    # The faster one spills too.
     assert rows[0]["ms_without"] == 2.5
     assert "ms_without" not in rows[1]
     header, lines = table(rows)
     assert all(len(line) == len(header) for line in lines)
     assert lines[0][1:] == ["1", "1", "1", "1.25", "1.25"]
     assert lines[1][1:] == ["1", "0", "0", "-", "-"]
+
+
+def test_an_sm_of_an_h100_holds_what_one_with_less_memory_does_not() -> None:
+    """Two thread blocks of 50 to 99 KB would be timed where there is room for one."""
+    found = list(candidates([kernel(size=128)]))
+    one = next(i for i, x in enumerate(found) if x.config.warpgroups == 1)
+    others = {i: Timed(250, 0, 9.0) for i in range(1, len(found)) if i != one}
+    timed = others | {0: Timed(250, 30, 8.0), one: Timed(250, 0, 7.0)}
+    bytes_of_one = backward_shared_bytes(found[one].config, 128, "bfloat16", 1, False)
+    assert 50 * 1024 < bytes_of_one < 99 * 1024
+    assert found[one].blocks_of_an_sm(250, H100_MEMORY) == 2
+    assert found[one].blocks_of_an_sm(250, 100 * 1024) == 1
+    (row,) = compare(found, timed, H100_MEMORY)
+    assert row["ms_without"] == 9.0
+    (row,) = compare(found, timed, 100 * 1024)
+    assert row["ms_without"] == 7.0
 
 
 WORKER = """#!{python}
@@ -94,7 +118,7 @@ def test_processes_compile_together(
         with pytest.raises(UsageError, match="out of memory"):
             time_all(3, options)
         return
-    assert time_all(3, options) == {0: (0, 0.5), 1: (10, 1.5), 2: (20, 2.5)}
+    assert time_all(3, options) == {i: (96, 10 * i, i + 0.5) for i in range(3)}
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
