@@ -123,13 +123,17 @@ def lower(case: Case, sharding: Any) -> Any:
     def array(*shape: int, dtype: str = "float32") -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    of_kernel = {"recurrence": recurrence, "qkv_activation": _activation, "decode": _decoding}
+    of_kernel = {
+        "recurrence": recurrence_program,
+        "qkv_activation": _activation,
+        "decode": _decoding,
+    }
     program, arguments, options = of_kernel[case.kernel](case, array)
     traced = jax.jit(program, **options).trace(*arguments)
     return traced.lower(lowering_platforms=("cuda",))
 
 
-def recurrence(
+def recurrence_program(
     case: Case, array: Any, rows: tuple[int, int, int] | None = None, backward_config: Any = None
 ) -> Any:
     """The recurrence and its gradient: program, arguments and options of `jax.jit`.
@@ -226,7 +230,7 @@ def read(lines: Sequence[str]) -> dict[Case, list[Compiled] | str]:
 
 
 def sections(lines: Sequence[str], title: str) -> Iterator[tuple[str, list[str]]]:
-    """What follows `title` in each line that starts with it, and the lines up to the next one."""
+    """Pairs of the rest of each line that starts with `title` and the lines up to the next one."""
     starts = [i for i, line in enumerate(lines) if line.startswith(title)]
     for start, stop in itertools.pairwise([*starts, len(lines)]):
         yield lines[start].removeprefix(title), [*lines[start + 1 : stop]]

@@ -140,7 +140,8 @@ def _bytes(shape: Record, name: str) -> int:
 
 
 def _bytes_of_earlier_states(shape: Record) -> int:
-    """Bytes of the states of half of each group, written and read in bfloat16, from 16 keys on."""
+    """Bytes of the states of half of each group, written and read in bfloat16; up to N = 16 all
+    states are in shared memory."""
     n = shape["N"]
     return 0 if n <= 16 else shape["B"] * shape["T"] * shape["H"] * 2 * (4 * 2 * n * n) // 8
 

@@ -24,10 +24,10 @@ from benchmarks.compiled_kernels import (
     Case,
     Row,
     kernels_in,
+    recurrence_program,
     sections,
     write_kernels,
 )
-from benchmarks.compiled_kernels import recurrence as recurrence_of
 from benchmarks.measure.flags import require_writable
 from e88_jax import hardware
 from experiments import cli
@@ -55,7 +55,7 @@ class SpillsConfig:
     json: Path | None = None
     """File to write the numbers to, as JSON."""
     repetitions: int = 9
-    """Of which the tenth percentile is taken."""
+    """Repetitions of a timing, whose tenth percentile is taken."""
     processes: int = 4
     """Processes that compile, side by side; one at a time uses the GPU."""
     part: int | None = None
@@ -110,7 +110,7 @@ def candidates(kernels: Sequence[Row]) -> Iterator[Candidate]:
 
 
 def _sizes(kernel: Row) -> dict[str, Any]:
-    """What the rules read, but for batch and heads."""
+    """Arguments of the rules, batch and heads left out."""
     import jax.numpy as jnp
 
     every = kernel["every_option"]
@@ -197,7 +197,7 @@ def _compile(candidate: Candidate, here: Target) -> tuple[Any, Any]:
     def array(*shape: int, dtype: Any = "float32") -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    program, arguments, _ = recurrence_of(case, array, (batch, STEPS, heads), config)
+    program, arguments, _ = recurrence_program(case, array, (batch, STEPS, heads), config)
     named = dict(zip(("arrays", "marks", "cotangents"), arguments, strict=True))
     make = functools.partial(_inputs, like=named)
     with target.use(dataclasses.replace(gpu, n_sms=here.n_sms)):

@@ -40,8 +40,9 @@ SHARED = 0.85
 """Time of a column in an enlarged block, relative to the smallest: more columns share the loads of
 k and q."""
 HALVED = 1.1
-"""Time of a column where states of half of a group lie in device memory: with it the choices at A,
-B and F were the fastest of those timed."""
+"""Time of a column where states of half of a group lie in device memory. At A it is 1; 1.1 keeps
+three warpgroups with all states at B as an A100, rather than four without, which were slower when
+half of a group was replayed twice. To be measured again."""
 MANY_KEYS = 96
 """Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""
 MOST_SCALARS = 4

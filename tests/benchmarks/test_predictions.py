@@ -92,7 +92,7 @@ def test_no_faster_than_the_memory(n: int, of_a_step: int) -> None:
 
 
 def test_states_in_device_memory_count_where_the_cache_is_small() -> None:
-    """Of 8 steps 4 states are written and read."""
+    """4 states of 8 are written and read."""
     small, large = (
         predicted(find_gpu(key), entry("rtx4090", both=0.01), "forward+backward")
         for key in ("rtx3090", "rtx4090")

@@ -108,6 +108,38 @@ def test_backward_configs_that_were_measured(
     assert backward_config(*sizes, n_scalars=1, has_write_gate=False) == config
 
 
+ASYNC: dict[str, Any] = {"copies": "async"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "batch", "heads", "size", "dtype", "config"),
+    [
+        ("a100-80gb", 8, 72, 32, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 5, **ASYNC)),
+        ("a100-80gb", 8, 40, 64, jnp.bfloat16, TuningConfig(1, 32, 16, 4, 5, False, 4, **ASYNC)),
+        ("rtx4090", 8, 72, 32, jnp.bfloat16, TuningConfig(1, 32, 16, 4, 5, False, 4, **ASYNC)),
+        ("rtx4090", 8, 40, 64, jnp.bfloat16, TuningConfig(1, 32, 8, 4, 5, False, 3, **ASYNC)),
+        ("rtx4090", 4, 16, 128, jnp.bfloat16, TuningConfig(1, 32, 8, 4, 2, False, 4, **ASYNC)),
+        ("rtx4090", 8, 72, 128, jnp.float32, TuningConfig(1, 32, 8, 2, 1, False, 4, **ASYNC)),
+    ],
+)
+def test_backward_configs_of_other_gpus_that_were_measured(
+    gpu: str, batch: int, heads: int, size: int, dtype: Any, config: TuningConfig
+) -> None:
+    """On an H100, so with its number of SMs."""
+    target = dataclasses.replace(find_gpu(gpu).target, n_sms=H100.n_sms)
+    sizes = batch, heads, size, size, target, dtype
+    assert backward_config(*sizes, n_scalars=1, has_write_gate=False) == config
+
+
+def test_which_blocks_are_short_of_registers() -> None:
+    """65,536 registers of an SM, for 128 lanes of each warpgroup with 16 elements of N = 64."""
+    config = TuningConfig(1, 32, 8, 4, 5, states_held=3, copies="async")
+    assert config.is_short_of_registers(64)  # 6.4 for each element
+    assert not config.is_short_of_registers(32)  # 12.8
+    assert not dataclasses.replace(config, warpgroups=3).is_short_of_registers(64)  # 10.7
+    assert not dataclasses.replace(config, states_held=8).is_short_of_registers(64)
+
+
 def test_an_unknown_target_is_tuned_for_as_an_h100() -> None:
     sizes = 8, 96, 32, 32
     for choose in (forward_config, backward_config):
