@@ -39,9 +39,6 @@ from pallas_kernels.target import Target
 
 STEPS = 512
 """T of what is timed."""
-RESERVED = 1024
-"""Bytes of shared memory that the driver keeps of a thread block. Source: CUDA Programming
-Guide."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,14 +73,15 @@ class Candidate(NamedTuple):
     is_chosen: bool
     """Whether it is the config of the rules."""
 
-    def blocks_of_an_sm(self, registers: int, memory: int) -> int:
-        """Thread blocks that an SM holds, by its registers and bytes of shared memory."""
+    def blocks_of_an_sm(self, registers: int, gpu: Target) -> int:
+        """Thread blocks that an SM holds, by its registers and its shared memory."""
+        from pallas_kernels.common.launch import thread_blocks
         from pallas_kernels.recurrence.tuning import backward_shared_bytes
 
         size = self.kernel["size"]
         own = backward_shared_bytes(self.config, size, **_sizes(self.kernel))
         by_registers = REGISTERS // (THREADS * self.config.warpgroups * registers)
-        return min(by_registers, memory // (own + RESERVED))
+        return min(by_registers, thread_blocks(own, gpu))
 
 
 class Timed(NamedTuple):
@@ -267,24 +265,26 @@ def time_all(n_candidates: int, options: SpillsConfig) -> dict[int, Timed]:
     return results
 
 
-def compare(candidates: Sequence[Candidate], timed: dict[int, Timed], memory: int) -> Iterator[Row]:
+def compare(
+    candidates: Sequence[Candidate], timed: dict[int, Timed], at_hand: Target
+) -> Iterator[Row]:
     """For each kernel, what the config of the rules takes, and the fastest that spills little.
 
-    Args:
-        memory: bytes of shared memory of an SM of the GPU at hand. What it holds more of than the
-            GPU of the kernel, unless it does so with the config of the rules too, does not count.
+    What an SM of the GPU at hand holds more of than one of the kernel's GPU does not count, unless
+    that is so of the config of the rules too.
     """
     starts = [i for i, x in enumerate(candidates) if x.is_chosen]
     for start, stop in zip(starts, [*starts[1:], len(candidates)], strict=True):
         kernel, config, _ = candidates[start]
         row = {name: kernel[name] for name in ("gpu", "size", "dtype", "rows", "every_option")}
         row |= {"spilled_bytes": kernel["spilled_bytes"], "config": dataclasses.asdict(config)}
-        of_gpu = hardware.find_gpu(kernel["gpu"]).target.shared_memory_per_sm
-        assert of_gpu is not None
+        of_kernel = hardware.find_gpu(kernel["gpu"]).target
 
-        def too_many(i: int, there: int = of_gpu) -> bool:
-            registers = timed[i].registers
-            here, there = (candidates[i].blocks_of_an_sm(registers, x) for x in (memory, there))
+        def too_many(i: int, of_kernel: Target = of_kernel) -> bool:
+            here, there = (
+                candidates[i].blocks_of_an_sm(timed[i].registers, gpu)
+                for gpu in (at_hand, of_kernel)
+            )
             return here > there
 
         if start in timed:
@@ -335,11 +335,7 @@ def main(args: Sequence[str]) -> None:
         own = list(enumerate(of_all))[options.part :: options.processes]
         time_part(own, options.repetitions)
         return
-    memory = target.H100.shared_memory_per_sm
-    if gpu := hardware.detect_gpu():
-        memory = gpu.target.shared_memory_per_sm
-    assert memory is not None
-    rows = list(compare(of_all, time_all(len(of_all), options), memory))
+    rows = list(compare(of_all, time_all(len(of_all), options), target.current()))
     if options.json is not None:
         write_kernels(options.json, rows, device=target.current().name)
     for row in rows:

@@ -19,13 +19,30 @@ _BARRIER_BYTES = 1024
 """Shared memory left to the mbarriers of bulk copies."""
 _ALIGNMENT = 1024
 """Bytes; Pallas aligns each reference in shared memory to it."""
+_RESERVED = 1024
+"""Bytes of an SM's shared memory that the driver keeps of each thread block. Source: CUDA C++
+Programming Guide, shared memory of compute capability 8.x."""
 
 
 def shared_memory_limit(target: Target) -> int:
     """Bytes of shared memory for the scratch of a thread block; the H100's where unknown."""
+    return _per_block(target) - _of_barriers(target)
+
+
+def thread_blocks(scratch_bytes: int, target: Target) -> int:
+    """Thread blocks with so much scratch that the shared memory of an SM holds."""
+    per_sm = _per_block(target) + _RESERVED
+    return per_sm // (scratch_bytes + _of_barriers(target) + _RESERVED)
+
+
+def _per_block(target: Target) -> int:
     per_block = target.shared_memory_per_block or H100.shared_memory_per_block
     assert per_block is not None
-    return per_block - (_BARRIER_BYTES if target.uses_bulk_copies else 0)
+    return per_block
+
+
+def _of_barriers(target: Target) -> int:
+    return _BARRIER_BYTES if target.uses_bulk_copies else 0
 
 
 def shared_bytes(scratch: Scratch, warpgroups: int) -> int:

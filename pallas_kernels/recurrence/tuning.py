@@ -5,17 +5,20 @@ what they were measured on.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 
-from pallas_kernels.common.launch import shared_bytes, shared_memory_limit
+from pallas_kernels.common.launch import shared_bytes, shared_memory_limit, thread_blocks
 from pallas_kernels.common.sizes import round_up
 from pallas_kernels.limits import SAVED_STATE_GROUP, UnsupportedError
 from pallas_kernels.recurrence.scratch import backward_scratch, forward_scratch
 from pallas_kernels.recurrence.tuning_config import (
     KEYS_MULTIPLE,
+    REGISTERS_PER_ELEMENT,
     STATES_HELD,
     TuningConfig,
     column_multiple,
@@ -36,13 +39,22 @@ WAIT = 1.6
 """Time before an SM has all of its warpgroups under way, in units of the time that a warpgroup of
 32 columns adds: 1, 2, 3 and 5 of them take 0.70, 0.99, 1.23 and 1.87 ms, forward + backward, with
 2048 steps and N = 32."""
+WAIT_OF_STEP, WAIT_OF_KEYS = 0.35, 40
+"""The same of the backward kernel by N, as `WAIT_OF_STEP + WAIT_OF_KEYS / N`: a step waits about as
+long at every N, while a warpgroup's work grows with it. The kernels of `MISSING_REGISTER` took 1.1
+with N = 48, 0.95 with 64, 0.7 with 96 and 0.8 with 128."""
 SHARED = 0.85
 """Time of a column in an enlarged block, relative to the smallest: more columns share the loads of
 k and q."""
-HALVED = 1.1
-"""Time of a column where states of half of a group lie in device memory. At A it is 1; 1.1 keeps
-three warpgroups with all states at B as an A100, rather than four without, which were slower when
-half of a group was replayed twice. To be measured again."""
+HALVED = 1.05
+"""Time of a column where states of half of a group lie in device memory: at N = 48 and 64 with one
+to four warpgroups 0.97 to 1.07, at N = 32 with five 1, at N = 96 and 128 with one or two 0.96 to
+1.2."""
+MISSING_REGISTER = 0.06
+"""Time that each register less than `REGISTERS_PER_ELEMENT` adds to a column's: beyond the line
+through one to three warpgroups, N = 48 with 8.5 takes 1.03 to 1.07 times as long, N = 64 with 8 and
+6.4 1.1 and 1.2 times, N = 96 with 7.1 1.15 times. With 60 warpgroups for each SM of an H100 and 256
+steps, forward + backward less forward."""
 MANY_KEYS = 96
 """Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""
 MOST_SCALARS = 4
@@ -122,53 +134,70 @@ def backward_config(
     Raises:
         UnsupportedError: no config fits in the target's shared memory.
     """
-    smallest = _block(heads, n_value)
-    most = {smallest: MAX_HELD_AT_ONCE}
-    if smallest == (1, 32) and heads % 2 == 0 and _may_be_larger(n_state, dtype):
-        most[2, 32] = 4
-    columns = batch * _padded_columns(heads, n_value, smallest)
-    block, held = _fastest(smallest, most, columns, target)
-    chunks = 16, 8
-    # One or two warpgroups leave an SM waiting, and shared memory free.
-    few = held <= 2 and block == smallest and n_state <= MANY_KEYS
-    if n_state > MANY_KEYS:
-        chunks = (8,)
-    elif few or copies(target) == "async":  # to which a chunk costs more
-        chunks = (32, 16, 8)
-    less_memory = target.has_less_shared_memory
-    states_and_chunks = [(STATES_HELD[0], chunk) for chunk in chunks]
-    halved = [(states, chunk) for chunk in chunks for states in STATES_HELD[1:]]
-    # In float32 a block of several heads, each with keys of its own, may not fit.
-    blocks = dict.fromkeys([block, *(most if less_memory else ()), (1, column_multiple(1))])
-    candidates: Iterable[TuningConfig] = (
-        TuningConfig(
-            *b,
-            chunk,
-            unroll=unrolled_steps(n_state, b, states, dtype),
-            warpgroups=w,
-            pipelined=p,
-            states_held=states,
-            copies=copies(target),
-        )
-        for b in blocks
-        for w in range(_most_held(b, n_state, most) if less_memory else held, 0, -1)
-        for p in ((True, False) if few else (False,))
-        for states, chunk in [*states_and_chunks, *(halved if less_memory and not p else ())]
-    )
-    if less_memory:
+    keys = round_up(n_state, KEYS_MULTIPLE)
+    smallest, one_head = _block(heads, n_value), (1, column_multiple(1))
 
-        def time(config: TuningConfig) -> float:
-            own = config.heads, config.values
-            columns = batch * _padded_columns(heads, n_value, own)
-            of_column = HALVED if config.halved else 1.0
-            return _time(config.warpgroups, columns, own, smallest, target, of_column)
-
-        candidates = sorted(candidates, key=time)
+    def warpgroups(block: BlockSize) -> int:
+        return batch * _padded_columns(heads, n_value, block) // math.prod(block)
 
     def needed(config: TuningConfig) -> int:
         return backward_shared_bytes(config, n_state, dtype, n_scalars, has_write_gate)
 
-    return _first_that_fits(candidates, needed, target)
+    def time(config: TuningConfig) -> float:
+        block = config.heads, config.values
+        missing = max(0.0, REGISTERS_PER_ELEMENT - config.registers_per_element(keys))
+        work = _work(block, one_head) * (1 + MISSING_REGISTER * missing)
+        if config.halved:
+            work *= HALVED
+        held = config.warpgroups
+        if held == 1 and warpgroups(block) > _n_sms(target):
+            # Its threads have 255 registers at most: an SM's are enough for two thread blocks.
+            held = max(1, min(2, thread_blocks(needed(config), target)))
+        wait = WAIT_OF_STEP + WAIT_OF_KEYS / keys
+        return _time(held, warpgroups(block), work, wait, target)
+
+    per_sm = -(-warpgroups(smallest) // _n_sms(target))
+    # One or two warpgroups leave an SM waiting, and shared memory free.
+    few = per_sm <= 2 and n_state <= MANY_KEYS
+    blocks = [smallest, one_head]  # several heads may pad less, and not fit
+    if (
+        smallest == one_head
+        and per_sm > MAX_HELD_AT_ONCE
+        and _may_be_doubled(heads, n_state, dtype)
+    ):
+        blocks = [(2, column_multiple(1)), smallest]
+
+    def order(config: TuningConfig) -> tuple[float, bool, bool]:
+        # Pipelined blocks take 12 to 14 % longer with chunks of 8 steps than of 16.
+        return time(config), not config.pipelined, few and config.chunk < 16
+
+    candidates = _backward_candidates(blocks, few, n_state, dtype, target)
+    return _first_that_fits(sorted(candidates, key=order), needed, target)
+
+
+def _backward_candidates(
+    blocks: Iterable[BlockSize], few: bool, n_state: int, dtype: Any, target: Target
+) -> Iterator[TuningConfig]:
+    """Configs of the backward kernel; of equally fast ones the first is to be taken."""
+    chunks = (16, 8) if n_state <= MANY_KEYS else (8,)
+    if few or (copies(target) == "async" and n_state <= MANY_KEYS):  # to which a chunk costs more
+        chunks = (32, *chunks)
+    all_states = STATES_HELD[:1]
+    of_group = STATES_HELD if target.has_less_shared_memory else all_states
+    ways = [(True, all_states), (False, of_group)] if few else [(False, of_group)]
+    for block in dict.fromkeys(blocks):
+        for warpgroups in range(_most_held(block, round_up(n_state, KEYS_MULTIPLE)), 0, -1):
+            for (pipelined, states), chunk in itertools.product(ways, chunks):
+                for held in states:
+                    yield TuningConfig(
+                        *block,
+                        chunk,
+                        unroll=unrolled_steps(n_state, block, held, dtype),
+                        warpgroups=warpgroups,
+                        pipelined=pipelined,
+                        states_held=held,
+                        copies=copies(target),
+                    )
 
 
 def unrolled_steps(n_state: int, block: BlockSize, states_held: int, dtype: Any) -> int:
@@ -184,10 +213,10 @@ def unrolled_steps(n_state: int, block: BlockSize, states_held: int, dtype: Any)
     return min(steps, 4 if dtype == jnp.bfloat16 else 2)
 
 
-def _most_held(block: BlockSize, n_state: int, most: dict[BlockSize, int]) -> int:
+def _most_held(block: BlockSize, keys: int) -> int:
     """Most warpgroups of a thread block where shared memory does not limit them to fewer."""
-    by_registers = MOST_STATE_HELD // (block[0] * block[1] * round_up(n_state, KEYS_MULTIPLE))
-    return max(1, min(most.get(block, MAX_HELD_AT_ONCE), by_registers))
+    by_registers = MOST_STATE_HELD // (math.prod(block) * keys)
+    return max(1, min(MAX_HELD_AT_ONCE, by_registers))
 
 
 def copies(target: Target) -> Literal["bulk", "async"]:
@@ -195,9 +224,9 @@ def copies(target: Target) -> Literal["bulk", "async"]:
     return "bulk" if target.uses_bulk_copies else "async"
 
 
-def _may_be_larger(n_state: int, dtype: Any) -> bool:
+def _may_be_doubled(heads: int, n_state: int, dtype: Any) -> bool:
     """Whether backward blocks of two heads can be faster; with 16 keys they were slower."""
-    return 16 < n_state <= 32 and dtype == jnp.bfloat16
+    return heads % 2 == 0 and 16 < n_state <= 32 and dtype == jnp.bfloat16
 
 
 def _padded_columns(heads: int, n_value: int, block: BlockSize) -> int:
@@ -228,7 +257,7 @@ def _larger(block: BlockSize, heads: int, n_value: int, columns: int) -> list[Bl
 def _fastest(
     smallest: BlockSize, most: dict[BlockSize, int], columns: int, target: Target
 ) -> tuple[BlockSize, int]:
-    """The block, and the warpgroups of a thread block.
+    """The block of the forward kernel, and the warpgroups of a thread block.
 
     The smallest block while all are held at once, else the one for which the last SM finishes
     first; of equals the largest block and most warpgroups.
@@ -238,40 +267,42 @@ def _fastest(
         columns: columns of the state, of all heads and rows.
         target: its number of SMs counts; the H100's where unknown.
     """
-    per_sm = -(-_warpgroups(columns, smallest) // _n_sms(target))
+
+    def warpgroups(block: BlockSize) -> int:
+        return columns // math.prod(block)
+
+    per_sm = -(-warpgroups(smallest) // _n_sms(target))
     if per_sm <= MAX_HELD_AT_ONCE:
         return smallest, max(1, per_sm)
 
     def time(choice: tuple[BlockSize, int]) -> float:
         block, held = choice
-        return _time(held, columns, block, smallest, target)
+        return _time(held, warpgroups(block), _work(block, smallest), WAIT, target)
 
     choices = [
         (block, held)
         for block, limit in most.items()
         for held in range(1, min(limit, MAX_HELD_AT_ONCE) + 1)
     ]
-    return min(
-        choices, key=lambda choice: (time(choice), _warpgroups(columns, choice[0]), -choice[1])
-    )
+    return min(choices, key=lambda choice: (time(choice), warpgroups(choice[0]), -choice[1]))
 
 
-def _time(
-    held: int,
-    columns: int,
-    block: BlockSize,
-    smallest: BlockSize,
-    target: Target,
-    of_column: float = 1.0,
-) -> float:
-    """Time until the last SM finishes, as `WAIT` counts it, `of_column` that of a column."""
-    in_turn = -(-_warpgroups(columns, block) // (held * _n_sms(target)))
-    work = held * block[0] * block[1] / (smallest[0] * smallest[1])
-    return in_turn * (WAIT + work * of_column * (1 if block == smallest else SHARED))
+def _time(held: int, warpgroups: int, work: float, wait: float, target: Target) -> float:
+    """Time until the last SM has finished, as `WAIT` counts it.
+
+    Args:
+        held: warpgroups that an SM holds at once, of `warpgroups` in all.
+        work: time that a warpgroup adds.
+        wait: time before all are under way.
+    """
+    in_turn = -(-warpgroups // (held * _n_sms(target)))
+    return in_turn * (wait + held * work)
 
 
-def _warpgroups(columns: int, block: BlockSize) -> int:
-    return columns // (block[0] * block[1])
+def _work(block: BlockSize, smallest: BlockSize) -> float:
+    """Time that a warpgroup adds, in units of the smallest block's."""
+    times = math.prod(block) / math.prod(smallest)
+    return times * (SHARED if times > 1 else 1)
 
 
 def _n_sms(target: Target) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
-from pallas_kernels.common.sizes import REGISTERS, THREADS, WARPS, round_up
+from pallas_kernels.common.sizes import MAX_REGISTERS, REGISTERS, THREADS, WARPS, round_up
 from pallas_kernels.limits import SAVED_STATE_GROUP
 
 KEYS_MULTIPLE = 16
@@ -115,11 +115,14 @@ class TuningConfig:
         """Whether the first state of the second half is not held in shared memory either."""
         return self.states_held < SAVED_STATE_GROUP // 2
 
+    def registers_per_element(self, keys: int) -> float:
+        """Registers of a lane for each element that it holds of states of so many keys."""
+        elements = self.heads * self.values * keys / THREADS
+        return min(MAX_REGISTERS, REGISTERS / (THREADS * self.warpgroups)) / elements
+
     def is_short_of_registers(self, keys: int) -> bool:
         """Whether a halved block of so many keys had better load and compute again than keep."""
-        registers = REGISTERS / (THREADS * self.warpgroups)
-        elements = self.heads * self.values * keys / THREADS
-        return self.halved and registers < REGISTERS_PER_ELEMENT * elements
+        return self.halved and self.registers_per_element(keys) < REGISTERS_PER_ELEMENT
 
     def padded(self, heads: int, n_value: int, n_state: int) -> PaddedSizes:
         """The sizes of a state in whole blocks."""

@@ -11,6 +11,7 @@ from e88_jax.hardware import find_gpu
 from experiments.cli.errors import UsageError
 from pallas_kernels.common.launch import shared_memory_limit
 from pallas_kernels.recurrence.tuning import backward_shared_bytes
+from pallas_kernels.target import H100
 
 
 def kernel(
@@ -46,20 +47,17 @@ def test_which_kernels_are_timed() -> None:
     assert sum(x.is_chosen for x in candidates([*twice, other])) == 2
 
 
-H100_MEMORY = 228 * 1024
-
-
 def test_what_is_compared() -> None:
     of_both = list(candidates([kernel(), kernel(gpu="h100")]))
     second = next(i for i, x in enumerate(of_both) if i and x.is_chosen)
     timed = {
         0: Timed(96, 120, 2.0),
         1: Timed(96, 200, 1.0),  # faster, but spills too
-        2: Timed(128, 16, 3.0),
-        3: Timed(128, 0, 2.5),
+        2: Timed(168, 16, 3.0),
+        3: Timed(168, 0, 2.5),
         second: Timed(96, 80, 4.0),
     }
-    rows = list(compare(of_both, timed, H100_MEMORY))
+    rows = list(compare(of_both, timed, H100))
     assert [(row["gpu"], row["ms"], row["spilled_here"]) for row in rows] == [
         ("rtx4090", 2.0, 120),
         ("h100", 4.0, 80),
@@ -74,17 +72,18 @@ def test_what_is_compared() -> None:
 
 def test_an_sm_of_an_h100_holds_what_one_with_less_memory_does_not() -> None:
     """Two thread blocks of 50 to 99 KB would be timed where there is room for one."""
+    rtx4090 = find_gpu("rtx4090").target
     found = list(candidates([kernel(size=128)]))
     one = next(i for i, x in enumerate(found) if x.config.warpgroups == 1)
     others = {i: Timed(250, 0, 9.0) for i in range(1, len(found)) if i != one}
     timed = others | {0: Timed(250, 30, 8.0), one: Timed(250, 0, 7.0)}
     bytes_of_one = backward_shared_bytes(found[one].config, 128, "bfloat16", 1, False)
     assert 50 * 1024 < bytes_of_one < 99 * 1024
-    assert found[one].blocks_of_an_sm(250, H100_MEMORY) == 2
-    assert found[one].blocks_of_an_sm(250, 100 * 1024) == 1
-    (row,) = compare(found, timed, H100_MEMORY)
+    assert found[one].blocks_of_an_sm(250, H100) == 2
+    assert found[one].blocks_of_an_sm(250, rtx4090) == 1
+    (row,) = compare(found, timed, H100)
     assert row["ms_without"] == 9.0
-    (row,) = compare(found, timed, 100 * 1024)
+    (row,) = compare(found, timed, rtx4090)
     assert row["ms_without"] == 7.0
 
 
