@@ -35,6 +35,7 @@ from experiments.cli import require
 from experiments.cli.errors import UsageError
 from pallas_kernels import target
 from pallas_kernels.common.sizes import REGISTERS, THREADS
+from pallas_kernels.limits import SAVED_STATE_GROUP
 from pallas_kernels.target import Target
 
 STEPS = 512
@@ -128,7 +129,8 @@ def _chosen(kernel: Row) -> Any:
 
 
 def _others(kernel: Row, chosen: Any) -> Iterator[Any]:
-    """One or two warpgroups fewer, other states in shared memory, half of the steps unrolled."""
+    """One or two warpgroups fewer, other states in shared memory, half of the steps unrolled or of
+    those of a chunk."""
     from pallas_kernels.common.launch import shared_memory_limit
     from pallas_kernels.recurrence.tuning import backward_shared_bytes, unrolled_steps
     from pallas_kernels.recurrence.tuning_config import STATES_HELD
@@ -147,6 +149,8 @@ def _others(kernel: Row, chosen: Any) -> Iterator[Any]:
             )
             found.append(config)
     found.append(dataclasses.replace(chosen, unroll=max(1, chosen.unroll // 2)))
+    if chosen.chunk > SAVED_STATE_GROUP:
+        found.append(dataclasses.replace(chosen, chunk=chosen.chunk // 2))
     for config in dict.fromkeys(found):
         fits = backward_shared_bytes(config, kernel["size"], **_sizes(kernel)) <= limit
         if fits and config != chosen:

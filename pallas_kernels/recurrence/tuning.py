@@ -55,6 +55,10 @@ MISSING_REGISTER = 0.06
 through one to three warpgroups, N = 48 with 8.5 takes 1.03 to 1.07 times as long, N = 64 with 8 and
 6.4 1.1 and 1.2 times, N = 96 with 7.1 1.15 times. With 60 warpgroups for each SM of an H100 and 256
 steps, forward + backward less forward."""
+TWO_THREAD_BLOCKS = 0.95
+"""Time of two thread blocks of one warpgroup on an SM, relative to one of two: neither waits for
+the other to end. With 60 warpgroups for each SM 0.86 to 0.97 from N = 48 to 96, 0.96 to 1.01 at
+N = 128."""
 MANY_KEYS = 96
 """Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""
 MOST_SCALARS = 4
@@ -149,12 +153,11 @@ def backward_config(
         work = _work(block, one_head) * (1 + MISSING_REGISTER * missing)
         if config.halved:
             work *= HALVED
-        held = config.warpgroups
-        if held == 1 and warpgroups(block) > _n_sms(target):
-            # Its threads have 255 registers at most: an SM's are enough for two thread blocks.
-            held = max(1, min(2, thread_blocks(needed(config), target)))
         wait = WAIT_OF_STEP + WAIT_OF_KEYS / keys
-        return _time(held, warpgroups(block), work, wait, target)
+        # Threads have 255 registers at most: those of an SM are enough for two such thread blocks.
+        if config.warpgroups == 1 and per_sm > 2 and thread_blocks(needed(config), target) > 1:
+            return TWO_THREAD_BLOCKS * _time(2, warpgroups(block), work, wait, target)
+        return _time(config.warpgroups, warpgroups(block), work, wait, target)
 
     per_sm = -(-warpgroups(smallest) // _n_sms(target))
     # One or two warpgroups leave an SM waiting, and shared memory free.

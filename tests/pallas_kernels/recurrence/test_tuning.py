@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from e88_jax.hardware import find_gpu
-from pallas_kernels.common.launch import shared_memory_limit
+from pallas_kernels.common.launch import shared_memory_limit, thread_blocks
 from pallas_kernels.common.sizes import round_up
 from pallas_kernels.limits import UnsupportedError
 from pallas_kernels.recurrence.operands import Inputs
@@ -68,7 +68,7 @@ def test_as_many_warpgroups_as_an_sm_has_work_for() -> None:
         (16, 72, 32, (2, 32, 5), (1, 32, 5)),
         (16, 71, 32, (1, 32, 5), (1, 32, 5)),
         (8, 384, 32, (4, 32, 2), (2, 32, 4)),
-        (64, 384, 128, (1, 32, 2), (1, 32, 2)),
+        (64, 384, 128, (1, 32, 2), (1, 32, 1)),
     ],
 )
 def test_no_sm_has_a_last_warpgroup_alone(
@@ -99,6 +99,21 @@ def test_no_sm_has_a_last_warpgroup_alone(
         (4, 16, 128, jnp.bfloat16, TuningConfig(1, 32, 8, 4, 2)),
         (8, 48, 48, jnp.bfloat16, TuningConfig(2, 16, 8, 8, 5)),
         (8, 288, 16, jnp.bfloat16, TuningConfig(2, 16, 16, 8, 5)),
+        # Fewer warpgroups at once where five have too few registers, or take turns badly.
+        (8, 72, 64, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 3)),
+        (8, 72, 96, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 1)),
+        (8, 72, 72, jnp.bfloat16, TuningConfig(4, 8, 16, 4, 1)),
+        (4, 132, 40, jnp.bfloat16, TuningConfig(4, 8, 16, 4, 3)),
+        # One head a block, though that pads more, where all are then held in fewer turns.
+        (2, 132, 56, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 4)),
+        (8, 72, 120, jnp.bfloat16, TuningConfig(1, 32, 8, 4, 1)),
+        (8, 72, 56, jnp.float32, TuningConfig(1, 32, 16, 8, 1)),
+        (2, 132, 80, jnp.float32, TuningConfig(1, 32, 8, 8, 1)),
+        # Else several: one took 11 and 14 % longer.
+        (2, 132, 80, jnp.bfloat16, TuningConfig(2, 16, 8, 8, 3)),
+        # Pipelined, with chunks of 16 steps or more: 8 took 14 % longer.
+        (1, 132, 56, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 2, pipelined=True)),
+        (1, 132, 40, jnp.bfloat16, TuningConfig(4, 8, 16, 4, 2, pipelined=True)),
     ],
 )
 def test_backward_configs_that_were_measured(
@@ -117,7 +132,9 @@ ASYNC: dict[str, Any] = {"copies": "async"}
         ("a100-80gb", 8, 72, 32, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 5, **ASYNC)),
         ("a100-80gb", 8, 40, 64, jnp.bfloat16, TuningConfig(1, 32, 16, 4, 5, False, 4, **ASYNC)),
         ("rtx4090", 8, 72, 32, jnp.bfloat16, TuningConfig(1, 32, 16, 4, 5, False, 4, **ASYNC)),
+        ("a100-80gb", 8, 72, 56, jnp.bfloat16, TuningConfig(4, 8, 8, 4, 4, False, 4, **ASYNC)),
         ("rtx4090", 8, 40, 64, jnp.bfloat16, TuningConfig(1, 32, 8, 4, 5, False, 3, **ASYNC)),
+        ("rtx4090", 8, 72, 64, jnp.bfloat16, TuningConfig(1, 32, 16, 4, 3, False, 4, **ASYNC)),
         ("rtx4090", 4, 16, 128, jnp.bfloat16, TuningConfig(1, 32, 8, 4, 2, False, 4, **ASYNC)),
         ("rtx4090", 8, 72, 128, jnp.float32, TuningConfig(1, 32, 8, 2, 1, False, 4, **ASYNC)),
     ],
@@ -138,6 +155,32 @@ def test_which_blocks_are_short_of_registers() -> None:
     assert not config.is_short_of_registers(32)  # 12.8
     assert not dataclasses.replace(config, warpgroups=3).is_short_of_registers(64)  # 10.7
     assert not dataclasses.replace(config, states_held=8).is_short_of_registers(64)
+
+
+def test_registers_of_an_element() -> None:
+    config = TuningConfig(1, 32, 8, warpgroups=3)
+    assert config.registers_per_element(64) == pytest.approx(65_536 / 3 / 128 / 16)
+    assert dataclasses.replace(config, warpgroups=1).registers_per_element(64) == 255 / 16
+
+
+def test_few_rows_use_as_few_columns_as_they_have() -> None:
+    """A block of one head of 4 columns would compute 28 of padding."""
+    for gpu in ("h100", "rtx4090"):
+        config = backward_config(1, 72, 4, 4, find_gpu(gpu).target, jnp.bfloat16)
+        assert (config.heads, config.values) == (4, 8)
+
+
+def test_two_thread_blocks_of_one_warpgroup_share_an_sm() -> None:
+    """Rather than one of two warpgroups, where their memory lets them."""
+    for gpu, size, expected in [
+        ("h100", 96, (1, 2)),
+        ("rtx4090", 96, (1, 2)),
+        ("h100", 64, (3, 1)),
+    ]:
+        target = find_gpu(gpu).target
+        config = backward_config(8, 72, size, size, target, jnp.bfloat16, 1, False)
+        memory = backward_shared_bytes(config, size, jnp.bfloat16, 1, False)
+        assert (config.warpgroups, thread_blocks(memory, target)) == expected
 
 
 def test_an_unknown_target_is_tuned_for_as_an_h100() -> None:
