@@ -163,12 +163,8 @@ def backward_config(
     # One or two warpgroups leave an SM waiting, and shared memory free.
     few = per_sm <= 2 and n_state <= MANY_KEYS
     blocks = [smallest, one_head]  # several heads may pad less, and not fit
-    if (
-        smallest == one_head
-        and per_sm > MAX_HELD_AT_ONCE
-        and _may_be_doubled(heads, n_state, dtype)
-    ):
-        blocks = [(2, column_multiple(1)), smallest]
+    if per_sm > MAX_HELD_AT_ONCE and _may_be_doubled(smallest, heads, n_state, dtype):
+        blocks = [(2 * smallest[0], smallest[1]), smallest]
 
     def order(config: TuningConfig) -> tuple[float, bool, bool]:
         # Pipelined blocks take 12 to 14 % longer with chunks of 8 steps than of 16.
@@ -182,9 +178,11 @@ def _backward_candidates(
     blocks: Iterable[BlockSize], few: bool, n_state: int, dtype: Any, target: Target
 ) -> Iterator[TuningConfig]:
     """Configs of the backward kernel; of equally fast ones the first is to be taken."""
-    chunks = (16, 8) if n_state <= MANY_KEYS else (8,)
-    if few or (copies(target) == "async" and n_state <= MANY_KEYS):  # to which a chunk costs more
-        chunks = (32, *chunks)
+    chunks = (32, 16, 8)
+    if n_state > MANY_KEYS:
+        chunks = (8,)
+    elif not few and copies(target) == "bulk":  # with cp.async a chunk costs more
+        chunks = (16, 8)
     all_states = STATES_HELD[:1]
     of_group = STATES_HELD if target.has_less_shared_memory else all_states
     ways = [(True, all_states), (False, of_group)] if few else [(False, of_group)]
@@ -227,9 +225,10 @@ def copies(target: Target) -> Literal["bulk", "async"]:
     return "bulk" if target.uses_bulk_copies else "async"
 
 
-def _may_be_doubled(heads: int, n_state: int, dtype: Any) -> bool:
+def _may_be_doubled(block: BlockSize, heads: int, n_state: int, dtype: Any) -> bool:
     """Whether backward blocks of two heads can be faster; with 16 keys they were slower."""
-    return heads % 2 == 0 and 16 < n_state <= 32 and dtype == jnp.bfloat16
+    two = block[0] == 1 and heads % 2 == 0
+    return two and 16 < n_state <= 32 and dtype == jnp.bfloat16
 
 
 def _padded_columns(heads: int, n_value: int, block: BlockSize) -> int:

@@ -170,6 +170,15 @@ def test_few_rows_use_as_few_columns_as_they_have() -> None:
         assert (config.heads, config.values) == (4, 8)
 
 
+@pytest.mark.parametrize(("gpu", "kb"), [("h100", 112), ("a100-80gb", 81), ("rtx4090", 49)])
+def test_thread_blocks_of_an_sm(gpu: str, kb: int) -> None:
+    """Of 228, 164 and 100 KB each takes its own and 1 KB, on an H100 1 KB more for mbarriers."""
+    target = find_gpu(gpu).target
+    assert [thread_blocks(n * 1024, target) for n in (kb, kb + 1)] == [2, 1]
+    assert thread_blocks(shared_memory_limit(target), target) == 1
+    assert thread_blocks(shared_memory_limit(target) + 1, target) == 0
+
+
 def test_two_thread_blocks_of_one_warpgroup_share_an_sm() -> None:
     """Rather than one of two warpgroups, where their memory lets them."""
     for gpu, size, expected in [
