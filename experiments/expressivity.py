@@ -13,6 +13,7 @@ from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import RunStopped, UsageError
 from experiments.harness import devices, run_directory
+from experiments.harness.interrupts import as_ctrl_c
 from experiments.harness.ownership import owned
 from experiments.harness.progress import Report
 from experiments.trials import report, running
@@ -81,7 +82,7 @@ def main(args: Sequence[str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {directory} cannot be made: {error.strerror}.") from None
-    with owned(directory):
+    with owned(directory), as_ctrl_c():
         records = Records(directory / RUNS)
         try:
             complete, failed = _run(suite, records, config.minutes)

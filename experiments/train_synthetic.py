@@ -10,7 +10,7 @@ from e88_jax.config import E88Config, LMConfig
 from e88_jax.mixers.base import Execution
 from experiments import cli
 from experiments.cli import field_types
-from experiments.cli.names import TASK, value_of
+from experiments.cli.names import TASK, flag_of, value_of
 from experiments.harness import program
 from experiments.harness.config import BatchConfig, OptimizerConfig, TrainConfig
 from experiments.tasks.synthetic import TASKS, Parity, SyntheticConfig
@@ -51,6 +51,16 @@ class SyntheticTrainConfig(TrainConfig):
         if name not in TASKS:
             return None
         return cls(task_name=name, task=TASKS[name]()).with_defaults(DEFAULT_MODEL)
+
+    @classmethod
+    def hint_at(cls, flag: str) -> str | None:
+        """Advice for a flag of other tasks; None for any other flag."""
+        tasks = [
+            name
+            for name, kind in TASKS.items()
+            if flag in {flag_of(field.name) for field in dataclasses.fields(kind)}
+        ]
+        return f"it needs --{TASK} {' or '.join(tasks)}." if tasks else None
 
     def with_defaults(self, model: LMConfig) -> Self:
         vocab_size = self.task.vocab_size

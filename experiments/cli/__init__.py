@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
 
 import tyro
 
@@ -29,6 +29,16 @@ INT32_LIMIT = 2**31
 """Steps, tokens and sizes are counted in int32."""
 FLOAT32_LIMIT = 1e38
 """Rates and norms are kept in float32."""
+
+
+@runtime_checkable
+class HintsAtFlags(Protocol):
+    """A configuration that knows flags which others of its kind have."""
+
+    @classmethod
+    def hint_at(cls, flag: str) -> str | None:
+        """Advice for a flag that this configuration lacks; None for any other flag."""
+        ...
 
 
 def parse(
@@ -96,6 +106,8 @@ def _unknown(word: str, config: Any, layers: model_flags.Layers | None) -> str:
         flags += layers.flags()
         misspelt = layers.misspelt()
         hint = layers.hint_at_kind(flag_in(word))
+    if hint is None and isinstance(config, HintsAtFlags):
+        hint = config.hint_at(flag_in(word))
     if hint is None and (near := nearest(word, flags, misspelt)):
         hint = f"did you mean {near}?"
     return f"unknown argument {word}: {hint or '--help lists the flags.'}"

@@ -1,11 +1,24 @@
-"""SIGTERM, Ctrl-C and a closed terminal as requests to stop at the next step."""
+"""SIGTERM, Ctrl-C and a closed terminal as requests to stop at the next step, or as Ctrl-C."""
 
+import contextlib
 import signal
 import time
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Self
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+
+
+@contextlib.contextmanager
+def as_ctrl_c() -> Iterator[None]:
+    """A context in which SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does. A SIGHUP that
+    is ignored stays ignored."""
+    before = {n: signal.signal(n, signal.default_int_handler) for n in _numbers()}
+    try:
+        yield
+    finally:
+        _restore(before)
 
 
 class Interrupts:
@@ -18,26 +31,31 @@ class Interrupts:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._at = 0.0
-        self._before: dict[int, object] = {}
+        self._before: Mapping[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if _HANGUP is not None and signal.getsignal(_HANGUP) is not signal.SIG_IGN:
-            numbers.append(_HANGUP)
-        for number in numbers:
-            self._before[number] = signal.signal(number, self._note)
+        self._before = {n: signal.signal(n, self._note) for n in _numbers()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        _restore(self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._at = signal.Signals(number), time.monotonic()
         elif number != _HANGUP and time.monotonic() - self._at > 1:  # not the same press, bouncing
-            self._restore()
+            _restore(self._before)
             signal.raise_signal(number)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+def _numbers() -> list[signal.Signals]:
+    """Signals that ask a program to end, but for a SIGHUP that is ignored."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if _HANGUP is not None and signal.getsignal(_HANGUP) is not signal.SIG_IGN:
+        numbers.append(_HANGUP)
+    return numbers
+
+
+def _restore(before: Mapping[signal.Signals, object]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)  # pyright: ignore[reportArgumentType]

@@ -161,8 +161,9 @@ def test_the_vocabulary_follows_the_tasks_flags(flags: str, task: SyntheticConfi
     ("flags", "sentence"),
     [
         ("--task dyck --knids 2", "unknown argument --knids: did you mean --kinds?"),
-        ("--task counter --kinds 2", "unknown argument --kinds"),
-        ("--modulus 3", "unknown argument --modulus"),
+        ("--task counter --kinds 2", "unknown argument --kinds: it needs --task dyck."),
+        ("--modulus 3", "unknown argument --modulus: it needs --task counter or arithmetic."),
+        ("--task counter --modulis 3", "unknown argument --modulis: did you mean --modulus?"),
         ("--task dick", "invalid choice 'dick' for argument '--task'. Expected one of ('parity',"),
         ("--task dyck --kinds 0", "--kinds must be at least 1, got 0."),
         ("--task group --group A5 --tokens swaps", "--tokens swaps are not elements of --group A5"),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from experiments.harness.interrupts import Interrupts
+from experiments.harness.interrupts import Interrupts, as_ctrl_c
 
 
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -45,5 +45,23 @@ def test_a_hangup_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch):
         with Interrupts() as interrupts:
             signal.raise_signal(signal.SIGHUP)
             assert interrupts.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_as_ctrl_c(number: signal.Signals):
+    signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), as_ctrl_c():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no hangups on Windows")
+def test_hangups_that_are_ignored_stay_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with as_ctrl_c():
+            signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -3,6 +3,10 @@
 import csv
 import dataclasses
 import json
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +115,34 @@ def test_cells_that_fail_are_named_at_the_end(
     monkeypatch.setattr(running.Runner, "run", run)
     expressivity.main(parity)
     assert {line["model"] for line in lines(directory)} == {"e88", "lstm"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_suite_that_is_stopped_writes_its_tables(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = ["quick", "--problems", "parity", "--out", str(tmp_path)]
+    run = running.Runner.run
+
+    def stopped(self: Any, work: running.Work, advanced: Callable[[int], None]) -> None:
+        run(self, work, advanced)
+        if work.kind == "run":
+            os.kill(os.getpid(), number)
+            while True:  # until the main thread has taken notice
+                time.sleep(0.01)
+                advanced(work.lane_steps)
+
+    monkeypatch.setattr(running.Runner, "run", stopped)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        expressivity.main(suite)
+    assert signal.getsignal(number) is before
+    done = lines(tmp_path)
+    assert any(x["kind"] == "run" for x in done)
+    assert "parity" in (tmp_path / "report.md").read_text()
+    monkeypatch.setattr(running.Runner, "run", run)
+    expressivity.main(suite)
+    assert lines(tmp_path)[: len(done)] == done
 
 
 def test_the_list_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
