@@ -36,7 +36,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 pytest.register_assert_rewrite(
-    "tests.recurrence_contract", "tests.mixers.contract", "tests.ops", "tests.reference"
+    *(f"tests.recurrence_{name}" for name in ("calls", "contract", "documents")),
+    *("tests.mixers.contract", "tests.ops", "tests.reference"),
 )
 
 

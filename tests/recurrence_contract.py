@@ -8,8 +8,6 @@ A test class names its implementation, sets the capability flags that differ, an
 
 import functools
 import itertools
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import chex
@@ -19,197 +17,28 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from e88_jax import documents, naive
-from e88_jax.naive import Inputs, rms_ratio
-from e88_jax.recurrence import e88_recurrence
-
-# Of ||x - reference|| / ||reference||, per tensor.
-BOUNDS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 4e-3}
-
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
-"""For programs that run once or twice: JAX's own optimizations, without those of LLVM."""
-
-EVERY_OPTION = ("write_gate", "initial_state", "segment_ids")
-OPTIONS = [
-    (),
-    ("write_gate",),
-    ("initial_state",),
-    ("segment_ids",),
-    ("linear_state",),
+from e88_jax import naive
+from e88_jax.naive import Inputs
+from tests.recurrence_calls import (
+    BOUNDS,
     EVERY_OPTION,
-    (*EVERY_OPTION, "linear_state"),
-]
-# (T, N, V): one step, across and short of a saved state, non-square states, prime lengths.
-SIZES = [(1, 4, 7), (2, 12, 4), (31, 4, 4), (33, 12, 20), (67, 32, 8)]
-
-Tensors = dict[str, Any]
-
-
-def make_inputs(
-    time: int,
-    n_state: int,
-    n_value: int,
-    options: tuple[str, ...] = (),
-    *,
-    batch: int = 3,
-    heads: int = 3,
-    seed: int = 0,
-) -> Inputs:
-    """Inputs that keep the tanh away from saturation, where gradients vanish and errors hide."""
-    rng = np.random.default_rng([seed, time, n_state, n_value])
-    per_step = (batch, time, heads)
-
-    def unit(*shape: int) -> np.ndarray:
-        x = rng.normal(size=shape)
-        return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-    ids = np.cumsum(rng.random((batch, time)) < 0.15, axis=1)
-    ids[0] += np.arange(time) >= time // 2  # a restart in row 0 at least
-    return Inputs(
-        q=unit(*per_step, n_state),
-        k=unit(*per_step, n_state),
-        v=0.6 * rng.normal(size=(*per_step, n_value)),
-        decay=rng.uniform(0.8, 1.0, per_step),
-        write_gate=rng.uniform(0.3, 1.0, per_step) if "write_gate" in options else None,
-        initial_state=(
-            rng.uniform(-0.6, 0.6, (batch, heads, n_state, n_value))
-            if "initial_state" in options
-            else None
-        ),
-        # An id that comes back is a new document all the same.
-        segment_ids=(ids % 3).astype(np.int32) if "segment_ids" in options else None,
-        linear_state="linear_state" in options,
-    )
+    OPTIONS,
+    QUICK_TO_COMPILE,
+    SIZES,
+    Tensors,
+    assert_tensors_close,
+    cast,
+    make_cotangents,
+    make_inputs,
+    slice_time,
+    tensors,
+    vjp_arguments,
+)
+from tests.recurrence_documents import DocumentsContract
 
 
-def make_cotangents(inputs: Inputs, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    batch, _, heads, n_state = inputs.q.shape
-    d_out = rng.normal(size=inputs.v.shape)
-    return d_out, rng.normal(size=(batch, heads, n_state, inputs.v.shape[-1]))
-
-
-def tensors(inputs: Inputs, dtype: str) -> Tensors:
-    """Differentiated inputs as JAX arrays: q, k, v in dtype, the rest float32 or float64."""
-    wide = "float64" if dtype == "float64" else "float32"
-    dtypes = {"q": dtype, "k": dtype, "v": dtype}
-    names = ("q", "k", "v", "decay", "write_gate", "initial_state")
-    given = {name: getattr(inputs, name) for name in names}
-    return {
-        name: cast(value, dtypes.get(name, wide))
-        for name, value in given.items()
-        if value is not None
-    }
-
-
-def cast(x: np.ndarray, dtype: str) -> jax.Array:
-    """x as a JAX array, without `jnp.asarray`, which compiles a program for each shape."""
-    return jax.device_put(x.astype(jnp.dtype(dtype)))
-
-
-def slice_time(arrays: Tensors, start: int, stop: int | None) -> Tensors:
-    """Steps [start, stop) of everything that has a time axis; not the initial state."""
-    return {
-        name: x if name == "initial_state" else x[:, start:stop]
-        for name, x in arrays.items()
-        if name != "initial_state" or start == 0
-    }
-
-
-def assert_tensors_close(actual: Tensors, expected: Tensors, bound: float) -> None:
-    assert actual.keys() == expected.keys()
-    ratios = {name: rms_ratio(actual[name], expected[name]) for name in expected}
-    assert all(ratio < bound for ratio in ratios.values()), ratios
-
-
-def rows_by(
-    recurrence: Any, arrays: Tensors, segment_ids: Any = None, lengths: Any = None, **options: Any
-) -> Any:
-    """The op, as `e88_recurrence` makes it of a recurrence alone."""
-    x = documents.Inputs(**{"write_gate": None, "initial_state": None, **arrays})
-    lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
-    options = {"linear_state": False, "saved_state_interval": 32, **options}
-    return documents.of_rows(functools.partial(recurrence, **options), x, segment_ids, lengths)
-
-
-def _vjp_arguments(inputs: Inputs) -> Any:
-    """float32 arguments of `results_and_gradient`."""
-    cotangents = tuple(cast(x, "float32") for x in make_cotangents(inputs))
-    return tensors(inputs, "float32"), jax.device_put(inputs.segment_ids), cotangents
-
-
-@functools.cache  # one compilation for each set of shapes
-def _evaluator(test_class: "type[RecurrenceContract]", options: tuple[Any, ...], dtype: str) -> Any:
-    compiler_options = QUICK_TO_COMPILE if dtype in test_class.quick_to_compile else None
-
-    @functools.partial(jax.jit, compiler_options=compiler_options)
-    def run(arrays: Tensors, segment_ids: Any, cotangents: tuple[Any, Any]) -> Tensors:
-        def f(arrays: Tensors) -> Any:
-            return test_class().call(arrays, segment_ids, **dict(options))
-
-        (out, final_state), pullback = jax.vjp(f, arrays)
-        (grads,) = pullback(cotangents)
-        return {"out": out, "final_state": final_state} | {f"d_{n}": g for n, g in grads.items()}
-
-    return run
-
-
-class RecurrenceContract:
-    """Inherit it, and set what follows."""
-
-    implementation: Any
-    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16")
-    sizes: list[tuple[int, int, int]] = SIZES
-    n_value: int = 6
-    rows: Mapping[str, int] = MappingProxyType({"batch": 3, "heads": 3})
-    supports_vmap: bool = True
-    supports_sharding: bool = True
-    # float64 is for the formulas; what users run is compiled as they compile it.
-    quick_to_compile: tuple[str, ...] = ("float64",)
-    saved_state_intervals: tuple[int, ...] = (1, 5, 32, 1000)
-    kept_every: Mapping[int, int] = MappingProxyType({16: 16, 64: 64})
-    """Steps between the states that are kept where `saved_state_interval` is so many."""
-    uses_xla_memory: bool = True
-    """Whether XLA's analysis counts all the device memory that a program uses."""
-
-    # How each test calls the implementation.
-
-    def call(
-        self, arrays: Tensors, segment_ids: Any = None, lengths: Any = None, **options: Any
-    ) -> Any:
-        return e88_recurrence(
-            **arrays,
-            segment_ids=segment_ids,
-            lengths=None if lengths is None else jnp.array(lengths, jnp.int32),
-            implementation=self.implementation,
-            **options,
-        )
-
-    def evaluate(
-        self, inputs: Inputs, cotangents: tuple[Any, Any], dtype: str, **options: Any
-    ) -> Tensors:
-        """`out`, `final_state` and the gradient `d_x` of each input, in NumPy."""
-        # Few steps between saved states: implementations may write those out, and compile longer.
-        options = {"linear_state": inputs.linear_state, "saved_state_interval": 4, **options}
-        run = _evaluator(type(self), tuple(sorted(options.items())), dtype)
-        wide = "float64" if dtype == "float64" else "float32"
-        d_out, d_final_state = cotangents
-        ids = None if inputs.segment_ids is None else jax.device_put(inputs.segment_ids)
-        d_arrays = cast(d_out, dtype), cast(d_final_state, wide)
-        results = run(tensors(inputs, dtype), ids, d_arrays)
-        return {name: np.asarray(x) for name, x in results.items()}
-
-    def require(self, dtype: str) -> None:
-        if dtype not in self.dtypes:
-            pytest.skip(f"{self.implementation} does not take {dtype}")
-
-    @property
-    def best_dtype(self) -> str:
-        return self.dtypes[0]
-
-    def inputs(self, time: int, options: tuple[str, ...] = (), **rows: int) -> Inputs:
-        """Tests that are not about time take 33 steps, and share compiled programs."""
-        return make_inputs(time, 4, self.n_value, options, **{**self.rows, **rows})
+class RecurrenceContract(DocumentsContract):
+    """Inherit it, and set what `RecurrenceCalls` has."""
 
     # Against the NumPy loop.
 
@@ -334,135 +163,6 @@ class RecurrenceContract:
             whole = self.evaluate(inputs._replace(segment_ids=ids), cotangents, self.best_dtype)
             assert_tensors_close(actual, whole, BOUNDS[self.best_dtype])
 
-    def test_packed_documents_equal_separate_runs(self) -> None:
-        lengths = [1, 10, 10, 12]  # alike where a document may be: a program less
-        starts = np.cumsum([0, *lengths])
-        time = int(starts[-1])
-        inputs = self.inputs(time, ("write_gate", "initial_state"))
-        ids = np.tile(np.repeat([7, 2, 7, 0], lengths).astype(np.int32), (inputs.q.shape[0], 1))
-        d_out, d_final_state = make_cotangents(inputs)
-        with jax.enable_x64(self.best_dtype == "float64"):
-            packed = self.evaluate(
-                inputs._replace(segment_ids=ids), (d_out, d_final_state), self.best_dtype
-            )
-            per_step: dict[str, list[Any]] = {}
-            final: Tensors = {}
-            for i, (start, stop) in enumerate(itertools.pairwise(starts)):
-                document = Inputs(
-                    *(x[:, start:stop] for x in inputs[:4]),
-                    write_gate=inputs.write_gate[:, start:stop],  # type: ignore[index]
-                    initial_state=inputs.initial_state if i == 0 else None,
-                )
-                # Only the last document's state comes out of the packed run.
-                d_state = d_final_state * (i == len(lengths) - 1)
-                separate = self.evaluate(document, (d_out[:, start:stop], d_state), self.best_dtype)
-                if i == 0:
-                    final["d_initial_state"] = separate.pop("d_initial_state")
-                final["final_state"] = separate.pop("final_state")
-                for name, x in separate.items():
-                    per_step.setdefault(name, []).append(x)
-            separate = final | {name: np.concatenate(x, 1) for name, x in per_step.items()}
-        assert_tensors_close(packed, separate, BOUNDS[self.best_dtype])
-
-    @pytest.mark.parametrize("linear_state", [False, True])
-    def test_rows_that_end(self, linear_state: bool) -> None:
-        """Each row is as if alone, whatever lies after its end, NaN included."""
-        time, lengths = 33, (33, 18, 5, 0)
-        rows = {"batch": 4, "heads": self.rows["heads"]}
-        inputs = self.inputs(time, EVERY_OPTION, **rows)._replace(linear_state=linear_state)
-        d_out, d_final_state = make_cotangents(inputs)
-        past_end = np.arange(time)[None, :] >= np.array(lengths)[:, None]
-        names = ("q", "k", "v", "decay", "write_gate")
-        padded = inputs._replace(
-            **{name: np.array(getattr(inputs, name)) for name in names},
-        )
-        for name in names:
-            getattr(padded, name)[past_end] = np.nan
-        dtype = self.best_dtype
-        with jax.enable_x64(dtype == "float64"):
-            actual = self.evaluate(padded, (d_out, d_final_state), dtype, lengths=lengths)
-        for row, length in enumerate(lengths):
-            own = {name: x[row] for name, x in actual.items()}
-            for name in own.keys() - {"final_state", "d_initial_state"}:
-                assert not np.any(own[name][length:]), name
-            if not length:
-                given = inputs.initial_state[row]  # pyright: ignore[reportOptionalSubscript]
-                np.testing.assert_array_equal(
-                    own["final_state"], given.astype(own["final_state"].dtype)
-                )
-                np.testing.assert_allclose(own["d_initial_state"], d_final_state[row], rtol=1e-6)
-                continue
-            alone = Inputs(
-                *(x[row : row + 1, :length] for x in inputs[:5]),  # pyright: ignore[reportOptionalSubscript]
-                initial_state=inputs.initial_state[row : row + 1],  # pyright: ignore[reportOptionalSubscript]
-                segment_ids=inputs.segment_ids[row : row + 1, :length],  # pyright: ignore[reportOptionalSubscript]
-                linear_state=linear_state,
-            )
-            cotangents = d_out[row : row + 1, :length], d_final_state[row : row + 1]
-            expected = naive.run(alone)
-            wanted: Tensors = {"out": expected.out, "final_state": expected.final_state}
-            for name, x in naive.gradients(alone, *cotangents)._asdict().items():
-                if isinstance(x, np.ndarray):
-                    wanted[f"d_{name}"] = x
-            got = {
-                name: x[None] if name in ("final_state", "d_initial_state") else x[None, :length]
-                for name, x in own.items()
-            }
-            assert_tensors_close(got, wanted, BOUNDS[dtype])
-
-    @pytest.mark.parametrize("spoil", ["q", "k", "v", "decay", "write_gate", "initial_state"])
-    def test_documents_are_apart_where_one_is_not_finite(self, spoil: str) -> None:
-        inputs = self.inputs(20, EVERY_OPTION)
-        ids = np.zeros((inputs.q.shape[0], 20), np.int32)
-        ids[:, 7:13], ids[:, 13:] = 1, 2
-        inputs = inputs._replace(segment_ids=ids)
-        cotangents = make_cotangents(inputs)
-        spoilt = np.array(getattr(inputs, spoil))
-        # Head 0 of the second document from its third step on, or of the first from its start.
-        first, step, stop = (0, 0, 7) if spoil == "initial_state" else (7, 9, 13)
-        spoilt[(0, 0) if spoil == "initial_state" else (0, step, 0)] = np.inf
-        clean = self.evaluate(inputs, cotangents, "float32")
-        dirty = self.evaluate(inputs._replace(**{spoil: spoilt}), cotangents, "float32")
-        clean, dirty = ({name: np.array(x) for name, x in xs.items()} for xs in (clean, dirty))
-        spoilt_out = dirty["out"][0, step : step + 1 if spoil == "q" else stop, 0]
-        assert np.all(np.isnan(spoilt_out))
-        spoilt_out[...] = 0
-        for name, x in dirty.items():
-            assert np.all(np.isfinite(x)), name
-            for y in (x, clean[name]):
-                if name == "d_initial_state":
-                    y[0, 0] = 0
-                elif name != "final_state":
-                    y[0, first:stop, 0] = 0
-            np.testing.assert_array_equal(x, clean[name], err_msg=name)
-
-    @pytest.mark.parametrize("linear_state", [False, True])
-    def test_nothing_leaks_through_a_restart(self, linear_state: bool) -> None:
-        inputs = self.inputs(33, EVERY_OPTION)._replace(linear_state=linear_state)
-        start = 7
-        ids = np.zeros((inputs.q.shape[0], 33), np.int32)
-        ids[:, start:] = 1
-        inputs = inputs._replace(segment_ids=ids)
-        # Weigh the second document alone: the first must get no gradient.
-        d_out, d_final_state = make_cotangents(inputs)
-        d_out[:, :start] = 0
-        dirty = {}
-        for name in ("q", "k", "v", "initial_state"):
-            x = np.array(getattr(inputs, name))
-            x[:, : start if name != "initial_state" else None] = 100.0
-            dirty[name] = x
-        clean = self.evaluate(inputs, (d_out, d_final_state), "float32")
-        dirtied = self.evaluate(inputs._replace(**dirty), (d_out, d_final_state), "float32")
-        assert not np.array_equal(clean["out"][:, :start], dirtied["out"][:, :start])
-        for name, x in dirtied.items():
-            if name == "d_initial_state":
-                assert not np.any(x)
-            elif name == "final_state":
-                np.testing.assert_array_equal(x, clean[name])
-            else:
-                np.testing.assert_array_equal(x[:, start:], clean[name][:, start:], err_msg=name)
-                assert name == "out" or not np.any(x[:, :start]), name
-
     def test_saved_state_interval_changes_nothing(self) -> None:
         inputs = self.inputs(67, EVERY_OPTION)
         cotangents = make_cotangents(inputs)
@@ -566,7 +266,7 @@ class RecurrenceContract:
         if not self.supports_vmap:
             pytest.skip(f"{self.implementation} does not support vmap")
         inputs = self.inputs(9, EVERY_OPTION, batch=8)
-        nested = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), _vjp_arguments(inputs))
+        nested = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), vjp_arguments(inputs))
         mapped = jax.jit(jax.vmap(self.results_and_gradient))(*nested)
         mapped = jax.tree.map(lambda x: x.reshape(8, *x.shape[2:]), mapped)
         self.check_against_one_program(mapped, inputs)
@@ -578,7 +278,7 @@ class RecurrenceContract:
         if n_devices < 2:
             pytest.skip("needs two devices")
         inputs = self.inputs(9, EVERY_OPTION, batch=2 * n_devices)
-        arguments = _vjp_arguments(inputs)
+        arguments = vjp_arguments(inputs)
         mesh = jax.make_mesh((n_devices,), ("data",), axis_types=(AxisType.Auto,))
         by_batch = NamedSharding(mesh, PartitionSpec("data"))
         compiled = (

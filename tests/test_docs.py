@@ -10,7 +10,7 @@ import e88_jax
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/*.md", "*/README.md", "tests/*/README.md")
+    for pattern in ("*.md", "docs/*.md", "[a-z]*/README.md", "tests/*/README.md")
     for path in ROOT.glob(pattern)
 )
 

@@ -21,7 +21,7 @@ from e88_jax.mixers.baselines import (
     Mamba2Config,
 )
 from e88_jax.sampling import generate
-from tests.recurrence_contract import QUICK_TO_COMPILE
+from tests.recurrence_calls import QUICK_TO_COMPILE
 from tests.reference.configs import n_params
 
 BATCH, TIME, VOCAB = 2, 9, 11

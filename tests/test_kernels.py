@@ -21,7 +21,7 @@ from pallas_kernels.decode import op as decode_op
 from pallas_kernels.qkv_activation import lanes as activation_lanes
 from pallas_kernels.recurrence import backward_kernel, forward_kernel, forward_step
 from pallas_kernels.recurrence import recurrence as by_kernels
-from tests.recurrence_contract import make_inputs, tensors
+from tests.recurrence_calls import make_inputs, tensors
 from tests.reference.configs import e88_layer
 
 VALUE_ERROR = ValueError("Out of bound slice: start=0.\nThe kernel's frames.")

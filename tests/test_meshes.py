@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from e88_jax import E88Mixer, LanguageModel, e88_recurrence
 from e88_jax.projection import JoinedInputProjections
-from tests.recurrence_contract import EVERY_OPTION, make_inputs, tensors
+from tests.recurrence_calls import EVERY_OPTION, make_inputs, tensors
 from tests.reference.configs import e88_layer, lm_config
 
 LENGTHS = (8, 3, 0, 8)

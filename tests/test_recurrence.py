@@ -11,7 +11,8 @@ import pytest
 from e88_jax import kernels, recurrence
 from e88_jax.recurrence import e88_recurrence
 from pallas_kernels import target
-from tests.recurrence_contract import EVERY_OPTION, RecurrenceContract, make_inputs, tensors
+from tests.recurrence_calls import EVERY_OPTION, make_inputs, tensors
+from tests.recurrence_contract import RecurrenceContract
 
 
 class TestScan(RecurrenceContract):

@@ -19,7 +19,7 @@ from tests.ops.inputs import (
     make_call,
     rounded,
 )
-from tests.recurrence_contract import Tensors, assert_tensors_close
+from tests.recurrence_calls import Tensors, assert_tensors_close
 
 if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)

@@ -6,7 +6,7 @@ import pytest
 from e88_jax.ops import hopper
 from pallas_kernels import target
 from tests.ops.inputs import GATED_DELTA_RULE, OPTIONS, Size, evaluate, make_call, rounded
-from tests.recurrence_contract import assert_tensors_close
+from tests.recurrence_calls import assert_tensors_close
 
 if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)

@@ -17,16 +17,16 @@ from e88_jax.recurrence import e88_recurrence
 from pallas_kernels import target
 from pallas_kernels.recurrence import TuningConfig
 from pallas_kernels.recurrence import recurrence as by_kernels
-from tests.recurrence_contract import (
+from tests.recurrence_calls import (
     EVERY_OPTION,
     SIZES,
-    RecurrenceContract,
     Tensors,
     make_cotangents,
     make_inputs,
     rows_by,
     tensors,
 )
+from tests.recurrence_contract import RecurrenceContract
 
 if refusal := target.kernels_refusal(target.current()):
     pytest.skip(f"mosaic_gpu {refusal}", allow_module_level=True)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from e88_jax import LanguageModel, e88_recurrence
 from e88_jax.naive import rms_ratio
 from pallas_kernels import target
-from tests.recurrence_contract import EVERY_OPTION, make_inputs, tensors
+from tests.recurrence_calls import EVERY_OPTION, make_inputs, tensors
 from tests.reference.configs import lm_config
 
 if refusal := target.kernels_refusal(target.current()):

@@ -20,7 +20,7 @@ from flax import nnx
 
 from e88_jax.mixers.base import Mixer, MixerConfig
 from e88_jax.naive import rms_ratio
-from tests.recurrence_contract import QUICK_TO_COMPILE
+from tests.recurrence_calls import QUICK_TO_COMPILE
 from tests.reference.configs import E88Layer, Layer, n_params
 
 BATCH, TIME = 2, 8

@@ -12,7 +12,7 @@ from e88_jax.config import E88Config
 from e88_jax.interop import mixer_from_torch, mixer_to_torch
 from e88_jax.mixers.e88 import E88Mixer, E88State
 from e88_jax.naive import rms_ratio
-from tests.recurrence_contract import QUICK_TO_COMPILE
+from tests.recurrence_calls import QUICK_TO_COMPILE
 from tests.reference import layer as numpy_layer
 from tests.reference.configs import E88_OPTIONS, e88_layer, name_of
 

@@ -19,7 +19,7 @@ from e88_jax.mixers.baselines import GatedDeltaNetConfig, Mamba2Config
 from e88_jax.mixers.gated_deltanet import GatedDeltaNetState
 from e88_jax.mixers.mamba2 import Mamba2State
 from e88_jax.naive import rms_ratio
-from tests.recurrence_contract import QUICK_TO_COMPILE
+from tests.recurrence_calls import QUICK_TO_COMPILE
 from tests.reference import originals
 from tests.reference.configs import name_of
 

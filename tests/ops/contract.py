@@ -28,7 +28,7 @@ from tests.ops.inputs import (
     rounded,
     tensors,
 )
-from tests.recurrence_contract import BOUNDS, assert_tensors_close
+from tests.recurrence_calls import BOUNDS, assert_tensors_close
 
 LONG = Size(1, 500, 1, 2, 12, 20)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e88_jax.ops import gated_delta_rule, ssd
-from tests.recurrence_contract import QUICK_TO_COMPILE
+from tests.recurrence_calls import QUICK_TO_COMPILE
 from tests.reference import linear_recurrence
 
 quick_jit = functools.partial(

@@ -16,7 +16,7 @@ from e88_jax.ops.sequential import sequential
 from e88_jax.reference import scan_recurrence
 from pallas_kernels import target
 from tests.ops.inputs import GATED_DELTA_RULE, Size, Tensors, make_call, tensors
-from tests.recurrence_contract import assert_tensors_close
+from tests.recurrence_calls import assert_tensors_close
 
 BOUND = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 8e-3}
 """bfloat16 rounds v / alpha once more than v."""

@@ -28,7 +28,7 @@ from tests.ops.inputs import (
     results_and_gradients,
     tensors,
 )
-from tests.recurrence_contract import BOUNDS, assert_tensors_close
+from tests.recurrence_calls import BOUNDS, assert_tensors_close
 from tests.reference.odd import NOT_ARRAYS, NOT_CHOICES, OP, fault_of, without
 
 SMALL = Size(2, 5, 3, 6, 4, 7)

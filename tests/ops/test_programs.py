@@ -24,7 +24,7 @@ from tests.ops.inputs import (
     results_and_gradients,
     tensors,
 )
-from tests.recurrence_contract import BOUNDS, assert_tensors_close
+from tests.recurrence_calls import BOUNDS, assert_tensors_close
 
 TIMES = {"scan": 6, "chunked": 66}
 

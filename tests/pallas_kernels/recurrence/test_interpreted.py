@@ -15,13 +15,8 @@ from pallas_kernels import target
 from pallas_kernels.interpreter.jax_interpreter import InterpretGPUParams, reset_interpreter
 from pallas_kernels.recurrence import TuningConfig, op, recurrence, tuning
 from pallas_kernels.target import H100, Target
-from tests.recurrence_contract import (
-    EVERY_OPTION,
-    RecurrenceContract,
-    Tensors,
-    make_inputs,
-    rows_by,
-)
+from tests.recurrence_calls import EVERY_OPTION, Tensors, make_inputs, rows_by
+from tests.recurrence_contract import RecurrenceContract
 
 RACES = InterpretGPUParams(detect_races=True)
 AMPERE = find_gpu("a100-80gb").target

@@ -14,14 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from e88_jax.documents import document_starts
 from e88_jax.naive import rms_ratio
 from pallas_kernels.recurrence import TuningConfig, calls, op, recurrence
-from tests.recurrence_contract import (
-    EVERY_OPTION,
-    RecurrenceContract,
-    Tensors,
-    make_inputs,
-    rows_by,
-    tensors,
-)
+from tests.recurrence_calls import EVERY_OPTION, Tensors, make_inputs, rows_by, tensors
+from tests.recurrence_contract import RecurrenceContract
 from tests.reference import recurrence_kernels_in_jax
 
 call = functools.partial(rows_by, recurrence)

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 
 from pallas_kernels.recurrence import single_step
-from tests.recurrence_contract import OPTIONS, RecurrenceContract, Tensors, make_inputs, rows_by
+from tests.recurrence_calls import OPTIONS, Tensors, make_inputs, rows_by
+from tests.recurrence_contract import RecurrenceContract
 
 
 class SingleStep(RecurrenceContract):
