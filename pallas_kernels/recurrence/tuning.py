@@ -216,8 +216,8 @@ def unrolled_steps(n_state: int, block: BlockSize, states_held: int, dtype: Any)
 
 def _most_held(block: BlockSize, keys: int) -> int:
     """Most warpgroups of a thread block where shared memory does not limit them to fewer."""
-    # Of four heads five spill 204 bytes at N = 56, and take 2 % longer than three.
-    state_held = MOST_STATE_HELD * 9 // 10 if block[0] == 4 else MOST_STATE_HELD
+    # Five of four heads spill 204 bytes at N = 56, and take 2 % longer than three.
+    state_held = MOST_STATE_HELD * 9 // 10 if block[0] > 1 else MOST_STATE_HELD
     by_registers = state_held // (math.prod(block) * keys)
     return max(1, min(MAX_HELD_AT_ONCE, by_registers))
 
