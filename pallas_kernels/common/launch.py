@@ -21,7 +21,7 @@ _ALIGNMENT = 1024
 """Bytes; Pallas aligns each reference in shared memory to it."""
 _RESERVED = 1024
 """Bytes of an SM's shared memory that the driver keeps of each thread block. Source: CUDA C++
-Programming Guide, shared memory of compute capability 8.x."""
+Programming Guide, shared memory of compute capability 8.x and 9.0."""
 
 
 def shared_memory_limit(target: Target) -> int:

@@ -48,16 +48,16 @@ SHARED = 0.85
 k and q."""
 HALVED = 1.05
 """Time of a column where states of half of a group lie in device memory: at N = 48 and 64 with one
-to four warpgroups 0.97 to 1.07, at N = 32 with five 1, at N = 96 and 128 with one or two 0.96 to
-1.2."""
+to four warpgroups 0.95 to 1.07, at N = 32 with five 0.97, at N = 96 and 128 with one or two 0.95
+to 1.2."""
 MISSING_REGISTER = 0.06
 """Time that each register less than `REGISTERS_PER_ELEMENT` adds to a column's: beyond the line
-through one to three warpgroups, N = 48 with 8.5 takes 1.03 to 1.07 times as long, N = 64 with 8 and
-6.4 1.1 and 1.2 times, N = 96 with 7.1 1.15 times. With 60 warpgroups for each SM of an H100 and 256
-steps, forward + backward less forward."""
+through two and three warpgroups, or one and two, N = 48 with 8.5 takes 1.06 times as long, N = 64
+with 8 and 6.4 1.12 and 1.18 times, N = 96 with 7.1 1.12 times. With 60 warpgroups for each SM of an
+H100 and 256 steps, forward + backward less forward."""
 TWO_THREAD_BLOCKS = 0.95
 """Time of two thread blocks of one warpgroup on an SM, relative to one of two: neither waits for
-the other to end. With 60 warpgroups for each SM 0.86 to 0.97 from N = 48 to 96, 0.96 to 1.01 at
+the other to end. With 60 warpgroups for each SM 0.86 to 1.01 from N = 48 to 96, 0.91 to 1.01 at
 N = 128."""
 MANY_KEYS = 96
 """Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""

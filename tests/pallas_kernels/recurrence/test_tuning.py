@@ -172,7 +172,8 @@ def test_few_rows_use_as_few_columns_as_they_have() -> None:
 
 @pytest.mark.parametrize(("gpu", "kb"), [("h100", 112), ("a100-80gb", 81), ("rtx4090", 49)])
 def test_thread_blocks_of_an_sm(gpu: str, kb: int) -> None:
-    """Of 228, 164 and 100 KB each takes its own and 1 KB, on an H100 1 KB more for mbarriers."""
+    """Shared memory of an SM is 228, 164 and 100 KB; a thread block takes 1 KB more than its
+    scratch, on an H100 another 1 KB for mbarriers."""
     target = find_gpu(gpu).target
     assert [thread_blocks(n * 1024, target) for n in (kb, kb + 1)] == [2, 1]
     assert thread_blocks(shared_memory_limit(target), target) == 1
