@@ -61,6 +61,10 @@ the other to end. With 60 warpgroups for each SM 0.86 to 1.01 from N = 48 to 96,
 N = 128."""
 MANY_KEYS = 96
 """Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""
+MOST_KEYS_OF_TWO_STEPS = 112
+"""Most keys at which 2 steps of a halved block in float32 are unrolled, rather than 1: at N = 112
+one takes 15 % longer without options and 6 % less time with all, at 120 and 128 28 to 33 % less
+where an SM holds two blocks, and 3 % less where it holds one."""
 MOST_SCALARS = 4
 """Scalars of a step of a call with every option: decay, write gate, document starts, row ends."""
 
@@ -183,9 +187,7 @@ def _backward_candidates(
         chunks = (8,)
     elif not few and copies(target) == "bulk":  # with cp.async a chunk costs more
         chunks = (16, 8)
-    all_states = STATES_HELD[:1]
-    of_group = STATES_HELD if target.has_less_shared_memory else all_states
-    ways = [(True, all_states), (False, of_group)] if few else [(False, of_group)]
+    ways = [(True, STATES_HELD[:1]), (False, STATES_HELD)] if few else [(False, STATES_HELD)]
     for block in dict.fromkeys(blocks):
         for warpgroups in range(_most_held(block, round_up(n_state, KEYS_MULTIPLE)), 0, -1):
             for (pipelined, states), chunk in itertools.product(ways, chunks):
@@ -204,14 +206,13 @@ def _backward_candidates(
 def unrolled_steps(n_state: int, block: BlockSize, states_held: int, dtype: Any) -> int:
     """Steps of the backward kernel that are unrolled: as many as registers and the cache of
     instructions allow."""
+    halved = states_held < SAVED_STATE_GROUP
+    if halved and dtype == jnp.float32:  # long, and the code of a half is there twice
+        return 2 if n_state <= MOST_KEYS_OF_TWO_STEPS else 1
     steps = SAVED_STATE_GROUP // 2 if n_state > MANY_KEYS else SAVED_STATE_GROUP
     if block[0] == 4:  # else registers spill at N = 56 and 120
         steps //= 2
-    if states_held == SAVED_STATE_GROUP:
-        return steps
-    # The code of a half is there twice, and long in float32: with 2 steps these kernels take 3 to
-    # 10 % less time than with 4 up to N = 96, and half as much at N = 100 and 128.
-    return min(steps, 4 if dtype == jnp.bfloat16 else 2)
+    return min(steps, SAVED_STATE_GROUP // 2) if halved else steps
 
 
 def _most_held(block: BlockSize, keys: int) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -156,18 +156,18 @@ CONFIGS = {
     "4 heads": ((2, 70, 6, 16, 8), TuningConfig(4, 8, 16, 2)),
     "2 n-tiles": ((2, 131, 2, 64, 64), TuningConfig(1, 64, 16, 2)),
     "chunks of 32": ((2, 99, 2, 32, 32), TuningConfig(2, 32, 32, 2)),
-    "halved": ((2, 131, 4, 48, 48), TuningConfig(2, 16, 16, 4, 4, states_held=4, copies="async")),
-    "halved, 5 warpgroups": (
-        (2, 131, 4, 64, 64),
-        TuningConfig(1, 32, 8, 4, 5, states_held=3, copies="async"),
-    ),
+    "halved": ((2, 131, 4, 48, 48), TuningConfig(2, 16, 8, 4, 4, states_held=4)),
+    "halved, 5 warpgroups": ((2, 131, 4, 64, 64), TuningConfig(1, 32, 8, 4, 5, states_held=3)),
+    "halved, 128 keys": ((2, 131, 2, 128, 128), TuningConfig(1, 32, 8, 1, 2, states_held=4)),
 }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("copies", ["bulk", "async"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tuning_configs(name: str, dtype: str) -> None:
+def test_tuning_configs(name: str, copies: Literal["bulk", "async"], dtype: str) -> None:
     (batch, time, heads, n_state, n_value), config = CONFIGS[name]
+    config = dataclasses.replace(config, copies=copies)
     if dtype == "float32":  # twice the shared memory
         config = dataclasses.replace(config, warpgroups=1, chunk=8)
     # Without a write gate, which takes shared memory.

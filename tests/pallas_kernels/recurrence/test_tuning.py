@@ -103,12 +103,16 @@ def test_no_sm_has_a_last_warpgroup_alone(
         (8, 72, 64, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 3)),
         (8, 72, 96, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 1)),
         (8, 72, 72, jnp.bfloat16, TuningConfig(4, 8, 16, 4, 1)),
-        (4, 132, 40, jnp.bfloat16, TuningConfig(4, 8, 16, 4, 3)),
         # One head a block, though that pads more, where all are then held in fewer turns.
         (2, 132, 56, jnp.bfloat16, TuningConfig(1, 32, 16, 8, 4)),
         (8, 72, 120, jnp.bfloat16, TuningConfig(1, 32, 8, 4, 1)),
-        (8, 72, 56, jnp.float32, TuningConfig(1, 32, 16, 8, 1)),
-        (2, 132, 80, jnp.float32, TuningConfig(1, 32, 8, 8, 1)),
+        # Half of the states of a group in device memory, where more warpgroups then fit.
+        (4, 132, 40, jnp.bfloat16, TuningConfig(4, 8, 8, 4, 5, states_held=4)),
+        (8, 72, 56, jnp.bfloat16, TuningConfig(4, 8, 8, 4, 4, states_held=4)),
+        (8, 36, 64, jnp.float32, TuningConfig(1, 32, 8, 2, 5, states_held=3)),
+        (8, 72, 72, jnp.float32, TuningConfig(4, 8, 8, 2, 1, states_held=4)),
+        (8, 36, 80, jnp.float32, TuningConfig(2, 16, 8, 2, 3, states_held=3)),
+        (8, 72, 128, jnp.float32, TuningConfig(1, 32, 8, 1, 1, states_held=4)),
         # Else several: one took 11 and 14 % longer.
         (2, 132, 80, jnp.bfloat16, TuningConfig(2, 16, 8, 8, 3)),
         # Pipelined, with chunks of 16 steps or more: 8 took 14 % longer.
@@ -136,7 +140,9 @@ ASYNC: dict[str, Any] = {"copies": "async"}
         ("rtx4090", 8, 40, 64, jnp.bfloat16, TuningConfig(1, 32, 8, 4, 5, False, 3, **ASYNC)),
         ("rtx4090", 8, 72, 64, jnp.bfloat16, TuningConfig(1, 32, 16, 4, 3, False, 4, **ASYNC)),
         ("rtx4090", 4, 16, 128, jnp.bfloat16, TuningConfig(1, 32, 8, 4, 2, False, 4, **ASYNC)),
-        ("rtx4090", 8, 72, 128, jnp.float32, TuningConfig(1, 32, 8, 2, 1, False, 4, **ASYNC)),
+        ("rtx4090", 8, 72, 128, jnp.float32, TuningConfig(1, 32, 8, 1, 1, False, 4, **ASYNC)),
+        ("a100-80gb", 8, 72, 128, jnp.float32, TuningConfig(1, 32, 8, 1, 1, False, 3, **ASYNC)),
+        ("a100-80gb", 8, 72, 100, jnp.float32, TuningConfig(1, 32, 8, 2, 1, False, 4, **ASYNC)),
     ],
 )
 def test_backward_configs_of_other_gpus_that_were_measured(
