@@ -117,7 +117,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=100,
         source=f"NVIDIA Ampere GA102 GPU Architecture white paper, table 9; {_CUDA_GUIDE}",
         published=Published(936, 35.6, (32, 32), 48),
-        predicted_n_state=(32, 64),
+        predicted_n_state=(32, 128),
     ),
     GPU(
         name="RTX 4090",
@@ -132,7 +132,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=100,
         source=f"NVIDIA Ada GPU Architecture white paper, table 2; {_CUDA_GUIDE}",
         published=Published(1008, 82.6, (32, 48), 64),
-        predicted_n_state=(32, 64),
+        predicted_n_state=(32, 128),
     ),
     GPU(
         name="A100 40GB",
@@ -147,7 +147,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=164,
         source=_AMPERE,
         published=Published(1555, 312, (48, 64), 96),
-        predicted_n_state=(64, 64),
+        predicted_n_state=(64, 128),
     ),
     GPU(
         name="A100 80GB",
@@ -162,7 +162,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=164,
         source=f"{_AMPERE}; SXM4 (PCIe: 1,935 GB/s)",
         published=Published(2039, 312, (64, 64), 96),
-        predicted_n_state=(64, 64),
+        predicted_n_state=(64, 128),
     ),
     GPU(
         name="H100",
@@ -191,7 +191,7 @@ GPUS: tuple[GPU, ...] = (
         bf16_tflops=989.5,
         shared_memory_KB=228,
         source=f"NVIDIA H200 data sheet, SXM (half of the sparse rate); {_CUDA_GUIDE}",
-        predicted_n_state=(32, 64),
+        predicted_n_state=(32, 128),
     ),
     GPU(
         name="B200",
@@ -206,7 +206,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=228,
         source=f"NVIDIA HGX B200 data sheet (half of the sparse rate; SMs and clock as "
         f"its driver tells); {_CUDA_GUIDE}",
-        predicted_n_state=(32, 64),
+        predicted_n_state=(32, 128),
     ),
     GPU(
         name="RTX 5090",
@@ -220,7 +220,7 @@ GPUS: tuple[GPU, ...] = (
         bf16_tflops=209.5,
         shared_memory_KB=100,
         source=_RTX_BLACKWELL,
-        predicted_n_state=(32, 64),
+        predicted_n_state=(32, 128),
     ),
     GPU(
         name="L40S",
@@ -234,7 +234,7 @@ GPUS: tuple[GPU, ...] = (
         bf16_tflops=362.05,
         shared_memory_KB=100,
         source=f"NVIDIA L40S data sheet; {_CUDA_GUIDE}",
-        predicted_n_state=(64, 128),
+        predicted_n_state=(96, 128),
     ),
     GPU(
         name="RTX 6000 Ada",
@@ -248,7 +248,7 @@ GPUS: tuple[GPU, ...] = (
         bf16_tflops=364.2,
         shared_memory_KB=100,
         source=f"NVIDIA RTX PRO Blackwell GPU Architecture white paper, table 4; {_CUDA_GUIDE}",
-        predicted_n_state=(64, 96),
+        predicted_n_state=(64, 128),
     ),
 )
 

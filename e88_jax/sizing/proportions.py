@@ -102,15 +102,6 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
                         f"take a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}",
                     )
                 )
-    most = gpu.published.max_n_state if gpu.published is not None else layer.n_state
-    if layer.n_state > most:
-        findings.append(
-            Finding(
-                f"n_state {layer.n_state} is too large for the {gpu.name}, of which the published "
-                f"maximum is {most}",
-                f"take n_state {min(gpu.n_state_range[1], most)} and more heads",
-            )
-        )
 
     implementation = functools.partial(implementation_on, gpu)
 
