@@ -139,7 +139,7 @@ def _others(kernel: Row, chosen: Any) -> Iterator[Any]:
     block = chosen.heads, chosen.values
     found = []
     for warpgroups in range(chosen.warpgroups, max(0, chosen.warpgroups - 3), -1):
-        for states in STATES_HELD if chosen.copies == "async" else STATES_HELD[:1]:
+        for states in STATES_HELD:
             config = dataclasses.replace(
                 chosen,
                 warpgroups=warpgroups,
