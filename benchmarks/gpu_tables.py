@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from benchmarks import compiled_kernels, predictions
+from benchmarks import compiled_kernels, predictions, spills
 from benchmarks.recorded import N_STATE, STEP_GPU, Record, about_recurrence, block, provenance, read
 from e88_jax.sizing import PRESETS
 from experiments import markdown
 
 COMPILED = "benchmarks/results/compiled_kernels.json"
+SPILLS = "benchmarks/results/spills.json"
 
 
 def compiled() -> str:
@@ -16,6 +17,13 @@ def compiled() -> str:
     about = provenance({"device": "compiled only", **result})
     command = f"python -m benchmarks.compiled_kernels --json {COMPILED}"
     return block(about, command, markdown.table(*compiled_kernels.table(result["kernels"])))
+
+
+def that_spill() -> str:
+    """Kernels that spill registers against others that do not, timed on an H100."""
+    result = read(SPILLS)
+    command = f"python -m benchmarks.spills --processes 14 --repetitions 5 --json {SPILLS}"
+    return block(provenance(result), command, markdown.table(*spills.table(result["kernels"])))
 
 
 def as_other_gpus() -> str:
@@ -62,6 +70,7 @@ def predicted() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "compiled-kernels": compiled,
+    "spills": that_spill,
     "as-other-gpus": as_other_gpus,
     "by-n-state": by_n_state,
     "predicted-gpus": predicted,
