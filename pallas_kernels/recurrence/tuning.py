@@ -63,8 +63,8 @@ MANY_KEYS = 96
 """Most keys at which 8 steps of the backward kernel are unrolled, rather than 4."""
 MOST_KEYS_OF_TWO_STEPS = 112
 """Most keys at which 2 steps of a halved block in float32 are unrolled, rather than 1: at N = 112
-one takes 15 % longer without options and 6 % less time with all, at 120 and 128 28 to 33 % less
-where an SM holds two blocks, and 3 % less where it holds one."""
+one takes 15 to 31 % longer without options and 2 to 6 % less time with all, at 120 and 128 26 to
+31 % less where an SM holds two blocks, and 3 to 4 % less where it holds one."""
 MOST_SCALARS = 4
 """Scalars of a step of a call with every option: decay, write gate, document starts, row ends."""
 
