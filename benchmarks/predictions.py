@@ -43,7 +43,7 @@ SMALL_CACHE = ("rtx3090",)
 """GPUs whose level-2 cache may not hold the states of half of each group, which the backward kernel
 leaves in device memory: at N = 64 they take 6.7 MB on an RTX 3090, whose cache has 6 MB. Source:
 NVIDIA Ampere GA102 GPU Architecture white paper. The other GPUs have 40 MB and more."""
-NEARLY = 1.06
+NEARLY = 1.1
 """As `GPU.measured_n_state`: time of an element, relative to the least."""
 
 Record: TypeAlias = Mapping[str, Any]
@@ -97,9 +97,9 @@ def predicted(gpu: GPU, shape: Record, name: str) -> Range:
     return Range(max(low, memory), max(high, at_most), memory > low)
 
 
-def n_state_range(gpu: GPU, shapes: Sequence[Record]) -> tuple[int, int]:
-    """From and to which N = V an element of state takes nearly the least time, forward + backward,
-    in the middle of the predicted range.
+def recommended_n_state(gpu: GPU, shapes: Sequence[Record]) -> tuple[int, ...]:
+    """Sizes N = V at which an element of state takes nearly the least time, forward + backward, in
+    the middle of the predicted range.
 
     Args:
         shapes: the entries of `BY_N_STATE`.
@@ -110,8 +110,7 @@ def n_state_range(gpu: GPU, shapes: Sequence[Record]) -> tuple[int, int]:
         shape["N"]: (x.low + x.high) / shape["elements"]
         for shape, x in zip(own, ranges, strict=True)
     }
-    best = [n for n, time in times.items() if time < NEARLY * min(times.values())]
-    return min(best), max(best)
+    return tuple(n for n, time in sorted(times.items()) if time < NEARLY * min(times.values()))
 
 
 def _slower_cycles(gpu: GPU, name: str) -> float:

@@ -13,20 +13,21 @@ Table: TypeAlias = tuple[list[str], list[list[str]]]
 
 
 def gpus() -> Table:
-    def span(sizes: tuple[int, int] | None) -> str:
-        if sizes is None:
-            return ""
-        low, high = sizes
+    def span(published: hardware.Published) -> str:
+        low, high = published.optimal_n_state
         return str(low) if low == high else f"{low} to {high}"
+
+    def listed(sizes: tuple[int, ...] | None) -> str:
+        return ", ".join(map(str, sizes or ()))
 
     rows = [
         [
             gpu.name,
-            span(gpu.published.optimal_n_state if gpu.published else None),
+            span(gpu.published) if gpu.published else "",
             str(gpu.published.max_n_state) if gpu.published else "",
             str(gpu.formula_n_state),
-            span(gpu.measured_n_state),
-            span(gpu.predicted_n_state),
+            listed(gpu.measured_n_state),
+            listed(gpu.predicted_n_state),
         ]
         for gpu in hardware.GPUS
     ]

@@ -49,10 +49,10 @@ class GPU:
     """Shared memory of an SM."""
     source: str
     published: Published | None = None
-    measured_n_state: tuple[int, int] | None = None
-    """Range in which the kernels' forward + backward takes at most 6 % more than the least time per
-    state element: `experiments/results/n_state_scaling_h100/`."""
-    predicted_n_state: tuple[int, int] | None = None
+    measured_n_state: tuple[int, ...] | None = None
+    """Sizes at which the kernels' forward + backward takes at most a tenth more than the least time
+    per state element, of those timed: `experiments/results/n_state_scaling_h100/`."""
+    predicted_n_state: tuple[int, ...] | None = None
     """The same by the predictions of `benchmarks/predictions.py`, from times on an H100."""
 
     @property
@@ -62,18 +62,19 @@ class GPU:
         return optimal_n_state(self.memory_bandwidth_GBps, tflops, self.shared_memory_KB)
 
     @property
-    def n_state_range(self) -> tuple[int, int]:
-        """Recommended n_state, from and to: measured, else predicted, else published, else the
-        formula's."""
+    def recommended_n_state(self) -> tuple[int, ...]:
+        """Sizes, ascending: measured, else predicted, else the multiples of 16 of the published
+        range, else the formula's."""
         if found := self.measured_n_state or self.predicted_n_state:
             return found
         if self.published:
-            return self.published.optimal_n_state
-        return self.formula_n_state, self.formula_n_state
+            low, high = self.published.optimal_n_state
+            return tuple(range(low, high + 1, 16))
+        return (self.formula_n_state,)
 
     @property
     def how_n_state_is_known(self) -> str:
-        """Where `n_state_range` comes from."""
+        """Where `recommended_n_state` comes from."""
         if self.measured_n_state:
             return "measured"
         if self.predicted_n_state:
@@ -117,7 +118,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=100,
         source=f"NVIDIA Ampere GA102 GPU Architecture white paper, table 9; {_CUDA_GUIDE}",
         published=Published(936, 35.6, (32, 32), 48),
-        predicted_n_state=(32, 128),
+        predicted_n_state=(32, 48, 64, 96, 128),
     ),
     GPU(
         name="RTX 4090",
@@ -132,7 +133,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=100,
         source=f"NVIDIA Ada GPU Architecture white paper, table 2; {_CUDA_GUIDE}",
         published=Published(1008, 82.6, (32, 48), 64),
-        predicted_n_state=(32, 128),
+        predicted_n_state=(32, 48, 64, 96, 128),
     ),
     GPU(
         name="A100 40GB",
@@ -147,7 +148,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=164,
         source=_AMPERE,
         published=Published(1555, 312, (48, 64), 96),
-        predicted_n_state=(64, 128),
+        predicted_n_state=(32, 64, 96, 128),
     ),
     GPU(
         name="A100 80GB",
@@ -162,7 +163,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=164,
         source=f"{_AMPERE}; SXM4 (PCIe: 1,935 GB/s)",
         published=Published(2039, 312, (64, 64), 96),
-        predicted_n_state=(64, 128),
+        predicted_n_state=(32, 64, 96, 128),
     ),
     GPU(
         name="H100",
@@ -177,7 +178,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=228,
         source=f"NVIDIA H100 data sheet and architecture white paper, SXM5; {_CUDA_GUIDE}",
         published=Published(3350, 989, (64, 96), 128),
-        measured_n_state=(32, 64),
+        measured_n_state=(32, 48, 64, 96, 128),
     ),
     GPU(
         name="H200",
@@ -191,7 +192,7 @@ GPUS: tuple[GPU, ...] = (
         bf16_tflops=989.5,
         shared_memory_KB=228,
         source=f"NVIDIA H200 data sheet, SXM (half of the sparse rate); {_CUDA_GUIDE}",
-        predicted_n_state=(32, 128),
+        predicted_n_state=(32, 48, 64, 96, 128),
     ),
     GPU(
         name="B200",
@@ -206,7 +207,7 @@ GPUS: tuple[GPU, ...] = (
         shared_memory_KB=228,
         source=f"NVIDIA HGX B200 data sheet (half of the sparse rate; SMs and clock as "
         f"its driver tells); {_CUDA_GUIDE}",
-        predicted_n_state=(32, 128),
+        predicted_n_state=(32, 48, 64, 96, 128),
     ),
     GPU(
         name="RTX 5090",
@@ -220,7 +221,7 @@ GPUS: tuple[GPU, ...] = (
         bf16_tflops=209.5,
         shared_memory_KB=100,
         source=_RTX_BLACKWELL,
-        predicted_n_state=(32, 128),
+        predicted_n_state=(32, 48, 64, 96, 128),
     ),
     GPU(
         name="L40S",
@@ -234,7 +235,7 @@ GPUS: tuple[GPU, ...] = (
         bf16_tflops=362.05,
         shared_memory_KB=100,
         source=f"NVIDIA L40S data sheet; {_CUDA_GUIDE}",
-        predicted_n_state=(96, 128),
+        predicted_n_state=(64, 96, 128),
     ),
     GPU(
         name="RTX 6000 Ada",
@@ -248,7 +249,7 @@ GPUS: tuple[GPU, ...] = (
         bf16_tflops=364.2,
         shared_memory_KB=100,
         source=f"NVIDIA RTX PRO Blackwell GPU Architecture white paper, table 4; {_CUDA_GUIDE}",
-        predicted_n_state=(64, 128),
+        predicted_n_state=(64, 96, 128),
     ),
 )
 

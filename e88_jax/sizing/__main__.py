@@ -207,9 +207,8 @@ def _about(gpu: hardware.GPU | None, options: argparse.Namespace) -> str:
     memory = f"training GB: batch {options.batch_size}, length {options.seq_len}, bfloat16, AdamW"
     if gpu is None:
         return f"No GPU given. {memory}."
-    low, high = gpu.n_state_range
     how = gpu.how_n_state_is_known
-    text = f"{gpu.name}: n_state {low} to {high} ({how})"
+    text = f"{gpu.name}: n_state {', '.join(map(str, gpu.recommended_n_state))} ({how})"
     if gpu.published and how != "published":
         low, high = gpu.published.optimal_n_state
         text += f", {low} to {high} published"

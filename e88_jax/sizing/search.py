@@ -20,8 +20,8 @@ SMALLEST, LARGEST = 1_000_000, 10_000_000_000
 TOLERANCE = 0.01
 """Relative distance from the budget that is accepted."""
 DIM_MULTIPLE = 64
-ANY_GPU = (32, 64)
-"""Range of n_state where no GPU is given: the sizing guide's for consumer and datacenter cards."""
+ANY_GPU = (32, 48, 64)
+"""Sizes n_state where no GPU is given: the sizing guide's for consumer and datacenter cards."""
 _WIDEST = 2.0  # dim / d_inner, and its inverse
 
 
@@ -118,7 +118,7 @@ def solve(
     depth = None if depth is None else require_int("depth", depth)
     vocab_size = require_int("vocab_size", vocab_size)
     require_choice("gate", gate, get_args(OutputGate))
-    usual, (low, high) = usual_depth(params), gpu.n_state_range if gpu else ANY_GPU
+    usual, recommended = usual_depth(params), gpu.recommended_n_state if gpu else ANY_GPU
     usual_depths = range(math.ceil(0.75 * usual), math.floor(1.25 * usual) + 1)
 
     def groups(depths: Iterable[int], sizes: Iterable[int]) -> Iterator[Iterator[Solution]]:
@@ -127,10 +127,8 @@ def solve(
             yield _candidates(params, n, layers, vocab_size, gate)
 
     # Small models have few multiples of 64 to choose from: for some, other sizes must do.
-    rounds = (
-        groups(usual_depths, range(low, high + 1, 16)),
-        groups(range(1, 2 * usual + 1), range(min(low, 16), high + 1, SIZE_MULTIPLE)),
-    )
+    others = range(min(*recommended, 16), max(recommended) + 1, SIZE_MULTIPLE)
+    rounds = groups(usual_depths, recommended), groups(range(1, 2 * usual + 1), others)
     near, found = closest(rounds, TOLERANCE)
     if not near:
         raise ValueError(_why_not(params, n_state, depth, vocab_size, found))

@@ -40,7 +40,7 @@ def test_it_answers_in_under_a_second_without_jax() -> None:
 
 def test_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     about, header, *rows = answer(capsys, *BUDGET, "--rows", "3").splitlines()
-    assert about.startswith("H100: n_state 32 to 64 (measured), 64 to 96 published, 80 GB.")
+    assert about.startswith("H100: n_state 32, 48, 64, 96, 128 (measured), 64 to 96 published, 80 GB.")
     assert "training GB" in header
     assert len(rows) == 3
     for row in rows:
@@ -103,7 +103,7 @@ def test_the_gpu_asked_for_else_the_one_here(
 
     monkeypatch.setattr(hardware, "detect_gpu", lambda: hardware.find_gpu("rtx4090"))
     assert n_states() == {32, 48, 64, 96}
-    assert n_states("--gpu", "h100") == {32, 48, 64}
+    assert n_states("--gpu", "l40s") == {64, 96, 128}
     out = answer(capsys, "500M", "--batch-size", "64", "--rows", "1")
     assert "lax.scan" not in out
     assert "GB at batch 64 and length 2048, of 24 GB" in out
@@ -113,9 +113,9 @@ def test_a_predicted_n_state_stands_beside_the_published(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     about = answer(capsys, "500M", "--gpu", "rtx4090").splitlines()[0]
-    assert about.startswith("RTX 4090: n_state 32 to 128 (predicted), 32 to 48 published, 24 GB.")
+    assert about.startswith("RTX 4090: n_state 32, 48, 64, 96, 128 (predicted), 32 to 48 published, 24 GB.")
     about = answer(capsys, "500M", "--gpu", "l40s").splitlines()[0]
-    assert about.startswith("L40S: n_state 96 to 128 (predicted), 48 GB.")
+    assert about.startswith("L40S: n_state 64, 96, 128 (predicted), 48 GB.")
 
 
 def test_names_of_several_checks_go_together(capsys: pytest.CaptureFixture[str]) -> None:

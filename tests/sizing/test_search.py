@@ -71,9 +71,10 @@ def test_the_usual_depth(params: int, depth: int) -> None:
 
 
 def test_n_state_suits_the_gpu() -> None:
-    for gpu, n_states in (("a100-80gb", {64, 80, 96, 112, 128}), ("h100", {32, 48, 64})):
-        found = solve(500_000_000, gpu=find_gpu(gpu))
-        assert {e88_layer(solution.config).n_state for solution in found} == n_states
+    for gpu in (find_gpu("a100-80gb"), find_gpu("h100"), find_gpu("l40s")):
+        found = solve(500_000_000, gpu=gpu)
+        n_states = {e88_layer(solution.config).n_state for solution in found}
+        assert n_states == set(gpu.recommended_n_state)
 
 
 @pytest.mark.parametrize(
