@@ -7,7 +7,7 @@ from experiments.trials import report
 from experiments.trials.suites import SUITES, in_order
 
 RESULTS = "experiments/results/expressivity"
-RECORDED = "quick", "author", "groups"
+RECORDED = "quick", "author", "groups", "formal"
 """Suites whose results are recorded."""
 
 

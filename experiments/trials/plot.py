@@ -35,7 +35,7 @@ def write(directory: Path, lines: Sequence[Record], heading: str) -> list[Path]:
     """Draws the plots of the lines into a suite's directory; returns their files."""
     files = list[Path]()
     for models, mine in by_heading(lines).items():
-        by_length = {c: g for c, g in mine.items() if len(_lengths(g)) > 1}
+        by_length = {c: g for c, g in mine.items() if len(_longest(g)) > 1}
         if by_length:
             cell = next(iter(mine))
             image = directory / f"accuracy_{cell.dim}x{cell.depth}_{cell.dtype}.png"
@@ -51,8 +51,10 @@ def write(directory: Path, lines: Sequence[Record], heading: str) -> list[Path]:
     return files
 
 
-def _lengths(group: Group) -> list[int]:
-    return [int(x) for x in group.readings if x.isdecimal()]
+def _longest(group: Group) -> dict[str, int]:
+    """The readings that vary nothing but the length, with the greatest of each: `3 to 40` has 40."""
+    found = {reading: reading.split(" to ")[-1] for reading in group.readings}
+    return {reading: int(length) for reading, length in found.items() if length.isdecimal()}
 
 
 def _panels(n: int, heading: str) -> tuple[Figure, list[Axes]]:
@@ -88,8 +90,9 @@ def _draw_lengths(found: dict[Cell, Group], heading: str, image: Path) -> None:
     for axes, problem in zip(panels, problems, strict=True):
         mine = {c.model: g for c, g in found.items() if c.problem == problem}
         for drawn, (model, group) in enumerate(mine.items()):
-            lengths = _lengths(group)
-            values = [group.values(str(n)) for n in lengths]
+            readings = _longest(group)
+            lengths = list(readings.values())
+            values = [group.values(reading) for reading in readings]
             means = [sum(x) / len(x) for x in values]
             color, name = _COLORS.get(model), title(model)
             width = max(1.2, 5 - 1.2 * drawn)  # lines that coincide show, the first as the edge
@@ -97,15 +100,15 @@ def _draw_lengths(found: dict[Cell, Group], heading: str, image: Path) -> None:
             lows, highs = [min(x) for x in values], [max(x) for x in values]
             axes.fill_between(lengths, lows, highs, alpha=0.15, color=line.get_color(), lw=0)
         first = next(iter(mine.values()))
-        lengths, chance = _lengths(first), first.runs[0]["chance"]
-        levels = [chance[str(n)] for n in lengths]
-        axes.plot(lengths, levels, color="gray", ls=":", label="chance")
+        readings, chance = _longest(first), first.runs[0]["chance"]
+        lengths = list(readings.values())
+        axes.plot(lengths, [chance[x] for x in readings], color="gray", ls=":", label="chance")
         axes.axvline(
             first.runs[0]["protocol"]["length"], color="gray", ls="--", lw=0.8, label="trained at"
         )
         axes.set_title(problem)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [str(n) for n in lengths], fontsize=8)
+        axes.set_xticks(lengths, list(readings), fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(0, 1.03)
         axes.set_xlabel("length read")

@@ -132,14 +132,19 @@ class Group:
     def readings(self) -> list[str]:
         return list(self.runs[0]["accuracy"])
 
+    @property
+    def lengths(self) -> list[int]:
+        """The readings that are of one length and vary nothing else."""
+        return [int(reading) for reading in self.readings if reading.isdecimal()]
+
     def horizon(self, solved: float = 0.99) -> int | None:
         """The greatest length up to which every seed has `solved` of the answers; None if it is
         not the shortest one."""
         longest = None
-        for reading in self.readings:
-            if not reading.isdecimal() or min(self.values(reading)) < solved:
+        for length in self.lengths:
+            if min(self.values(str(length))) < solved:
                 break
-            longest = int(reading)
+            longest = length
         return longest
 
 

@@ -18,7 +18,7 @@ EXPLANATION = (
     "Accuracies are means of the seeds, with the lowest in brackets where it is lower by 0.01 or "
     "more; the first reading is at the training length, but for recall. The horizon is the "
     "greatest length up to which every seed has 0.99; '>' marks one that is the greatest length "
-    "read."
+    "read. Problems that are not read at single lengths have the last reading in its place."
 )
 
 
@@ -33,7 +33,8 @@ def markdown(lines: Sequence[Record]) -> str:
     """For each size and precision: accuracy on the first reading, horizons, and by length."""
     parts = [f"{sources(lines)}. {EXPLANATION}"]
     for heading, mine in by_heading(lines).items():
-        parts += [f"## {heading}", "Accuracy on the first reading, and horizon:", _summary(mine)]
+        contents = _contents(mine)
+        parts += [f"## {heading}", f"{contents[0].upper()}{contents[1:]}:", _summary(mine)]
         parts += [_by_length(problem, mine) for problem in _in_order(c.problem for c in mine)]
     return "\n\n".join(parts)
 
@@ -41,7 +42,7 @@ def markdown(lines: Sequence[Record]) -> str:
 def summaries(lines: Sequence[Record]) -> str:
     """For each size and precision: accuracy on the first reading, and horizons."""
     return "\n\n".join(
-        f"{heading}, accuracy on the first reading and horizon:\n\n{_summary(mine)}"
+        f"{heading}, {_contents(mine)}:\n\n{_summary(mine)}"
         for heading, mine in by_heading(lines).items()
     )
 
@@ -60,6 +61,13 @@ def sources(lines: Iterable[Record]) -> str:
     )
 
 
+def _contents(found: dict[Cell, Group]) -> str:
+    """What the cells of a summary are."""
+    if any(group.lengths for group in found.values()):
+        return "accuracy on the first reading and horizon"
+    return "accuracy on the first and the last reading"
+
+
 def _summary(found: dict[Cell, Group]) -> str:
     """Accuracy and horizon of each problem, parameters, state and seconds of each model: a row for
     each model, or a column if there are fewer models than problems."""
@@ -73,13 +81,14 @@ def _summary(found: dict[Cell, Group]) -> str:
         row = [title(model)]
         for problem in problems:
             group = mine.get(problem)
-            row.append("" if group is None else f"{accuracy(group)}, {_horizon(group)}")
+            row.append("" if group is None else f"{accuracy(group)}, {_at_length(group)}")
         counts = f"{max(run['parameters'] for run in runs):,}", _state(runs)
         rows.append([*row, *counts, f"{sum(seconds) / len(seconds):,.1f}"])
     chance = ["chance"]
     for problem in problems:
         group = next(g for c, g in found.items() if c.problem == problem)
-        chance.append(f"{group.runs[0]['chance'][group.readings[0]]:.3f}")
+        readings = group.readings[:1] if group.lengths else [group.readings[0], group.readings[-1]]
+        chance.append(", ".join(f"{group.runs[0]['chance'][x]:.3f}" for x in readings))
     rows.append([*chance, "", "", ""])
     if len(rows) <= len(problems):
         header, *rows = map(list, zip(header, *rows, strict=True))
@@ -113,12 +122,14 @@ def accuracy(group: Group, reading: str | None = None) -> str:
     return f"{mean:.3f}" if mean - low < 0.01 else f"{mean:.3f} ({low:.3f})"
 
 
-def _horizon(group: Group) -> str:
+def _at_length(group: Group) -> str:
+    """The horizon, else the accuracy on the last reading."""
+    if not group.lengths:
+        return accuracy(group, group.readings[-1])
     horizon = group.horizon()
     if horizon is None:
         return "none"
-    last = [x for x in group.readings if x.isdecimal()][-1]
-    return f"> {horizon}" if str(horizon) == last else str(horizon)
+    return f"> {horizon}" if horizon == group.lengths[-1] else str(horizon)
 
 
 def _state(runs: Sequence[Record]) -> str:

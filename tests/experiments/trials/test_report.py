@@ -2,9 +2,14 @@
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
-from experiments.trials import report
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.trials import plot, report
 
 PROTOCOL = {"length": 8, "batch_size": 4}
 
@@ -81,6 +86,36 @@ def test_fewer_models_than_problems_are_columns() -> None:
     assert [row[0] for row in table] == [*problems, "parameters", "state", "s a run"]
     assert table[0] == ["parity", "1.000, 8", "0.600, none", "0.500"]
     assert table[2] == ["copy", "1.000, 8", "", "0.500"]
+
+
+def test_readings_of_many_lengths_have_no_horizon() -> None:
+    lines = list[report.Record]()
+    for seed, accuracy in enumerate(
+        ({"3 to 8": 1.0, "8 to 32": 0.9}, {"3 to 8": 1.0, "8 to 32": 0.7})
+    ):
+        chance, state = {"3 to 8": 0.5, "8 to 32": 0.4}, dict.fromkeys(accuracy, 64)
+        lines.append(run("e88", seed) | {"accuracy": accuracy, "chance": chance, "state": state})
+    text = report.summaries(lines)
+    assert "accuracy on the first and the last reading" in text
+    assert rows(text, "E88")[0][1] == "1.000, 0.800 (0.700)"
+    assert rows(text, "chance")[0][1] == "0.500, 0.400"
+
+
+def test_plots_have_a_point_for_each_length_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readings of many lengths are drawn at the greatest."""
+    drawn = dict[str, list[int]]()
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        Axes, "set_xticks", lambda axes, ticks, labels, **_: drawn.update({labels[0]: ticks})
+    )
+    ranges = ["3 to 8", "8 to 32"]
+    by_name = {name: dict.fromkeys(ranges, 0.5) for name in ("accuracy", "chance", "state")}
+    lines = [run("e88", 0, 1.0, 0.9, 0.8, problem="fsm"), run("e88", 0) | by_name]
+    (image,) = plot.write(tmp_path, lines, "Suite")
+    assert image.name == "accuracy_16x1_float32.png"
+    assert drawn == {"8": [8, 16, 32], "3 to 8": [8, 32]}
 
 
 def test_csv_has_a_row_for_each_run_and_reading() -> None:
