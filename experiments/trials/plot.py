@@ -52,7 +52,7 @@ def write(directory: Path, lines: Sequence[Record], heading: str) -> list[Path]:
 
 
 def _longest(group: Group) -> dict[str, int]:
-    """The readings that vary nothing but the length, with the greatest of each: `3 to 40` has 40."""
+    """The readings that vary nothing but the length, and the greatest of each: 40 of `3 to 40`."""
     found = {reading: reading.split(" to ")[-1] for reading in group.readings}
     return {reading: int(length) for reading, length in found.items() if length.isdecimal()}
 
