@@ -25,6 +25,7 @@ from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
 from experiments.harness.config import DEFAULT_MODEL, BatchConfig, OptimizerConfig
+from experiments.harness.mesh_sizes import AUTO, parse_mesh
 from experiments.harness.run_directory import commit, versions
 from pallas_kernels import target
 
@@ -106,6 +107,8 @@ class BenchmarkConfig:
     """Also say which part of the step takes how long, on a GPU, from a profile of 3 more steps."""
     json: Path | None = None
     """File to write the numbers to, as JSON. With --grid other points that it has are kept."""
+    mesh: str = AUTO
+    """Devices to train on, as of train_byte_lm.py."""
     batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     model: LMConfig = DEFAULT_MODEL
@@ -116,6 +119,7 @@ class BenchmarkConfig:
             raise ValueError("--lengths is for --grid; without it take --seq-len.")
         if self.missing and (self.grid is None or self.json is None):
             raise ValueError("--missing is for --grid with --json.")
+        parse_mesh(self.mesh, self.batch.batch_size, self.model.dim)
 
 
 def main(args: Sequence[str]) -> None:
@@ -206,8 +210,9 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     from benchmarks.measure.gpu_profile import breakdown, longest, profile
     from e88_jax.model import LanguageModel
     from experiments.harness import devices
+    from experiments.harness.mesh import placement
     from experiments.harness.optimizer import make_optimizer
-    from experiments.harness.step import compile_train_step, init_state, place
+    from experiments.harness.step import TrainState, compile_train_step, init_state, make_sharded
     from experiments.tasks.base import Batch
     from experiments.tasks.bytes import BITS_PER_BYTE
 
@@ -217,13 +222,19 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     on_gpu = platform == "gpu"
     if config.profile and not on_gpu:
         raise UsageError(f"--profile needs a GPU, got {platform}.")
-    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-    graphdef, n_params = nnx.graphdef(model), config.model.count_params()
+    n_params = config.model.count_params()
     optimizer = make_optimizer(config.optimizer, steps=1000)
-    where = devices.placement(config.batch.batch_size)
+    where = placement(config.mesh, config.batch.batch_size, config.model)
     carry_shape, seq_len = config.batch.carry_shape, config.batch.seq_len
-    state = place(init_state(model, optimizer, carry_shape, seq_len), where)
-    del model  # its weights are the state's
+
+    def make_model() -> LanguageModel:
+        return LanguageModel(config.model, rngs=nnx.Rngs(0))
+
+    def make_state() -> TrainState:
+        return init_state(make_model(), optimizer, carry_shape, seq_len)
+
+    graphdef = nnx.graphdef(nnx.eval_shape(make_model))
+    state = make_sharded(make_state, where)
     windows = np.random.default_rng(0).integers(
         0,
         min(256, config.model.vocab_size),

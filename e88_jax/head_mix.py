@@ -10,7 +10,7 @@ from jax.nn import initializers
 
 from e88_jax.config import E88Config
 from e88_jax.precision import NORM_EPSILON, wide
-from e88_jax.projection import InferenceProjection, Projection, Read
+from e88_jax.projection import AnyProjection, Projection, Read
 from e88_jax.typed import einsum
 
 
@@ -45,12 +45,13 @@ class HeadMix(nnx.Module):
             return xavier(key, (heads, n_value, dim), dtype).reshape(shape)
 
         xavier = initializers.xavier_uniform()
-        self.projection: Projection | InferenceProjection = Projection(
+        self.projection: AnyProjection = Projection(
             (heads, n_value) if config.head_mix in ("concat", "per_head") else (n_value,),
             (dim,),
             dtype=dtype,
             kernel_init=of_each_head if config.head_mix == "per_head" else xavier,
             rngs=rngs,
+            dim_axis=-1,
         )
 
     def __call__(self, out: Array, v: Array, read: Read) -> Array:

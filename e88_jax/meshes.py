@@ -1,4 +1,5 @@
-"""Arrays over Explicit and manual mesh axes (`jax.make_mesh`, `jax.shard_map`).
+"""Names of parameters' axes, and arrays over Explicit and manual mesh axes (`jax.make_mesh`,
+`jax.shard_map`).
 
 The op, the layer and the model compute under Auto axes, where XLA partitions the program:
 `with_automatic_axes` takes Explicit axes off their arguments and puts them on their results. Inside
@@ -16,6 +17,16 @@ from jax.sharding import NamedSharding, PartitionSpec, auto_axes  # pyright: ign
 from e88_jax.typed import Variables, split
 
 Tree = TypeVar("Tree")
+
+
+def named_axes(*axes: str | None) -> dict[str, Any]:
+    """Metadata of a parameter whose axes have these logical names, None where it has none.
+
+    `nnx.get_partition_spec` and `nnx.get_named_sharding` turn names into mesh axes by
+    `nnx.logical_axis_rules`. A mesh that is set where a model is built does not by itself move its
+    parameters.
+    """
+    return {"out_sharding": axes, "eager_sharding": False}
 
 
 def with_automatic_axes(

@@ -19,11 +19,11 @@ from e88_jax.checks import (
 )
 from e88_jax.config import LMConfig
 from e88_jax.documents import live_steps
-from e88_jax.meshes import call_with_automatic_axes, explicit_mesh
+from e88_jax.meshes import call_with_automatic_axes, explicit_mesh, named_axes
 from e88_jax.mixers.base import MixerConfig, MixerState, Remat
 from e88_jax.mixers.call import check_state
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide_dtype
-from e88_jax.projection import InferenceProjection, Projection
+from e88_jax.projection import AnyProjection, Projection
 from e88_jax.typed import Variables, checkpoint, einsum, split
 
 LMState = tuple[MixerState, ...]
@@ -37,14 +37,14 @@ class ChannelMixer(nnx.Module):
     def __init__(self, config: LMConfig, hidden: int, *, rngs: nnx.Rngs):
         dim, dtype = config.dim, compute_dtype(config.execution.dtype)
 
-        def linear(n_in: int, n_out: int) -> Projection | InferenceProjection:
+        def linear(n_in: int, n_out: int, **axis: Any) -> AnyProjection:
             init = initializers.xavier_uniform()
-            return Projection((n_in,), (n_out,), dtype=dtype, kernel_init=init, rngs=rngs)
+            return Projection((n_in,), (n_out,), dtype=dtype, kernel_init=init, rngs=rngs, **axis)
 
         self.norm = nnx.RMSNorm(dim, epsilon=NORM_EPSILON, rngs=rngs)
         self.gate_proj = linear(dim, hidden)
         self.up_proj = linear(dim, hidden)
-        self.down_proj = linear(hidden, dim)
+        self.down_proj = linear(hidden, dim, dim_axis=-1)
 
     def __call__(self, x: Array) -> Array:
         x = self.norm(x)
@@ -130,7 +130,13 @@ class LanguageModel(nnx.Module):
         self.config = config
         self.dtype = compute_dtype(config.execution.dtype)
         init = initializers.normal(config.embedding_std)
-        self.embed = nnx.Embed(config.vocab_size, config.dim, embedding_init=init, rngs=rngs)
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.dim,
+            embedding_init=init,
+            embedding_metadata=named_axes(None, "dim"),
+            rngs=rngs,
+        )
         self.blocks = nnx.List([Block(config, mixer, rngs=rngs) for mixer in config.mixers])
         self.norm = nnx.RMSNorm(config.dim, epsilon=NORM_EPSILON, rngs=rngs)
 

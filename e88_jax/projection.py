@@ -7,7 +7,7 @@ sharded; a matmul sees them as matrices, which copies nothing.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 
 from e88_jax.config import E88Config
-from e88_jax.meshes import with_automatic_axes
+from e88_jax.meshes import named_axes, with_automatic_axes
 from e88_jax.precision import wide
 from e88_jax.typed import jit
 from pallas_kernels import target
@@ -49,6 +49,8 @@ class Projection(nnx.Module):
         dtype: compute dtype of the matmul; the kernel is float32.
         kernel_init: initializer of the kernel as a matrix `[prod(in_shape), prod(out_shape)]`.
         rngs: source of the initial weights (stream `params`).
+        dim_axis: axis of the kernel that is the model's width, whose logical name is "dim": the
+            first of a projection from it, the last of one to it.
     """
 
     def __init__(
@@ -59,12 +61,16 @@ class Projection(nnx.Module):
         dtype: jnp.dtype,
         kernel_init: Initializer,
         rngs: nnx.Rngs,
+        dim_axis: Literal[0, -1] = 0,
     ):
         self.dtype = dtype
         self.in_shape, self.out_shape = in_shape, out_shape
         sizes = math.prod(in_shape), math.prod(out_shape)
         matrix = kernel_init(rngs.params(), sizes, jnp.float32)
-        self.kernel = nnx.Param(matrix.reshape(*in_shape, *out_shape), n_in_axes=len(in_shape))
+        shape = *in_shape, *out_shape
+        others = [None] * (len(shape) - 1)
+        names = named_axes("dim", *others) if dim_axis == 0 else named_axes(*others, "dim")
+        self.kernel = nnx.Param(matrix.reshape(shape), n_in_axes=len(in_shape), **names)
 
     def matrix(self) -> Array:
         """The kernel `[n_in, n_out]` in the dtype of the matmul."""
@@ -113,6 +119,10 @@ class InferenceProjection(nnx.Module):
 
     def for_inference(self) -> Self:
         return self
+
+
+AnyProjection: TypeAlias = Projection | InferenceProjection
+"""A projection of a layer, for training or laid out for decoding."""
 
 
 class TransposedProjection(InferenceProjection):

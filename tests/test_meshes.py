@@ -185,6 +185,22 @@ def test_model_over_explicit_axes(
     assert jax.tree.map(jax.typeof, gradient) == jax.tree.map(jax.typeof, params)
 
 
+def test_model_whose_weights_are_divided_by_flax_s_rules(
+    automatic: Mesh, model: LanguageModel, model_expected: Any
+) -> None:
+    graphdef, params = nnx.split(model)
+    with nnx.logical_axis_rules((("dim", "y"),)):
+        there = nnx.get_named_sharding(params, automatic)
+    kernels = jax.tree.leaves(
+        jax.tree.map(lambda x, to: x.ndim > 1 and "y" in to.spec, params, there)
+    )
+    assert sum(kernels) > 5
+    rows = NamedSharding(automatic, P(("x", "y")))
+    tokens, lengths = (jax.device_put(x, rows) for x in (TOKENS, np.array(LENGTHS, np.int32)))
+    actual = jax.jit(loss_and_state(graphdef))(jax.device_put(params, there), tokens, lengths)
+    assert_close(actual, model_expected)
+
+
 def test_model_at_positions_over_explicit_axes(explicit: Mesh, model: LanguageModel) -> None:
     positions = np.array([[4, 0], [1, 3]] * (len(TOKENS) // 2), np.int32)
     tokens, at = (

@@ -15,7 +15,7 @@ from e88_jax.mixers.base import Execution
 from e88_jax.mixers.baselines import AttentionConfig
 from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide, wide_dtype
-from e88_jax.projection import InferenceProjection, Projection
+from e88_jax.projection import AnyProjection, Projection
 from e88_jax.typed import einsum
 from pallas_kernels import target
 
@@ -105,9 +105,9 @@ class AttentionMixer(nnx.Module):
         self.dtype = compute_dtype(execution.dtype)
         heads, head_dim = config.n_heads, config.head_dim
 
-        def linear(n_in: tuple[int, ...], *n_out: int) -> Projection | InferenceProjection:
+        def linear(n_in: tuple[int, ...], *n_out: int, **axis: Any) -> AnyProjection:
             init = initializers.xavier_uniform()
-            return Projection(n_in, n_out, dtype=self.dtype, kernel_init=init, rngs=rngs)
+            return Projection(n_in, n_out, dtype=self.dtype, kernel_init=init, rngs=rngs, **axis)
 
         def norm() -> nnx.RMSNorm | None:
             if not config.qk_norm:
@@ -118,7 +118,7 @@ class AttentionMixer(nnx.Module):
         self.k = linear((dim,), config.kv_heads, head_dim)
         self.v = linear((dim,), config.kv_heads, head_dim)
         self.q_norm, self.k_norm = norm(), norm()
-        self.output = linear((heads, head_dim), dim)
+        self.output = linear((heads, head_dim), dim, dim_axis=-1)
 
     def init_state(self, batch: int, context: int | None = None) -> AttentionState:
         """The state before the first token: zeros.

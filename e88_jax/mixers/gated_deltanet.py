@@ -16,7 +16,7 @@ from e88_jax.ops import gated_delta_rule
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide, wide_dtype
 from e88_jax.projection import (
     TORCH_LINEAR,
-    InferenceProjection,
+    AnyProjection,
     JoinedProjectionGroup,
     Projection,
     ProjectionGroup,
@@ -111,8 +111,8 @@ class GatedDeltaNetMixer(nnx.Module):
         self.v_conv = ShortConv(values, config.conv_size, silu=True, rngs=rngs)
         self.decay = StepAndRate(value_heads, LOWEST_RATE, rngs=rngs)
         self.norm = nnx.RMSNorm(config.value_dim, epsilon=NORM_EPSILON, rngs=rngs)
-        self.projection: Projection | InferenceProjection = Projection(
-            values, (dim,), dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs
+        self.projection: AnyProjection = Projection(
+            values, (dim,), dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs, dim_axis=-1
         )
 
     def init_state(self, batch: int, context: int | None = None) -> GatedDeltaNetState:

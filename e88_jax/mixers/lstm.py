@@ -9,12 +9,12 @@ from jax.nn import initializers
 
 from e88_jax.checks import require_instance, require_int, require_rngs
 from e88_jax.documents import document_starts, live_steps
-from e88_jax.meshes import varying_alike
+from e88_jax.meshes import named_axes, varying_alike
 from e88_jax.mixers.base import Execution
 from e88_jax.mixers.baselines import LSTMConfig
 from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.precision import compute_dtype, wide_dtype
-from e88_jax.projection import InferenceProjection, Projection
+from e88_jax.projection import AnyProjection, Projection
 from e88_jax.typed import params_of
 from pallas_kernels import target
 
@@ -77,13 +77,21 @@ class LSTMMixer(nnx.Module):
         self.dim = require_int("dim", dim)
         self.dtype = compute_dtype(execution.dtype)
         wide = wide_dtype(self.dtype)
-        self.cell = nnx.OptimizedLSTMCell(dim, config.width, dtype=wide, rngs=rngs)
-        self.output: Projection | InferenceProjection = Projection(
+        init = initializers.lecun_normal()  # Flax's default
+        self.cell = nnx.OptimizedLSTMCell(
+            dim,
+            config.width,
+            kernel_init=nnx.with_metadata(init, **named_axes("dim", None)),
+            dtype=wide,
+            rngs=rngs,
+        )
+        self.output: AnyProjection = Projection(
             (config.width,),
             (dim,),
             dtype=self.dtype,
             kernel_init=initializers.xavier_uniform(),
             rngs=rngs,
+            dim_axis=-1,
         )
 
     def init_state(self, batch: int, context: int | None = None) -> LSTMState:

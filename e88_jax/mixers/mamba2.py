@@ -17,7 +17,7 @@ from e88_jax.ops import ssd
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide, wide_dtype
 from e88_jax.projection import (
     TORCH_LINEAR,
-    InferenceProjection,
+    AnyProjection,
     JoinedProjectionGroup,
     Projection,
     ProjectionGroup,
@@ -103,8 +103,8 @@ class Mamba2Mixer(nnx.Module):
         self.decay = StepAndRate(heads, rngs=rngs)
         self.skip = nnx.Param(jnp.ones((heads,), jnp.float32))
         self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
-        self.projection: Projection | InferenceProjection = Projection(
-            channels, (dim,), dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs
+        self.projection: AnyProjection = Projection(
+            channels, (dim,), dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs, dim_axis=-1
         )
 
     def init_state(self, batch: int, context: int | None = None) -> Mamba2State:

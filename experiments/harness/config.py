@@ -15,6 +15,8 @@ from experiments.cli.model_flags import changed_layers
 from experiments.cli.names import flag_of
 from experiments.tasks.base import Task, TaskConfig
 
+from .mesh_sizes import AUTO, parse_mesh
+
 # The backward pass recomputes less with more saved states, whose memory is small at this size.
 DEFAULT_MODEL = LMConfig(
     dim=256,
@@ -128,6 +130,10 @@ class TrainConfig:
     it."""
     gpu: str | None = None
     """GPU for --params, such as h100 or rtx4090; by default the one in this machine."""
+    mesh: str = AUTO
+    """Devices to train on, such as data=2,fsdp=4: rows are divided over all eight, weights and
+    optimizer state over the four of fsdp. auto takes all devices that divide the rows, and divides
+    the weights if one device cannot hold them."""
     task: TaskConfig
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -145,6 +151,7 @@ class TrainConfig:
                 f"the model of these flags has {n:,} parameters, and {MOST_PARAMETERS:,} are the "
                 "most that one machine trains: choose a smaller --dim, --depth or mixer."
             )
+        parse_mesh(self.mesh, self.batch.batch_size, self.model.dim)
 
     def open_task(self) -> Task:
         """The task; of a resumed run, with the data of the run in `out`.
@@ -226,7 +233,7 @@ def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:
 
 
 _MAY_CHANGE = {
-    *("out", "resume", "steps", "log_every", "eval_every", "save_every", "keep"),
+    *("out", "resume", "steps", "log_every", "eval_every", "save_every", "keep", "mesh"),
     "optimizer.max_skipped_steps",
 }
 """Flags that may change when a run is resumed, besides the task's and those of execution."""

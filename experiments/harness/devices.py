@@ -1,16 +1,13 @@
-"""The devices of one machine: settings of JAX, and shardings of a run's arrays."""
+"""The devices of one machine: settings of JAX."""
 
 import contextlib
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.cli.errors import UsageError, warn
-from experiments.tasks.base import Batch
 from pallas_kernels import target
 
 GPU_MEMORY_FRACTION = "0.93"
@@ -108,39 +105,3 @@ def _cache_directory() -> Path | None:
             "JAX_COMPILATION_CACHE_DIR names another directory."
         )
     return None
-
-
-class Placement(NamedTuple):
-    """Shardings of a run's arrays."""
-
-    everywhere: NamedSharding
-    """Replicated."""
-    by_row: NamedSharding
-    """Arrays `[passes, rows, ...]`, divided by row."""
-
-    def __str__(self) -> str:
-        return f"{self.everywhere.num_devices} x {jax.devices()[0].device_kind}"
-
-    def put(self, batch: Batch) -> Batch:
-        """The batch on the devices: by row if the number of devices divides it, else replicated."""
-        divisible = batch.inputs.shape[1] % self.everywhere.num_devices == 0
-        where = self.by_row if divisible else self.everywhere
-        arrays = jax.device_put(batch._replace(restart=None), where)
-        return arrays._replace(restart=np.bool_(batch.restart))
-
-
-def placement(rows: int) -> Placement:
-    """Shardings over as many devices as divide `rows`; warns if these are not all."""
-    devices = jax.devices()
-    n = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
-    if n < len(devices):
-        below = rows // len(devices) * len(devices)
-        sizes = " or ".join(str(size) for size in (below, below + len(devices)) if size)
-        warn(
-            f"{n} of {len(devices)} devices are used, as a batch of {rows} does not divide over "
-            f"all: {sizes} would use all."
-        )
-    mesh = Mesh(np.array(devices[:n]), ("rows",))
-    return Placement(
-        NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "rows"))
-    )

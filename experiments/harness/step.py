@@ -9,12 +9,13 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import NamedSharding
 
 from e88_jax.model import LanguageModel, LMState
 from e88_jax.xla import xla_options
 from experiments.tasks.base import Batch, Metric
 
-from .devices import Placement
+from .mesh import Placement
 from .optimizer import Optimizer, OptimizerState, Params
 
 
@@ -93,16 +94,32 @@ def init_state(
     return TrainState(params, optimizer.transform.init(params), carry, *zeros)
 
 
-def place(state: TrainState, where: Placement) -> TrainState:
-    """The state on the devices of `where`: the carry sharded by row, the rest replicated."""
-    carry = jax.device_put(state.carry, where.by_row)
-    return jax.device_put(state._replace(carry=None), where.everywhere)._replace(carry=carry)
+def shardings_of(state: TrainState, where: Placement) -> TrainState:
+    """The sharding of each array: weights and optimizer state by the names of their axes, the carry
+    by row, the rest replicated."""
+    weights = where.by_name(state.params), where.by_name(state.optimizer)
+    carry = jax.tree.map(lambda _: where.by_row, state.carry)
+    scalars: list[Any] = [where.everywhere] * 3
+    return TrainState(*weights, carry, *scalars)
+
+
+def make_sharded(make: Callable[[], TrainState], where: Placement) -> TrainState:
+    """The state that `make` returns, by one program in which each device makes its part."""
+    there = shardings_of(jax.eval_shape(make), where)
+    return jax.jit(make, out_shardings=there)()
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[LanguageModel], optimizer: Optimizer, clip_norm: float, metric: Metric
+    graphdef: nnx.GraphDef[LanguageModel],
+    optimizer: Optimizer,
+    clip_norm: float,
+    metric: Metric,
+    everywhere: NamedSharding | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The function `(state, batch) -> (state, metrics)`, to be compiled.
+
+    Weights that are divided over devices are gathered where `everywhere` is, so that devices
+    exchange weights and gradients and never activations, which XLA might prefer.
 
     The gradients of the passes are averaged. `batch.restart` starts the rows of a stateful run from
     zero states. A step whose loss or gradient is not finite leaves weights, optimizer and carried
@@ -117,6 +134,8 @@ def make_train_step(
             one_pass, carry = one
 
             def loss_of(params: Params) -> Any:
+                if everywhere is not None:
+                    params = lax.with_sharding_constraint(params, everywhere)
                 loss, (score, end) = mean_loss(nnx.merge(graphdef, params), one_pass, carry, metric)
                 return loss, (score, None if carry is None else end)
 
@@ -165,11 +184,11 @@ def compile_train_step(
 ) -> jax.stages.Compiled:
     """`make_train_step` compiled for arguments of these shapes and shardings; a call consumes its
     `state`."""
-    shardings = jax.tree.map(lambda x: x.sharding, state), state.updates.sharding
+    everywhere: Any = state.updates.sharding
     step = jax.jit(
-        make_train_step(graphdef, optimizer, clip_norm, metric),
+        make_train_step(graphdef, optimizer, clip_norm, metric, everywhere),
         donate_argnums=0,
-        out_shardings=shardings,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
     )
     return step.lower(state, batch).compile(compiler_options=xla_options())
 
@@ -188,7 +207,8 @@ def make_evaluate(
 
     @jax.jit
     def evaluate(params: Params, batch: Batch) -> Array:
-        model = nnx.merge(graphdef, params)
+        gathered = lax.with_sharding_constraint(params, where.everywhere)
+        model = nnx.merge(graphdef, gathered)
 
         def one(state: LMState | None, batch: Batch) -> tuple[LMState | None, Array]:
             loss, (score, end) = mean_loss(model, batch, state, metric)

@@ -13,9 +13,10 @@ from experiments.tasks.base import Batch, Task
 
 from . import devices
 from .config import TrainConfig
+from .mesh import placement
 from .optimizer import make_optimizer
 from .run import Run
-from .step import compile_train_step, init_state, make_evaluate, place
+from .step import TrainState, compile_train_step, init_state, make_evaluate, make_sharded
 
 
 def train(config: TrainConfig, task: Task, run: Run) -> None:
@@ -26,13 +27,15 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
         RunStopped: the run ended early, with its checkpoint written.
     """
     devices.set_up()
-    where = devices.placement(config.batch.batch_size)
-    model = build(config, task)
-    graphdef, metric = nnx.graphdef(model), task.metric
+    where = placement(config.mesh, config.batch.batch_size, config.model)
+    graphdef, metric = build(config, task), task.metric
     optimizer = make_optimizer(config.optimizer, config.steps)
     carry_shape, seq_len = config.batch.carry_shape, config.batch.seq_len
-    state = place(init_state(model, optimizer, carry_shape, seq_len), where)
-    stateful = config.batch.stateful
+
+    def make() -> TrainState:
+        return init_state(_model(config), optimizer, carry_shape, seq_len)
+
+    state, stateful = make_sharded(make, where), config.batch.stateful
     evaluate = make_evaluate(graphdef, task.validation(), where, metric, stateful=stateful)
 
     state = run.begin(state, parameters=config.model.count_params(), devices=str(where))
@@ -58,24 +61,31 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
         run.ended_step(state, value)
 
     weights = optimizer.eval_params(state.optimizer, state.params)
-    nnx.update(model, jax.device_put(weights, jax.devices()[0]))
-    task.finish(model, run)
+    task.finish(nnx.merge(graphdef, jax.device_put(weights, jax.devices()[0])), run)
     run.finished()
 
 
-def build(config: TrainConfig, task: Task) -> LanguageModel:
-    """The model before training.
+def build(config: TrainConfig, task: Task) -> nnx.GraphDef[LanguageModel]:
+    """The model without weights.
 
     Raises:
         UsageError: the named implementation of the recurrence does not take the model.
     """
-    model = LanguageModel(config.model, rngs=nnx.Rngs(config.batch.seed))
     _, rows, length = task[0].inputs.shape
+
+    def called() -> LanguageModel:
+        model = _model(config)
+        model(jnp.zeros((rows, length), jnp.int32))
+        return model
+
     try:
-        jax.eval_shape(model, jax.ShapeDtypeStruct((rows, length), jnp.int32))
+        return nnx.graphdef(nnx.eval_shape(called))
     except NotImplementedError as error:
         raise UsageError(str(error)) from None
-    return model
+
+
+def _model(config: TrainConfig) -> LanguageModel:
+    return LanguageModel(config.model, rngs=nnx.Rngs(config.batch.seed))
 
 
 def prefetch(task: Task, start: int) -> Iterator[Batch]:

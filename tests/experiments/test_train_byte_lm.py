@@ -211,6 +211,7 @@ def test_steps_that_are_not_finite_stop_the_run(corpus: Path, tmp_path: Path):
         ("--dtype float64", "--dtype float64 is for comparisons"),
         ("--out taken --resume --dim 32", "another configuration, --dim 16 (not 32)"),
         ("--out taken --resume --data short.txt", "another configuration, --data"),
+        ("--mesh data=3,fsdp=2", "--batch-size 8 does not divide over the 6 devices"),
     ],
 )
 def test_mistakes_get_one_sentence(
@@ -285,6 +286,19 @@ def test_other_devices_get_a_warning(whole: Path, tmp_path: Path):
     described = json.loads((tmp_path / "run" / "run.json").read_text())
     assert described["devices"] == "1 x abacus"
     assert described["resumed"][0]["step"] == 200
+
+
+def test_resumed_on_another_mesh(whole: Path, tmp_path: Path):
+    """From a checkpoint of four devices' copies, with weights divided over two."""
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "200")
+    mesh = "--mesh", "data=2,fsdp=2"
+    done = run(tmp_path, "train_byte_lm.py", "--out", "run", "--resume", *mesh)
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step 175" in done.stdout
+    assert "4 x cpu (data=2,fsdp=2)" in done.stderr
+    for after, before in zip(parameters(tmp_path / "run"), parameters(whole), strict=True):
+        np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-4)
 
 
 def test_a_reader_that_stops_reading(whole: Path):

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
 from experiments.cli.errors import UsageError
 from experiments.harness import devices
-from experiments.tasks.base import Batch
 from pallas_kernels import target
 
 SETTINGS: Any = jax.config
@@ -179,39 +177,3 @@ def test_a_platform_that_is_not_there(error: Exception, monkeypatch: pytest.Monk
     why = "no such platform$" if str(error) else "no such device"
     with pytest.raises(UsageError, match=rf"JAX cannot start \(JAX_PLATFORMS='abacus'\): {why}"):
         devices.set_up()
-
-
-@pytest.mark.parametrize(
-    ("rows", "used", "sizes"),
-    [(12, 6, "8 or 16"), (1, 1, "8"), (9, 3, "8 or 16"), (20, 5, "16 or 24"), (8, 8, None)],
-)
-def test_devices_that_a_batch_leaves_idle(
-    rows: int,
-    used: int,
-    sizes: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(jax, "devices", lambda: [*range(8)])
-    monkeypatch.setattr(devices, "Mesh", lambda array, _: len(array))
-    monkeypatch.setattr(devices, "NamedSharding", lambda mesh, _: mesh)
-    assert devices.placement(rows).everywhere == used
-    said = capsys.readouterr().err
-    if sizes is None:
-        assert said == ""
-    else:
-        assert said == (
-            f"warning: {used} of 8 devices are used, as a batch of {rows} does not divide over "
-            f"all: {sizes} would use all.\n"
-        )
-
-
-def test_rows_are_divided_where_they_can_be() -> None:
-    where = devices.placement(4)
-    for shape, share in (((1, 8, 3), (1, 2, 3)), ((4, 3, 3), (4, 3, 3))):
-        tokens = np.zeros(shape, np.uint8)
-        batch: Any = where.put(Batch(tokens, tokens, np.ones(shape, np.float32), restart=True))
-        for x in batch[:3]:
-            assert {shard.data.shape for shard in x.addressable_shards} == {share}
-        assert batch.restart
-        assert where.put(Batch(tokens, tokens, None, restart=True)).weights is None

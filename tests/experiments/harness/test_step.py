@@ -1,6 +1,7 @@
 """The training step: accumulation, clipping, skipping, carried state; optimizers; evaluation."""
 
 import dataclasses
+import re
 from typing import Any
 
 import chex
@@ -15,7 +16,7 @@ import experiments.harness.step
 from e88_jax import AttentionConfig, LanguageModel, LMConfig, LSTMConfig
 from e88_jax.model import LMState
 from experiments.harness.config import OptimizerConfig
-from experiments.harness.devices import placement
+from experiments.harness.mesh import Placement, placement
 from experiments.harness.optimizer import make_optimizer
 from experiments.harness.step import (
     TrainState,
@@ -24,7 +25,7 @@ from experiments.harness.step import (
     make_evaluate,
     make_train_step,
     mean_loss,
-    place,
+    shardings_of,
 )
 from experiments.tasks.base import Batch, Metric
 from experiments.tasks.bytes import BITS_PER_BYTE
@@ -38,9 +39,16 @@ ACCURACY = Metric(
 )
 
 
+CONFIG = lm_config(dim=16, n_heads=2, n_state=4)
+
+
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return LanguageModel(lm_config(dim=16, n_heads=2, n_state=4), rngs=nnx.Rngs(0))
+    return LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+
+
+def for_rows(rows: int, mesh: str = "auto") -> Placement:
+    return placement(mesh, rows, CONFIG)
 
 
 def windows_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -98,7 +106,7 @@ def test_targets_at_positions_equal_all_with_weights(model: LanguageModel):
     step, state, _ = make(model, plain(), metric=ACCURACY)
     for few, every in zip(step(state, of_few), step(state, of_all), strict=True):
         chex.assert_trees_all_close(few, every, rtol=1e-4, atol=1e-6)
-    where = placement(4)
+    where = for_rows(4)
     put: Any = where.put(of_few)
     assert put.positions.sharding == where.by_row
     evaluate = [
@@ -129,7 +137,7 @@ def test_each_optimizer_learns(model: LanguageModel, optimizer: str):
     assert last < 0.9 * first
     batches = [batch_of(windows)]
     evaluate = make_evaluate(
-        nnx.graphdef(model), batches, placement(4), BITS_PER_BYTE, stateful=False
+        nnx.graphdef(model), batches, for_rows(4), BITS_PER_BYTE, stateful=False
     )
     weights = chosen.eval_params(state.optimizer, state.params)
     assert evaluate(weights) < 0.95 * first / np.log(2)
@@ -257,7 +265,7 @@ def test_evaluation_over_weights(model: LanguageModel, metric: Metric):
     windows = windows_of((2, 2, 11))
     weights = np.random.default_rng(1).random((2, 2, 10), np.float32)
     batches = [batch_of(windows[i : i + 1], weights=weights[i : i + 1]) for i in range(2)]
-    where = placement(2)
+    where = for_rows(2)
     evaluate = make_evaluate(nnx.graphdef(model), batches, where, metric, stateful=False)
     inputs, targets, *_ = batch_of(windows.reshape(4, 11))
     logits = model(jnp.asarray(inputs, jnp.int32))[0]
@@ -284,7 +292,7 @@ def test_evaluation_is_mean_bits_per_byte(model: LanguageModel, stateful: bool):
     first, second = long[..., :11], long[..., 10:]
     batches = [batch_of(first), batch_of(second, restart=False)]
     evaluate = make_evaluate(
-        nnx.graphdef(model), batches, placement(2), BITS_PER_BYTE, stateful=stateful
+        nnx.graphdef(model), batches, for_rows(2), BITS_PER_BYTE, stateful=stateful
     )
     if stateful:
         expected, _ = loss_of(model, long[0])
@@ -295,17 +303,20 @@ def test_evaluation_is_mean_bits_per_byte(model: LanguageModel, stateful: bool):
     )
 
 
-@pytest.mark.parametrize("stateful", [False, True])
-def test_data_parallel_steps_equal_those_of_one_device(model: LanguageModel, stateful: bool):
+@pytest.mark.parametrize(
+    ("mesh", "stateful"),
+    [("data=4", False), ("data=4", True), ("fsdp=4", True), ("data=2,fsdp=2", False)],
+)
+def test_steps_on_many_devices_equal_those_of_one(model: LanguageModel, mesh: str, stateful: bool):
     """Four rows over four devices; three validation rows, which do not divide among them."""
     optimizer = make_optimizer(plain(), steps=20)
     windows = windows_of((2, 4, 10))
     results = []
-    for where in (placement(4), placement(1)):
+    for where in (for_rows(4, mesh), for_rows(1)):
         state = init_state(model, optimizer, (2, 4) if stateful else None)
-        state = place(jax.tree.map(jnp.copy, state), where)  # steps consume their state
+        state = jax.tree.map(jnp.copy, state)  # steps consume their state
+        state = jax.device_put(state, shardings_of(state, where))
         assert all(x.sharding == where.by_row for x in jax.tree.leaves(state.carry))
-        assert all(x.sharding == where.everywhere for x in jax.tree.leaves(state.params))
         placed = where.put(batch_of(windows))
         graphdef = nnx.graphdef(model)
         step = compile_train_step(graphdef, optimizer, 1.0, BITS_PER_BYTE, state, placed)
@@ -314,9 +325,28 @@ def test_data_parallel_steps_equal_those_of_one_device(model: LanguageModel, sta
         batches = [batch_of(windows_of((1, 3, 10)))]
         evaluate = make_evaluate(graphdef, batches, where, BITS_PER_BYTE, stateful=stateful)
         results.append((metrics, state.carry, evaluate(state.params)))
-        assert state.updates.sharding.num_devices == where.everywhere.num_devices
-    assert placement(4).everywhere.num_devices == 4
+        assert state.updates.sharding.num_devices == where.mesh.size
     chex.assert_trees_all_close(*jax.device_get(results), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,fsdp=2"])
+def test_devices_exchange_weights_and_no_activations(model: LanguageModel, mesh: str):
+    """Windows of 37 tokens: no array of weights has an axis of that, or of all rows' tokens."""
+    where, optimizer = for_rows(4, mesh), make_optimizer(plain(), steps=20)
+    state = init_state(model, optimizer, None)
+    state = jax.device_put(state, shardings_of(state, where))
+    batch = where.put(batch_of(windows_of((1, 4, 38))))
+    step = compile_train_step(nnx.graphdef(model), optimizer, 1.0, BITS_PER_BYTE, state, batch)
+    kinds = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+    exchanged = re.findall(rf"= (.*?) {kinds}(?:-start)?\(", str(step.as_text()))
+    assert (
+        {"all-gather"}
+        < {kind for _, kind in exchanged}
+        <= {*("all-gather", "all-reduce", "reduce-scatter")}
+    )
+    for shapes, _ in exchanged:
+        for shape in re.findall(r"\[([0-9,]+)\]", shapes):
+            assert not {"37", "148"} & set(shape.split(","))
 
 
 @pytest.mark.parametrize("stateful", [False, True])
@@ -346,7 +376,7 @@ def test_attention_remembers_the_window_before(stateful: bool):
     evaluate = make_evaluate(
         nnx.graphdef(model),
         [batch_of(first), batch_of(second)],
-        placement(3),
+        for_rows(3),
         BITS_PER_BYTE,
         stateful=stateful,
     )

@@ -1,0 +1,70 @@
+"""Sizes of the axes of a run's mesh, from the flag `--mesh`; needs no JAX."""
+
+import math
+import re
+from typing import NamedTuple
+
+AUTO = "auto"
+
+
+class MeshSizes(NamedTuple):
+    """Devices along each axis."""
+
+    data: int = 1
+    """Parts of the rows of a batch; weights are copied."""
+    fsdp: int = 1
+    """Parts of the rows again, and of weights and optimizer state."""
+
+    @property
+    def n_devices(self) -> int:
+        return math.prod(self)
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={n}" for name, n in zip(self._fields, self, strict=True) if n > 1)
+
+
+def parse_mesh(text: str, rows: int, dim: int) -> MeshSizes | None:
+    """The sizes; None for "auto".
+
+    Args:
+        text: the flag's value.
+        rows: rows of a batch.
+        dim: the model's.
+
+    Raises:
+        ValueError: the text is no mesh, or rows or dim do not divide over it; the message has the
+            nearest sizes that do.
+    """
+    if text == AUTO:
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"([a-z]+)=([1-9][0-9]{0,6})", part, re.ASCII)
+        if match is None or match[1] not in MeshSizes._fields or match[1] in sizes:
+            raise ValueError(
+                f"--mesh must be {AUTO}, or sizes of {' and '.join(MeshSizes._fields)} such as "
+                f"data=2,fsdp=4, got {text!r}."
+            )
+        sizes[match[1]] = int(match[2])
+    mesh = MeshSizes(**sizes)
+    _check_divides(mesh, rows, dim)
+    return mesh
+
+
+def _check_divides(sizes: MeshSizes, rows: int, dim: int) -> None:
+    if rows % sizes.n_devices:
+        raise ValueError(
+            f"--batch-size {rows} does not divide over the {sizes.n_devices} devices of --mesh "
+            f"{sizes}: {nearest_multiples(rows, sizes.n_devices)} would."
+        )
+    if dim % sizes.fsdp:
+        below = max(n for n in range(1, sizes.fsdp) if dim % n == 0)
+        above = next((n for n in range(sizes.fsdp, dim + 1) if dim % n == 0), None)
+        fsdp = f"fsdp={below}" if above is None else f"fsdp={below} or {above}"
+        raise ValueError(f"--dim {dim} does not divide over fsdp={sizes.fsdp}: {fsdp} would do.")
+
+
+def nearest_multiples(n: int, of: int) -> str:
+    """The multiples of a number just below and above n, as words."""
+    below = n // of * of
+    return " or ".join(str(size) for size in (below, below + of) if size)

@@ -1,0 +1,172 @@
+"""The mesh of a run: its sizes, and what of weights and rows each device holds."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from e88_jax import (
+    AttentionConfig,
+    E88Config,
+    GatedDeltaNetConfig,
+    LanguageModel,
+    LMConfig,
+    LSTMConfig,
+    Mamba2Config,
+)
+from experiments.cli.errors import UsageError
+from experiments.harness import mesh
+from experiments.harness.config import OptimizerConfig
+from experiments.harness.mesh import automatic, placement
+from experiments.harness.mesh_sizes import MeshSizes, parse_mesh
+from experiments.harness.optimizer import make_optimizer
+from experiments.harness.step import TrainState, init_state, make_sharded, shardings_of
+from experiments.tasks.base import Batch
+from tests.reference.configs import lm_config
+
+CONFIG = lm_config(dim=16, n_heads=2, n_state=4)
+
+
+def test_sizes_of_a_mesh() -> None:
+    assert parse_mesh("auto", 3, 5) is None
+    assert parse_mesh("fsdp=4,data=2", 16, 64) == MeshSizes(data=2, fsdp=4)
+    assert str(MeshSizes(data=2, fsdp=4)) == "data=2,fsdp=4"
+    assert str(MeshSizes(fsdp=4)) == "fsdp=4"
+
+
+@pytest.mark.parametrize("text", ["", "data", "data=0", "data=2,data=2", "rows=2", "data=-1", "4"])
+def test_what_is_no_mesh(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--mesh must be auto, or sizes of data and fsdp such as"):
+        parse_mesh(text, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "dim", "message"),
+    [
+        ("data=8", 12, 64, r"12 does not divide over the 8 devices of --mesh data=8: 8 or 16"),
+        ("data=2,fsdp=4", 3, 64, r"--batch-size 3 .* data=2,fsdp=4: 8 would\."),
+        ("fsdp=3", 12, 64, r"--dim 64 does not divide over fsdp=3: fsdp=2 or 4 would do\."),
+        ("fsdp=8", 8, 6, r"--dim 6 does not divide over fsdp=8: fsdp=6 would do\."),
+    ],
+)
+def test_sizes_that_do_not_divide(text: str, rows: int, dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_mesh(text, rows, dim)
+
+
+def test_more_devices_than_there_are() -> None:
+    n = jax.device_count()
+    with pytest.raises(UsageError, match=rf"fsdp=16 needs 16 devices, and there are {n}"):
+        placement("fsdp=16", 16, CONFIG)
+
+
+class Device:
+    """A GPU with so many bytes."""
+
+    def __init__(self, memory: int | None = None):
+        self.memory = memory
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return None if self.memory is None else {"bytes_limit": self.memory}
+
+
+@pytest.mark.parametrize(
+    ("rows", "used", "sizes"),
+    [(12, 6, "8 or 16"), (1, 1, "8"), (9, 3, "8 or 16"), (20, 5, "16 or 24"), (8, 8, None)],
+)
+def test_devices_that_a_batch_leaves_idle(
+    rows: int, used: int, sizes: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert automatic(rows, CONFIG, [Device()] * 8) == MeshSizes(data=used)
+    said = capsys.readouterr().err
+    if sizes is None:
+        assert said == ""
+    else:
+        assert said == (
+            f"warning: {used} of 8 devices are used, as a batch of {rows} does not divide over "
+            f"all: {sizes} would use all.\n"
+        )
+
+
+def test_weights_are_divided_where_a_device_cannot_hold_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    needed = mesh.BYTES_PER_PARAMETER * CONFIG.count_params()
+    memory = round(needed / mesh.SHARE_OF_MEMORY) + 1
+    assert automatic(8, CONFIG, [Device(memory)] * 8) == MeshSizes(data=8)
+    assert capsys.readouterr().err == ""
+    assert automatic(8, CONFIG, [Device(memory - 2)] * 8) == MeshSizes(fsdp=8)
+    assert "they are divided over 8 devices, as by --mesh fsdp=8." in capsys.readouterr().err
+    odd = dataclasses.replace(CONFIG, dim=20)
+    assert automatic(8, odd, [Device(1)] * 8) == MeshSizes(data=2, fsdp=4)
+    assert automatic(8, CONFIG, [Device(1)]) == MeshSizes()
+
+
+def test_rows_are_divided_where_they_can_be() -> None:
+    where = placement("data=2,fsdp=2", 4, CONFIG)
+    for shape, share in (((1, 8, 3), (1, 2, 3)), ((4, 3, 3), (4, 3, 3))):
+        tokens = np.zeros(shape, np.uint8)
+        batch: Any = where.put(Batch(tokens, tokens, np.ones(shape, np.float32), restart=True))
+        for x in batch[:3]:
+            assert {shard.data.shape for shard in x.addressable_shards} == {share}
+        assert batch.restart
+        assert where.put(Batch(tokens, tokens, None, restart=True)).weights is None
+
+
+def test_every_matrix_has_the_name_of_its_dim() -> None:
+    """dim 40 is no other size of these models."""
+    e88 = E88Config(n_heads=2, n_state=4, head_mix="concat", write_gate=True, conv_size=3)
+    layers = (
+        e88,
+        dataclasses.replace(e88, head_mix="input_weighted", tie_kv=True),
+        GatedDeltaNetConfig(n_heads=2, head_dim=4),
+        Mamba2Config(d_state=8, head_dim=8),
+        AttentionConfig(n_heads=3, head_dim=4),
+        LSTMConfig(width=12),
+    )
+    config = LMConfig(dim=40, depth=len(layers), layers=layers, channel_mixer_dim=24)
+    params = nnx.state(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param)
+    of_dim = 0
+    for path, x in nnx.to_flat_state(params):
+        names = x.get_metadata().get("out_sharding")
+        if 40 in x.shape and len(x.shape) > 1:
+            assert names == tuple("dim" if n == 40 else None for n in x.shape), path
+            of_dim += 1
+        else:
+            assert names is None, path
+    assert of_dim > 30
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free", "muon"])
+def test_no_device_holds_a_whole_matrix(optimizer: Any) -> None:
+    state = make_sharded(maker(optimizer), placement("fsdp=4", 4, CONFIG))
+    matrices = [x for x in jax.tree.leaves(state) if x.ndim > 1]
+    assert len(matrices) > 10
+    for x in matrices:
+        assert {4 * shard.data.size for shard in x.addressable_shards} == {x.size}
+
+
+def test_no_device_makes_a_whole_matrix() -> None:
+    """Random numbers are drawn where they stay, also before they have a shape."""
+    make = maker("adamw")
+    shapes = jax.eval_shape(make)
+    there = shardings_of(shapes, placement("fsdp=4", 4, CONFIG))
+    program = str(jax.jit(make, out_shardings=there).lower().compile().as_text())
+    sizes = re.findall(r"= [a-z]+[0-9]+\[([0-9,]+)\]", program)
+    largest = max(math.prod(map(int, size.split(","))) for size in sizes)
+    assert largest == max(x.size for x in jax.tree.leaves(shapes)) // 4
+
+
+def maker(optimizer: Any) -> Callable[[], TrainState]:
+    of_run = make_optimizer(OptimizerConfig(optimizer=optimizer), steps=20)
+
+    def make() -> TrainState:
+        return init_state(LanguageModel(CONFIG, rngs=nnx.Rngs(0)), of_run, None)
+
+    return make
