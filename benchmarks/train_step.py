@@ -212,7 +212,13 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     from experiments.harness import devices
     from experiments.harness.mesh import placement
     from experiments.harness.optimizer import make_optimizer
-    from experiments.harness.step import TrainState, compile_train_step, init_state, make_sharded
+    from experiments.harness.step import (
+        TrainState,
+        compile_train_step,
+        init_state,
+        make_sharded,
+        shapes_of,
+    )
     from experiments.tasks.base import Batch
     from experiments.tasks.bytes import BITS_PER_BYTE
 
@@ -234,7 +240,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         return init_state(make_model(), optimizer, carry_shape, seq_len)
 
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
-    state = make_sharded(make_state, where)
+    state = make_sharded(make_state, shapes_of(make_state, where))
     windows = np.random.default_rng(0).integers(
         0,
         min(256, config.model.vocab_size),

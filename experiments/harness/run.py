@@ -43,8 +43,13 @@ class Run:
     def __exit__(self, *exc: Any) -> None:
         self._exits.__exit__(*exc)
 
-    def begin(self, state: "TrainState", *, parameters: int, devices: str) -> "TrainState":
-        """Opens the files, and returns the state to train from: `state`, or the last checkpoint.
+    def begin(self, like: "TrainState", *, parameters: int, devices: str) -> "TrainState | None":
+        """Opens the files, and returns the state of the last checkpoint; None without one.
+
+        Args:
+            like: shapes, dtypes and shardings of the state.
+            parameters: of the model.
+            devices: what the run is on.
 
         Raises:
             UsageError: the run cannot continue with these steps, data or files.
@@ -74,8 +79,9 @@ class Run:
         self._checkpoints = enter(
             contextlib.closing(Checkpoints(directory / "checkpoints", metric, keep=config.keep))
         )
+        state = None
         if config.resume:
-            if (restored := self._checkpoints.restore_latest(state)) is None:
+            if (restored := self._checkpoints.restore_latest(like)) is None:
                 warn(f"{directory} has no checkpoint yet: starting from step 0.")
             else:
                 self.step, state, meta = restored

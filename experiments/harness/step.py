@@ -103,10 +103,19 @@ def shardings_of(state: TrainState, where: Placement) -> TrainState:
     return TrainState(*weights, carry, *scalars)
 
 
-def make_sharded(make: Callable[[], TrainState], where: Placement) -> TrainState:
-    """The state that `make` returns, by one program in which each device makes its part."""
-    there = shardings_of(jax.eval_shape(make), where)
-    return jax.jit(make, out_shardings=there)()
+def shapes_of(make: Callable[[], TrainState], where: Placement) -> TrainState:
+    """Shapes, dtypes and shardings of the state that `make` returns."""
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda x, there: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there),
+        shapes,
+        shardings_of(shapes, where),
+    )
+
+
+def make_sharded(make: Callable[[], TrainState], like: TrainState) -> TrainState:
+    """The state that `make` returns, by one program in which each device makes its part of it."""
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
 
 
 def make_train_step(

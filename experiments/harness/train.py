@@ -16,7 +16,14 @@ from .config import TrainConfig
 from .mesh import placement
 from .optimizer import make_optimizer
 from .run import Run
-from .step import TrainState, compile_train_step, init_state, make_evaluate, make_sharded
+from .step import (
+    TrainState,
+    compile_train_step,
+    init_state,
+    make_evaluate,
+    make_sharded,
+    shapes_of,
+)
 
 
 def train(config: TrainConfig, task: Task, run: Run) -> None:
@@ -35,11 +42,13 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
     def make() -> TrainState:
         return init_state(_model(config), optimizer, carry_shape, seq_len)
 
-    state, stateful = make_sharded(make, where), config.batch.stateful
+    like, stateful = shapes_of(make, where), config.batch.stateful
     evaluate = make_evaluate(graphdef, task.validation(), where, metric, stateful=stateful)
 
-    state = run.begin(state, parameters=config.model.count_params(), devices=str(where))
+    state = run.begin(like, parameters=config.model.count_params(), devices=str(where))
     with run.compiling():
+        if state is None:
+            state = make_sharded(make, like)
         train_step = compile_train_step(
             graphdef,
             optimizer,
