@@ -1,6 +1,7 @@
 """A model of several kinds of mixers trains, resumes, samples and is refused on other flags."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,7 @@ DEPTH = len(KINDS) + 1
 TRAINING = [
     *"--seq-len 16 --batch-size 4 --log-every 2 --eval-every 4 --save-every 2".split(),  # noqa: SIM905
     *"--eval-bytes 128 --sample-bytes 0".split(),  # noqa: SIM905
-    # A rate that does not depend on the number of steps.
-    *"--optimizer muon --warmup-steps 0 --final-lr-fraction 1".split(),  # noqa: SIM905
+    *"--optimizer muon --warmup-steps 0".split(),  # noqa: SIM905
 ]
 
 
@@ -61,15 +61,17 @@ def flag(kind: str, field: str) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run of 8 steps, and one of 4 that was resumed for 4 more."""
+    """A run of 8 steps, and the same resumed from its fourth."""
     here = tmp_path_factory.mktemp("hybrid")
     (here / "text").write_bytes(b"abcdefgh" * 500)
     begin = [*TRAINING, "--data", str(here / "text"), "--layout", LAYOUT, *flags_of_layers()]
     begin += ["--dim", "16", "--depth", str(DEPTH)]
     whole, parts = here / "whole", here / "parts"
-    train_byte_lm.main([*begin, "--out", str(whole), "--steps", "8"])
-    train_byte_lm.main([*begin, "--out", str(parts), "--steps", "4"])
-    train_byte_lm.main(["--out", str(parts), "--resume", "--steps", "8"])
+    train_byte_lm.main([*begin, "--out", str(whole), "--steps", "8", "--keep", "4"])
+    shutil.copytree(whole, parts)
+    for step in ("6", "8"):
+        shutil.rmtree(parts / "checkpoints" / step)
+    train_byte_lm.main(["--out", str(parts), "--resume"])
     return whole, parts
 
 
