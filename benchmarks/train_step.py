@@ -119,7 +119,7 @@ class BenchmarkConfig:
             raise ValueError("--lengths is for --grid; without it take --seq-len.")
         if self.missing and (self.grid is None or self.json is None):
             raise ValueError("--missing is for --grid with --json.")
-        parse_mesh(self.mesh, self.batch.batch_size, self.model.dim)
+        parse_mesh(self.mesh, self.batch.batch_size)
 
 
 def main(args: Sequence[str]) -> None:

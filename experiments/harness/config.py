@@ -151,7 +151,7 @@ class TrainConfig:
                 f"the model of these flags has {n:,} parameters, and {MOST_PARAMETERS:,} are the "
                 "most that one machine trains: choose a smaller --dim, --depth or mixer."
             )
-        parse_mesh(self.mesh, self.batch.batch_size, self.model.dim)
+        parse_mesh(self.mesh, self.batch.batch_size)
 
     def open_task(self) -> Task:
         """The task; of a resumed run, with the data of the run in `out`.

@@ -17,12 +17,12 @@ from e88_jax.config import LMConfig
 from experiments.cli.errors import UsageError, warn
 from experiments.tasks.base import Batch
 
-from .mesh_sizes import AUTO, MeshSizes, nearest_multiples, parse_mesh
+from .mesh_sizes import AUTO, MeshSizes, check_dim, nearest_multiples, parse_mesh
 
 RULES = {"dim": "fsdp"}
 """Mesh axes of the logical axes of parameters."""
 BYTES_PER_PARAMETER = 16
-"""Of a weight, its gradient and AdamW's two moments, in float32."""
+"""Bytes in float32 of a weight, its gradient and AdamW's two moments."""
 SHARE_OF_MEMORY = 0.8
 """Most of a device's memory that these may take if each device is to hold all: a step needs some
 for activations."""
@@ -79,11 +79,12 @@ def placement(mesh: str, rows: int, model: LMConfig) -> Placement:
         model: what is trained.
 
     Raises:
-        UsageError: the mesh has more devices than there are.
-        ValueError: rows or the model's dim do not divide over it.
+        UsageError: the model's dim does not divide over the mesh, or there are fewer devices.
+        ValueError: the text is no mesh, or the rows do not divide over it.
     """
     devices = jax.devices()
-    sizes = parse_mesh(mesh, rows, model.dim) or automatic(rows, model, devices)
+    sizes = parse_mesh(mesh, rows) or automatic(rows, model, devices)
+    check_dim(sizes, model.dim)
     if sizes.n_devices > len(devices):
         raise UsageError(
             f"--mesh {mesh} needs {sizes.n_devices} devices, and there are {len(devices)}; "

@@ -4,6 +4,8 @@ import math
 import re
 from typing import NamedTuple
 
+from experiments.cli.errors import UsageError
+
 AUTO = "auto"
 
 
@@ -23,17 +25,16 @@ class MeshSizes(NamedTuple):
         return ",".join(f"{name}={n}" for name, n in zip(self._fields, self, strict=True) if n > 1)
 
 
-def parse_mesh(text: str, rows: int, dim: int) -> MeshSizes | None:
+def parse_mesh(text: str, rows: int) -> MeshSizes | None:
     """The sizes; None for "auto".
 
     Args:
         text: the flag's value.
         rows: rows of a batch.
-        dim: the model's.
 
     Raises:
-        ValueError: the text is no mesh, or rows or dim do not divide over it; the message has the
-            nearest sizes that do.
+        ValueError: the text is no mesh, or the rows do not divide over it; the message has the
+            nearest numbers that do.
     """
     if text == AUTO:
         return None
@@ -47,21 +48,23 @@ def parse_mesh(text: str, rows: int, dim: int) -> MeshSizes | None:
             )
         sizes[match[1]] = int(match[2])
     mesh = MeshSizes(**sizes)
-    _check_divides(mesh, rows, dim)
+    if rows % mesh.n_devices:
+        raise ValueError(
+            f"--batch-size {rows} does not divide over the {mesh.n_devices} devices of --mesh "
+            f"{mesh}: {nearest_multiples(rows, mesh.n_devices)} would."
+        )
     return mesh
 
 
-def _check_divides(sizes: MeshSizes, rows: int, dim: int) -> None:
-    if rows % sizes.n_devices:
-        raise ValueError(
-            f"--batch-size {rows} does not divide over the {sizes.n_devices} devices of --mesh "
-            f"{sizes}: {nearest_multiples(rows, sizes.n_devices)} would."
-        )
-    if dim % sizes.fsdp:
-        below = max(n for n in range(1, sizes.fsdp) if dim % n == 0)
-        above = next((n for n in range(sizes.fsdp, dim + 1) if dim % n == 0), None)
-        fsdp = f"fsdp={below}" if above is None else f"fsdp={below} or {above}"
-        raise ValueError(f"--dim {dim} does not divide over fsdp={sizes.fsdp}: {fsdp} would do.")
+def check_dim(sizes: MeshSizes | None, dim: int) -> None:
+    """Raises UsageError, with the nearest sizes that would do, if the model's dim does not divide
+    over the mesh."""
+    if sizes is None or dim % sizes.fsdp == 0:
+        return
+    below = max(n for n in range(1, sizes.fsdp) if dim % n == 0)
+    above = next((n for n in range(sizes.fsdp, dim + 1) if dim % n == 0), None)
+    fsdp = f"fsdp={below}" if above is None else f"fsdp={below} or {above}"
+    raise UsageError(f"--dim {dim} does not divide over fsdp={sizes.fsdp}: {fsdp} would do.")
 
 
 def nearest_multiples(n: int, of: int) -> str:

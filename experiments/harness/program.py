@@ -13,6 +13,7 @@ from experiments.cli.model_flags import kinds_of
 
 from . import run_directory
 from .config import TrainConfig, check_resumable
+from .mesh_sizes import check_dim, parse_mesh
 from .run import Run
 
 Training = TypeVar("Training", bound=TrainConfig)
@@ -21,6 +22,7 @@ Training = TypeVar("Training", bound=TrainConfig)
 def main(kind: type[TrainConfig], args: Sequence[str]) -> None:
     """Parses, checks the directory, opens the data, trains."""
     config = parse_args(kind, args)
+    check_dim(parse_mesh(config.mesh, config.batch.batch_size), config.model.dim)
     if not config.resume:
         run_directory.check_claimable(config.out, config.task.FILES)
     elif config.out is not None and (done := run_directory.steps_done(config.out)) > config.steps:

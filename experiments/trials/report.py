@@ -62,7 +62,7 @@ def sources(lines: Iterable[Record]) -> str:
 
 
 def _contents(found: dict[Cell, Group]) -> str:
-    """What the cells of a summary are."""
+    """The caption of a summary: what its cells hold."""
     if any(group.lengths for group in found.values()):
         return "accuracy on the first reading and horizon"
     return "accuracy on the first and the last reading"

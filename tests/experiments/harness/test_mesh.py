@@ -21,21 +21,22 @@ from e88_jax import (
     Mamba2Config,
 )
 from experiments.cli.errors import UsageError
-from experiments.harness import mesh
+from experiments.harness import mesh, program
 from experiments.harness.config import OptimizerConfig
 from experiments.harness.mesh import automatic, placement
-from experiments.harness.mesh_sizes import MeshSizes, parse_mesh
+from experiments.harness.mesh_sizes import MeshSizes, check_dim, parse_mesh
 from experiments.harness.optimizer import make_optimizer
 from experiments.harness.step import TrainState, init_state, make_sharded, shapes_of
 from experiments.tasks.base import Batch
+from experiments.tasks.bytes import ByteLMConfig
 from tests.reference.configs import lm_config
 
 CONFIG = lm_config(dim=16, n_heads=2, n_state=4)
 
 
 def test_sizes_of_a_mesh() -> None:
-    assert parse_mesh("auto", 3, 5) is None
-    assert parse_mesh("fsdp=4,data=2", 16, 64) == MeshSizes(data=2, fsdp=4)
+    assert parse_mesh("auto", 3) is None
+    assert parse_mesh("fsdp=4,data=2", 16) == MeshSizes(data=2, fsdp=4)
     assert str(MeshSizes(data=2, fsdp=4)) == "data=2,fsdp=4"
     assert str(MeshSizes(fsdp=4)) == "fsdp=4"
 
@@ -43,21 +44,41 @@ def test_sizes_of_a_mesh() -> None:
 @pytest.mark.parametrize("text", ["", "data", "data=0", "data=2,data=2", "rows=2", "data=-1", "4"])
 def test_what_is_no_mesh(text: str) -> None:
     with pytest.raises(ValueError, match=r"--mesh must be auto, or sizes of data and fsdp such as"):
-        parse_mesh(text, 8, 64)
+        parse_mesh(text, 8)
 
 
 @pytest.mark.parametrize(
-    ("text", "rows", "dim", "message"),
+    ("text", "rows", "message"),
     [
-        ("data=8", 12, 64, r"12 does not divide over the 8 devices of --mesh data=8: 8 or 16"),
-        ("data=2,fsdp=4", 3, 64, r"--batch-size 3 .* data=2,fsdp=4: 8 would\."),
-        ("fsdp=3", 12, 64, r"--dim 64 does not divide over fsdp=3: fsdp=2 or 4 would do\."),
-        ("fsdp=8", 8, 6, r"--dim 6 does not divide over fsdp=8: fsdp=6 would do\."),
+        ("data=8", 12, r"12 does not divide over the 8 devices of --mesh data=8: 8 or 16"),
+        ("data=2,fsdp=4", 3, r"--batch-size 3 .* data=2,fsdp=4: 8 would\."),
     ],
 )
-def test_sizes_that_do_not_divide(text: str, rows: int, dim: int, message: str) -> None:
+def test_rows_that_do_not_divide(text: str, rows: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_mesh(text, rows, dim)
+        parse_mesh(text, rows)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "dim", "message"),
+    [
+        (3, 64, r"--dim 64 does not divide over fsdp=3: fsdp=2 or 4 would do\."),
+        (8, 6, r"--dim 6 does not divide over fsdp=8: fsdp=6 would do\."),
+    ],
+)
+def test_a_dim_that_does_not_divide(fsdp: int, dim: int, message: str) -> None:
+    check_dim(None, dim)
+    check_dim(MeshSizes(fsdp=2), dim)
+    with pytest.raises(UsageError, match=message):
+        check_dim(MeshSizes(fsdp=fsdp), dim)
+
+
+@pytest.mark.parametrize(("flag", "dim"), [(["--dim", "96"], 96), (["--params", "25M"], None)])
+def test_the_dim_that_counts_is_the_chosen_model_s(flag: list[str], dim: int | None) -> None:
+    """3 does not divide the default's."""
+    mesh = ["--mesh", "fsdp=3", "--batch-size", "3"]
+    config = program.parse_args(ByteLMConfig, [*flag, *mesh])
+    assert config.model.dim == (dim or config.model.dim) != ByteLMConfig().model.dim
 
 
 def test_more_devices_than_there_are() -> None:
