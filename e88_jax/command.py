@@ -43,25 +43,41 @@ def run(
             with 141 if its reader has gone. If False, as where results are files, output that
             cannot be written is dropped, also if the reader has not read for `PATIENCE_SECONDS`.
     """
-    prog = os.path.basename(sys.argv[0]) if prog is None else prog
     _take_over_streams(output_is_result)
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
-        sys.exit(code)
-    except KeyboardInterrupt:
-        message, code = "interrupted", 128 + signal.SIGINT
-    except ProgramEnd as end:
-        message, code = str(end), end.exit_code
     except Exception as error:
         cause = _refusal_of_the_machine(error)
-        if cause is None:
-            raise
         if isinstance(cause, BrokenPipeError) and cause.filename == _STDOUT:
             sys.exit(128 + signal.SIGPIPE)
-        message, code = _sentence(cause), 2
-    print(f"{prog}: {message}", file=sys.stderr, flush=True)
+        if cause is None and not isinstance(error, ProgramEnd):
+            raise
+        code = report(error, prog)
+    except KeyboardInterrupt as error:
+        code = report(error, prog)
     sys.exit(code)
+
+
+def report(error: BaseException, prog: str | None = None) -> int:
+    """Prints an end of the program to standard error, as `run` says; returns the exit code.
+
+    Args:
+        error: what ended it.
+        prog: start of the message; the program's file name by default.
+    """
+    if isinstance(error, ProgramEnd):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = "interrupted", 128 + signal.SIGINT
+    elif (cause := _refusal_of_the_machine(error)) is not None:
+        message, code = _sentence(cause), 2
+    else:
+        traceback.print_exception(error)
+        return 1
+    prog = os.path.basename(sys.argv[0]) if prog is None else prog
+    print(f"{prog}: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 class _Stream(io.FileIO):

@@ -9,7 +9,6 @@ import tyro
 from e88_jax.config import E88Config, LMConfig
 from e88_jax.mixers.base import Execution
 from experiments import cli
-from experiments.cli import field_types
 from experiments.cli.names import TASK, flag_of, value_of
 from experiments.harness import program
 from experiments.harness.config import BatchConfig, OptimizerConfig, TrainConfig
@@ -69,7 +68,7 @@ class SyntheticTrainConfig(TrainConfig):
     @classmethod
     def types_of(cls, values: dict[str, Any]) -> dict[str, Any]:
         kind = TASKS.get(values.get("task_name", ""), SyntheticConfig)
-        return field_types(cls) | {"task": kind}
+        return super().types_of(values) | {"task": kind}
 
 
 def main(args: Sequence[str]) -> None:

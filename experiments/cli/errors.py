@@ -17,8 +17,15 @@ class UsageError(ProgramEnd):
 
 
 class RunStopped(ProgramEnd):
-    """An early end of the run, its checkpoint written."""
+    """An early end of the run, its checkpoint written.
 
-    def __init__(self, message: str, exit_code: int):
+    Args:
+        message: why, and what would do.
+        exit_code: of the program.
+        of_all: every process of the run ends so, at the same step.
+    """
+
+    def __init__(self, message: str, exit_code: int, *, of_all: bool = False):
         super().__init__(message)
         self.exit_code = exit_code
+        self.of_all = of_all

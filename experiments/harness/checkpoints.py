@@ -1,17 +1,13 @@
 """Checkpoints of a run: Orbax, written in the background, the newest few and the best kept."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
-import os
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +18,13 @@ from orbax.checkpoint import checkpoint_managers as policies
 from experiments.cli.errors import RunStopped, UsageError, warn
 from experiments.tasks.base import Metric
 
+from .checkpoint_files import CHECKSUMS, damage_of, reason, sha256_of, value_of
+from .processes import Processes
+
 Tree = Any
 """Nested tuples and dictionaries of arrays."""
 Meta = dict[str, Any]
 """Plain data for JSON."""
-
-CHECKSUMS = "checksums.json"
-"""File of a checkpoint that holds the SHA-256 of the others."""
 
 
 class Checkpoints:
@@ -39,29 +35,48 @@ class Checkpoints:
     one before it counts as the newest. A file that cannot be read for any other reason is an error,
     and nothing is moved. A checkpoint without checksums is restored with a warning.
 
+    Processes that train together each write and read what their devices hold. The first one checks
+    the files, and all do as it says.
+
     Args:
         directory: created with the first checkpoint.
         metric: decides which checkpoint is the best.
         keep: number of the newest kept, besides the best. None only reads and moves nothing, as
             another process may be writing.
+        here: the processes that train.
 
     Raises:
         UsageError: a file cannot be read, though it is not damaged.
     """
 
-    def __init__(self, directory: Path, metric: Metric, *, keep: int | None):
+    def __init__(
+        self,
+        directory: Path,
+        metric: Metric,
+        *,
+        keep: int | None,
+        here: Processes = Processes(),  # noqa: B008  (frozen)
+    ):
         _print_no_errors_of_threads()
         self._directory = directory.absolute()
         self._metric = metric
         self._keep = keep
+        self._here = here
         self._saving = 0
         self._values: dict[int, float] = {}
         self._manager: ocp.CheckpointManager | None = None
-        for step in self._steps():
-            why, value = _value(self._directory / str(step), metric.name)
+        for step, value in here.agree(self._read_values):
             self._note(step, value)
+
+    def _read_values(self) -> list[tuple[int, float | None]]:
+        """The metric of each step; moves what is damaged."""
+        found: list[tuple[int, float | None]] = []
+        for step in self._steps():
+            why, value = value_of(self._directory / str(step), self._metric.name)
+            found.append((step, value))
             if why is not None:
-                self._pass_over(step, why)
+                self._move(step, why)
+        return found
 
     @property
     def best(self) -> float | None:
@@ -88,7 +103,7 @@ class Checkpoints:
         return min(evaluated, key=lambda x: self._metric.rank(self._values[x]), default=None)
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
+        return _Manager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 best_fn=lambda metrics: metrics[self._metric.name],  # else metrics are not stored
@@ -114,7 +129,7 @@ class Checkpoints:
         directory = self._partial(self._saving)
         # The files beside the items are still written to, and are not read again.
         files = [path for path in directory.glob("*/**/*") if path.is_file()]
-        sums = {str(path.relative_to(directory)): sum_ for path, sum_ in _sha256_of(files)}
+        sums = {str(path.relative_to(directory)): sum_ for path, sum_ in sha256_of(files)}
         (directory / CHECKSUMS).write_text(json.dumps({"sha256": sums}, indent=1) + "\n")
 
     def save(self, step: int, state: Tree, meta: Meta, value: float | None) -> None:
@@ -127,7 +142,7 @@ class Checkpoints:
             RunStopped: this checkpoint or the one before could not be written.
         """
         self.wait()
-        if step in self._steps():
+        if self._here.agree(lambda: step in self._steps()):
             return
         self._saving = step
         self._note(step, value)
@@ -159,12 +174,13 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # whatever Orbax and TensorStore raise
-            shutil.rmtree(self._partial(self._saving), ignore_errors=True)
+            if self._here.is_first:
+                shutil.rmtree(self._partial(self._saving), ignore_errors=True)
             steps = self._steps()
             safe = f"that of step {steps[0]} is safe" if steps else "there is none before it"
             raise RunStopped(
                 f"the checkpoint of step {self._saving} could not be written to "
-                f"{self._directory} ({_reason(error)}); "
+                f"{self._directory} ({reason(error)}); "
                 f"{safe}: continue with --out {self._directory.parent} --resume when it can be.",
                 exit_code=1,
             ) from error
@@ -178,19 +194,32 @@ class Checkpoints:
             UsageError: there are checkpoints, but all are damaged, or the newest whole one cannot
                 be read or is of another structure; nothing was moved.
         """
-        steps, damaged = self._steps(), dict[int, str]()
-        for step in steps:
-            why, restored = self._restore(step, like)
-            if restored is not None:
-                for bad, reason in damaged.items():
-                    self._pass_over(bad, reason)
-                return step, *restored
-            if why is not None:
-                damaged[step] = why
-        if self._steps() != steps:  # another process went on training
+        found = self._here.agree(self._newest_whole)
+        if found is None:
+            return None
+        step, damaged = found
+        restored = self._restore(step, like)
+        if restored is None:  # its owner deleted it
             return self.restore_latest(like)
+        for bad, why in damaged:
+            self._values.pop(bad, None)
+            if self._here.is_first:
+                self._move(bad, why)
+        return step, *restored
+
+    def _newest_whole(self) -> tuple[int, list[tuple[int, str]]] | None:
+        """The newest step that is whole, and the damaged ones after it, each with the damage."""
+        steps, damaged = self._steps(), list[tuple[int, str]]()
+        for step in steps:
+            why = self._damage(step)
+            if why is not None:
+                damaged.append((step, why))
+            elif (self._directory / str(step)).exists():
+                return step, damaged
+        if self._steps() != steps:  # another process went on training
+            return self._newest_whole()
         if damaged:
-            step, why = next(iter(damaged.items()))
+            step, why = damaged[0]
             raise UsageError(
                 f"none of the {len(damaged)} checkpoints in {self._directory} can be used; "
                 f"in that of step {step}, {why}."
@@ -201,27 +230,30 @@ class Checkpoints:
         """The best by the metric; `restore_latest` if that is damaged or nothing was evaluated."""
         best = self._best(self._steps())
         if best is not None:
-            why, restored = self._restore(best, like)
-            if restored is not None:
-                return best, *restored
-            if why is not None:
+            if why := self._damage(best):
                 warn(f"the best checkpoint, {best}, is damaged: {why}.")
+            elif (restored := self._restore(best, like)) is not None:
+                return best, *restored
         return self.restore_latest(like)
 
-    def _restore(self, step: int, like: Tree) -> tuple[str | None, tuple[Tree, Meta] | None]:
-        """`(damage, None)`, `(None, (state, meta))`, or Nones if the checkpoint was deleted."""
+    def _damage(self, step: int) -> str | None:
+        """The damage to a checkpoint; None if it is whole, or was deleted."""
+        directory = self._directory / str(step)
+        if why := damage_of(directory):
+            if self._keep is None:
+                time.sleep(0.5)  # its owner may be deleting it
+            return why if directory.exists() else None
+        if directory.exists() and not (directory / CHECKSUMS).exists():
+            warn(f"checkpoint {step} has no {CHECKSUMS}, so it is restored unchecked.")
+        return None
+
+    def _restore(self, step: int, like: Tree) -> tuple[Tree, Meta] | None:
+        """A checkpoint that is not damaged; None if it was deleted."""
         directory = self._directory / str(step)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here), like
         )
-        if why := _damage(directory):
-            if self._keep is None:
-                time.sleep(0.5)  # its owner may be deleting it
-            return (why, None) if directory.exists() else (None, None)
-        checked = (directory / CHECKSUMS).exists()
-        if not checked:
-            warn(f"checkpoint {step} has no {CHECKSUMS}, so it is restored unchecked.")
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 restored = checkpointer.restore(
@@ -232,19 +264,19 @@ class Checkpoints:
                 )
         except Exception as error:
             if not directory.exists():
-                return None, None
-            whole = "whole, but" if checked else "unchecked, and"
+                return None
+            whole = "whole, but" if (directory / CHECKSUMS).exists() else "unchecked, and"
             raise UsageError(
                 f"checkpoint {step} in {self._directory} is {whole} cannot be restored: "
-                f"{_reason(error)}. Without {directory}, the one before would be taken."
+                f"{reason(error)}. Without {directory}, the one before would be taken."
             ) from error
-        return None, (restored["state"], restored["meta"])
+        return restored["state"], restored["meta"]
 
-    def _pass_over(self, step: int, why: str) -> None:
+    def _move(self, step: int, why: str) -> None:
+        """Moves a damaged checkpoint aside, unless this only reads."""
         if self._keep is None:
             warn(f"checkpoint {step} is damaged: {why}.")
             return
-        self._values.pop(step, None)
         aside = self._directory / "unreadable"
         aside.mkdir(exist_ok=True)
         target = next(
@@ -262,6 +294,15 @@ class Checkpoints:
             self._manager.close()
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which saves when it is told to."""
+
+    def reached_preemption(self, step: int) -> bool:
+        # Orbax 0.12.8 fails in a save that a signal has caused if it is the manager's first and
+        # `lightweight_initialize` has left out the times of those before.
+        return False
+
+
 class _Preserve:
     """Orbax's policy: which steps stay."""
 
@@ -276,79 +317,6 @@ class _Preserve:
     ) -> Sequence[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
         return [step in self._preserved(steps) for step in steps]
-
-
-def _damage(checkpoint: Path, only: str | None = None) -> str | None:
-    """The first file of a checkpoint (or the file named) that is damaged; None if none is."""
-    path = checkpoint / CHECKSUMS
-    if (content := _read(path)) is None:
-        return None
-    try:
-        sums = {name: str(sum_) for name, sum_ in json.loads(content)["sha256"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return f"{CHECKSUMS} is not as it was written"
-    if only is not None:
-        sums = {name: sum_ for name, sum_ in sums.items() if name == only}
-    for path, found in _sha256_of([checkpoint / name for name in sums]):
-        name = str(path.relative_to(checkpoint))
-        if found is None:
-            return f"{name} is missing"
-        if found != sums[name]:
-            return f"{name} is not as it was written"
-    return None
-
-
-def _value(checkpoint: Path, metric: str) -> tuple[str | None, float | None]:
-    """The damage to a checkpoint's metrics, or else the value of the metric if it has any."""
-    name = "metrics/metrics"
-    if (content := _read(checkpoint / name)) is None:  # or its owner was killed as it deleted it
-        return None, None
-    if why := _damage(checkpoint, only=name):
-        return why, None
-    try:
-        return None, float(json.loads(content)[metric])
-    except (KeyError, TypeError, ValueError):
-        return f"{name} is not as it was written", None
-
-
-def _sha256_of(files: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
-    """Each file with its checksum, None for a missing one; four are read at a time."""
-
-    def sha256(path: Path) -> str | None:
-        with _reading(path), path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        yield from zip(files, pool.map(sha256, files), strict=True)
-
-
-def _read(path: Path) -> bytes | None:
-    """The bytes of a file, or None if there is no such file."""
-    with _reading(path):
-        return path.read_bytes()
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Ignores a missing file; any other failure to read is a UsageError."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        pass
-    except (OSError, MemoryError) as error:
-        raise UsageError(
-            f"{path} cannot be read ({_reason(error)}), which does not say that it is damaged; "
-            f"nothing was moved."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The operating system's message in the error, else the error's first line."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
-    if code is not None:
-        return os.strerror(int(code[1]))
-    strerror = error.strerror if isinstance(error, OSError) else None
-    return strerror or str(error).partition("\n")[0] or type(error).__name__
 
 
 def _print_no_errors_of_threads() -> None:

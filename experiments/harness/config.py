@@ -15,6 +15,7 @@ from experiments.cli.model_flags import changed_layers
 from experiments.cli.names import flag_of
 from experiments.tasks.base import Task, TaskConfig
 
+from .launch import LaunchConfig
 from .mesh_sizes import AUTO, parse_mesh
 
 # The backward pass recomputes less with more saved states, whose memory is small at this size.
@@ -134,6 +135,7 @@ class TrainConfig:
     """Devices to train on, such as data=2,fsdp=4: rows are divided over all eight, weights and
     optimizer state over the four of fsdp. auto takes all devices that divide the rows, and divides
     the weights if one device cannot hold them."""
+    launch: LaunchConfig = LaunchConfig()  # noqa: RUF009  (frozen)
     task: TaskConfig
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -180,8 +182,9 @@ class TrainConfig:
         return dataclasses.replace(self, model=model)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested data for JSON."""
+        """Plain nested data for JSON, without `launch`, in which processes of a run differ."""
         values = dataclasses.asdict(self)
+        del values["launch"]
         out = None if self.out is None else str(self.out)
         return {**values, "out": out, "model": self.model.to_dict()}
 
@@ -197,9 +200,11 @@ class TrainConfig:
 
     @classmethod
     def types_of(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The type of each field of the configuration that `to_dict` wrote as `values`."""
+        """The type of each key that `to_dict` wrote, whose dictionary is `values`."""
         del values
-        return field_types(cls)
+        types = field_types(cls)
+        del types["launch"]
+        return types
 
 
 def _read(kind: Any, value: Any, name: str = "the configuration") -> Any:

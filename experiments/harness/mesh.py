@@ -18,6 +18,7 @@ from experiments.cli.errors import UsageError, warn
 from experiments.tasks.base import Batch
 
 from .mesh_sizes import AUTO, MeshSizes, check_dim, nearest_multiples, parse_mesh
+from .processes import Processes
 
 RULES = {"dim": "fsdp"}
 """Mesh axes of the logical axes of parameters."""
@@ -58,40 +59,70 @@ class Placement:
         return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def put(self, batch: Batch) -> Batch:
-        """The batch on the devices: by row if their number divides it, else replicated."""
+        """The batch on the devices: by row if their number divides it, else replicated. Each
+        process has the whole batch, and puts what its devices hold."""
         divisible = batch.inputs.shape[1] % self.mesh.size == 0
         where = self.by_row if divisible else self.everywhere
-        arrays = jax.device_put(batch._replace(restart=None), where)
+
+        def on_devices(x: Any) -> jax.Array:
+            if self.mesh.is_multi_process:
+                return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
+            return jax.device_put(x, where)
+
+        arrays = jax.tree.map(on_devices, batch._replace(restart=None))
         return arrays._replace(restart=np.bool_(batch.restart))
+
+    def gathered(self, tree: Any) -> Any:
+        """The arrays of a tree whole, on one device of this process."""
+        copies = jax.jit(lambda tree: tree, out_shardings=self.everywhere)(tree)
+        return jax.tree.map(lambda x: x.addressable_data(0), copies)
 
     def __str__(self) -> str:
         sizes = MeshSizes(**self.mesh.shape)
-        devices = f"{sizes.n_devices} x {self.mesh.devices.flat[0].device_kind}"
-        return devices if sizes.fsdp == 1 else f"{devices} ({sizes})"
+        devices = self.mesh.devices.flat
+        parts = [f"{sizes.n_devices} x {devices[0].device_kind}"]
+        if (processes := len({device.process_index for device in devices})) > 1:
+            parts.append(f"of {processes} processes")
+        return " ".join(parts if sizes.fsdp == 1 else [*parts, f"({sizes})"])
 
 
-def placement(mesh: str, rows: int, model: LMConfig) -> Placement:
-    """The mesh of a run.
+def placement(
+    mesh: str,
+    rows: int,
+    model: LMConfig,
+    here: Processes = Processes(),  # noqa: B008  (frozen)
+) -> Placement:
+    """The mesh of a run, over the devices of all its processes.
 
     Args:
         mesh: sizes, as `--mesh` takes them, or "auto" for `automatic`.
         rows: rows of a batch.
         model: what is trained.
+        here: the processes that train.
 
     Raises:
-        UsageError: the model's dim does not divide over the mesh, or there are fewer devices.
+        UsageError: the model's dim does not divide over the mesh, there are fewer devices, or a
+            process has none of them.
         ValueError: the text is no mesh, or the rows do not divide over it.
     """
     devices = jax.devices()
-    sizes = parse_mesh(mesh, rows) or automatic(rows, model, devices)
+    sizes = parse_mesh(mesh, rows)
+    if sizes is None:  # of memory that processes may see differently
+        sizes = MeshSizes(*here.agree(lambda: automatic(rows, model, devices)))
     check_dim(sizes, model.dim)
     if sizes.n_devices > len(devices):
         raise UsageError(
             f"--mesh {mesh} needs {sizes.n_devices} devices, and there are {len(devices)}; "
             f"--mesh {AUTO} uses these."
         )
-    grid = np.array(devices[: sizes.n_devices]).reshape(sizes)
-    return Placement(Mesh(grid, sizes._fields))
+    used = devices[: sizes.n_devices]
+    if (n := len({device.process_index for device in used})) < here.count:
+        raise UsageError(
+            f"--mesh {sizes} has devices of {n} processes only: start so many instead of "
+            f"{here.count}, or use all {len(devices)} devices, over which {len(devices)} rows or a "
+            f"multiple would divide."
+        )
+    return Placement(Mesh(np.array(used).reshape(sizes), sizes._fields))
 
 
 def automatic(rows: int, model: LMConfig, devices: Sequence[Any]) -> MeshSizes:

@@ -11,7 +11,7 @@ from experiments import cli
 from experiments.cli.errors import UsageError
 from experiments.cli.model_flags import kinds_of
 
-from . import run_directory
+from . import processes, run_directory
 from .config import TrainConfig, check_resumable
 from .mesh_sizes import check_dim, parse_mesh
 from .run import Run
@@ -23,15 +23,21 @@ def main(kind: type[TrainConfig], args: Sequence[str]) -> None:
     """Parses, checks the directory, opens the data, trains."""
     config = parse_args(kind, args)
     check_dim(parse_mesh(config.mesh, config.batch.batch_size), config.model.dim)
+    with processes.joined(config.launch) as here:
+        here.agree(lambda: check_directory(config))
+        task = config.open_task()
+        with Run(config, task, here) as run:
+            from .train import train  # imports JAX, which --help and mistakes need not wait for
+
+            train(config, task, run)
+
+
+def check_directory(config: TrainConfig) -> None:
+    """Raises UsageError if the run cannot start in its directory, or has done its steps there."""
     if not config.resume:
         run_directory.check_claimable(config.out, config.task.FILES)
     elif config.out is not None and (done := run_directory.steps_done(config.out)) > config.steps:
         raise UsageError(f"the run in {config.out} has done {done} steps: raise --steps.")
-    task = config.open_task()
-    with Run(config, task) as run:
-        from .train import train  # imports JAX, which --help and mistakes need not wait for
-
-        train(config, task, run)
 
 
 def parse_args(kind: type[Training], args: Sequence[str]) -> Training:

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from experiments.cli.errors import RunStopped, UsageError, warn
@@ -11,13 +12,15 @@ from experiments.tasks.base import DataError, Task
 from . import run_directory
 from .config import TrainConfig
 from .interrupts import Interrupts
+from .processes import Processes
 
 if TYPE_CHECKING:
     from .step import StepMetrics, TrainState
 
 
 class Run:
-    """A run while it trains; a context manager, in which its directory is this process's own.
+    """A run while it trains; a context manager, in which its directory is this process's own, or
+    that of the first process of several, which writes for all.
 
     The directory gets `run.json` (configuration and versions), the task's files, `metrics.jsonl`,
     `tensorboard/`, `checkpoints/` and `loss.png`. Imports JAX no earlier than `begin`.
@@ -25,19 +28,21 @@ class Run:
     Args:
         config: what to train; `config.resume` continues a run.
         task: what to train on.
+        here: the processes that train.
 
     Raises:
         UsageError: on entering, if the directory cannot be used or another process owns it.
     """
 
-    def __init__(self, config: TrainConfig, task: Task):
-        self._config, self._task = config, task
+    def __init__(self, config: TrainConfig, task: Task, here: Processes = Processes()):  # noqa: B008
+        self._config, self._task, self.here = config, task, here
         self.step = 0
         """Steps done."""
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self.directory = self._exits.enter_context(run_directory.own(self._config))
+        owned = run_directory.own(self._config)
+        self.directory = Path(self.here.agree(lambda: str(self._exits.enter_context(owned))))
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -68,17 +73,14 @@ class Run:
             parameters=parameters,
             devices=devices,
         )
-        if config.resume:
-            run_directory.check_continues(directory, description)
-        else:
-            task.write(directory)
-            run_directory.describe(directory, description, resumed_at=None)
+        exactly = self.here.agree(lambda: self._begin_files(description))
         enter = self._exits.enter_context
-        self._interrupts = enter(Interrupts())
+        self._interrupts = enter(Interrupts(None if self.here.count == 1 else self.here.stop_at))
         self._interval, self._pending = Interval(), list["StepMetrics"]()
-        self._checkpoints = enter(
-            contextlib.closing(Checkpoints(directory / "checkpoints", metric, keep=config.keep))
+        checkpoints = Checkpoints(
+            directory / "checkpoints", metric, keep=config.keep, here=self.here
         )
+        self._checkpoints = enter(contextlib.closing(checkpoints))
         state = None
         if config.resume:
             if (restored := self._checkpoints.restore_latest(like)) is None:
@@ -86,20 +88,37 @@ class Run:
             else:
                 self.step, state, meta = restored
                 self._interval = Interval(**meta["interval"])
-            if self.step > config.steps:
-                raise UsageError(
-                    f"the run in {directory} has done {self.step} steps: raise --steps."
-                )
-            task.write(directory)
-            run_directory.describe(directory, description, resumed_at=self.step)
+            self.here.agree(lambda: self._resume_files(description))
+        self._interrupts.at(self.step)  # several processes agree on a step after this one
         self._report = enter(Report(config.steps, start=self.step))
         self.say(f"{directory}: {parameters:,} parameters, {task.describe()}, {devices}")
         if self.step:
-            self.say(f"continuing from step {self.step}")
-        self._log = enter(contextlib.closing(MetricsLog(directory, start=self.step)))
-        self._exits.callback(plot_metric, directory, metric)
+            how = "bit for bit" if exactly else "equal but for rounding"
+            self.say(f"continuing from step {self.step}, {how}")
+        self._log = None
+        if self.here.is_first:
+            self._log = enter(contextlib.closing(MetricsLog(directory, start=self.step)))
+            self._exits.callback(plot_metric, directory, metric)
         self._clock, self._n_tokens, self._skipped_in_a_row = TrainingClock(), 0, 0
         return state
+
+    def _begin_files(self, description: run_directory.Description) -> bool:
+        """Writes the files of a new run, or checks those of a resumed one; returns whether that
+        continues bit for bit."""
+        if self._config.resume:
+            return run_directory.check_continues(self.directory, description)
+        self._task.write(self.directory)
+        run_directory.describe(self.directory, description, resumed_at=None)
+        return True
+
+    def _resume_files(self, description: run_directory.Description) -> None:
+        """Writes the files of a run that goes on."""
+        if self.step > self._config.steps:
+            raise UsageError(
+                f"the run in {self.directory} has done {self.step} steps: raise --steps."
+            )
+        self._task.write(self.directory)
+        run_directory.describe(self.directory, description, resumed_at=self.step)
 
     def say(self, message: str) -> None:
         """Prints a line that stays."""
@@ -107,6 +126,8 @@ class Run:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an optional file: a failure is a warning."""
+        if not self.here.is_first:
+            return
         with run_directory.optional(self.directory / name):
             (self.directory / name).write_bytes(content)
 
@@ -124,6 +145,8 @@ class Run:
         try:
             yield
         except DataError as error:
+            if self.here.count > 1:  # the others have their data, and train on
+                raise
             self._save(state, None)
             raise RunStopped(
                 f"stopped at step {self.step}: {error} When it is as it was, continue with "
@@ -155,7 +178,7 @@ class Run:
         record["skipped_in_a_row"] = self._skipped_in_a_row = int(newest.skipped_in_a_row)
         rate = self._n_tokens / self._clock.lap()
         record[f"{self._task.tokens}_per_second"] = rate
-        self._log.write("train", self.step, **record)
+        self._write("train", record)
         line = [f"{rate:,.0f} {self._task.tokens}/s", f"rate {record['learning_rate']:.1e}"]
         if means:
             line.insert(0, f"loss {means['loss']:.3f}, {record[metric.name]:.3f} {metric.unit}")
@@ -165,6 +188,10 @@ class Run:
         self._pending.clear()
         self._interval, self._n_tokens = type(self._interval)(), 0
         self._checkpoints.check()
+
+    def _write(self, kind: str, record: dict[str, float]) -> None:
+        if self._log is not None:
+            self._log.write(kind, self.step, **record)
 
     @property
     def evaluates(self) -> bool:
@@ -190,11 +217,11 @@ class Run:
             RunStopped: after a signal or too many steps in a row that were not finite, with a
                 checkpoint written.
         """
-        metric, stop = self._task.metric, self._interrupts.received
+        metric, stop = self._task.metric, self._interrupts.at(self.step)
         stuck = self._skipped_in_a_row >= self._config.optimizer.max_skipped_steps
         is_best = value is not None and metric.improves(value, self._checkpoints.best)
         if value is not None:
-            self._log.write("validation", self.step, **{metric.name: value})
+            self._write("validation", {metric.name: value})
             self.say(f"step {self.step}: validation {value:.3f} {metric.unit}")
         if stop is not None or stuck or is_best or self._due(self._config.save_every):
             self._save(state, value)
@@ -204,12 +231,14 @@ class Run:
                 f"loss or gradient that is not finite. The checkpoint has the weights before "
                 f"them; a lower --learning-rate in a new run may help.",
                 exit_code=1,
+                of_all=True,
             )
         if stop is not None and self.step < self._config.steps:
             raise RunStopped(
                 f"stopped by {stop.name} at step {self.step}: continue with "
                 f"--out {self.directory} --resume.",
                 exit_code=128 + stop,
+                of_all=True,
             )
 
     def _save(self, state: "TrainState", value: float | None) -> None:

@@ -243,8 +243,8 @@ class Description:
     devices: str
 
 
-def check_continues(directory: Path, now: Description) -> None:
-    """Checks that `now` continues the run in `directory`.
+def check_continues(directory: Path, now: Description) -> bool:
+    """Checks that `now` continues the run in `directory`; returns whether it does so bit for bit.
 
     Other devices or versions give a warning, as sums are rounded otherwise.
 
@@ -257,12 +257,15 @@ def check_continues(directory: Path, now: Description) -> None:
             f"the data is not that which the run in {directory} began with: "
             f"{now.data} now, {before['data']} then."
         )
+    exactly = True
     for what, then, here in (
         ("on", before["devices"], now.devices),
         ("with", before["versions"], versions()),
     ):
         if then != here:
+            exactly = False
             warn(f"the run began {what} {then}, not {here}: it will not continue bit for bit.")
+    return exactly
 
 
 def describe(directory: Path, description: Description, *, resumed_at: int | None) -> None:

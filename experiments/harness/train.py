@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import grain
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -34,7 +33,7 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
         RunStopped: the run ended early, with its checkpoint written.
     """
     devices.set_up()
-    where = placement(config.mesh, config.batch.batch_size, config.model)
+    where = placement(config.mesh, config.batch.batch_size, config.model, run.here)
     graphdef, metric = build(config, task), task.metric
     optimizer = make_optimizer(config.optimizer, config.steps)
     carry_shape, seq_len = config.batch.carry_shape, config.batch.seq_len
@@ -69,8 +68,8 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
                 value = evaluate(optimizer.eval_params(state.optimizer, state.params))
         run.ended_step(state, value)
 
-    weights = optimizer.eval_params(state.optimizer, state.params)
-    task.finish(nnx.merge(graphdef, jax.device_put(weights, jax.devices()[0])), run)
+    weights = where.gathered(optimizer.eval_params(state.optimizer, state.params))
+    task.finish(nnx.merge(graphdef, weights), run)
     run.finished()
 
 
