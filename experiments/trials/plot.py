@@ -137,7 +137,7 @@ def _draw_states(found: dict[Cell, Group], heading: str, image: Path) -> None:
         axes.set_title(reading)
         axes.set_xscale("log", base=2)
         axes.set_ylim(0, 1.03)
-        axes.set_xlabel("numbers of state")
+        axes.set_xlabel("elements of state")
         axes.set_ylabel("accuracy")
         axes.grid(alpha=0.25)
     _finish(figure, panels, image)

@@ -65,35 +65,53 @@ def _contents(found: dict[Cell, Group]) -> str:
     """The caption of a summary: what its cells hold."""
     if any(group.lengths for group in found.values()):
         return "accuracy on the first reading and horizon"
+    if len({cell.problem for cell in found}) == 1:
+        return "accuracy on each reading"
     return "accuracy on the first and the last reading"
 
 
 def _summary(found: dict[Cell, Group]) -> str:
-    """Accuracy and horizon of each problem, parameters, state and seconds of each model: a row for
-    each model, or a column if there are fewer models than problems."""
+    """Accuracy and horizon of each problem, or accuracy on each reading of a single problem that is
+    not read at single lengths, parameters, state and seconds of each model: a row for each model,
+    or a column if there are fewer models than problems."""
     problems = _in_order(cell.problem for cell in found)
-    header = ["model", *problems, "parameters", "state", "s a run"]
+    columns: list[tuple[str, str | None]] = [(problem, None) for problem in problems]
+    first = next(iter(found.values()))
+    if len(problems) == 1 and not first.lengths:
+        columns = [(problems[0], reading) for reading in first.readings]
+    header = [reading or problem for problem, reading in columns]
     rows: list[list[str]] = []
     for model in _in_order(cell.model for cell in found):
         mine = {c.problem: g for c, g in found.items() if c.model == model}
         runs = [run for group in mine.values() for run in group.runs]
         seconds = [run["seconds"] / run["lanes"] for run in runs]
-        row = [title(model)]
-        for problem in problems:
-            group = mine.get(problem)
-            row.append("" if group is None else f"{accuracy(group)}, {_at_length(group)}")
+        cells = [_cell(mine.get(problem), reading) for problem, reading in columns]
         counts = f"{max(run['parameters'] for run in runs):,}", _state(runs)
-        rows.append([*row, *counts, f"{sum(seconds) / len(seconds):,.1f}"])
-    chance = ["chance"]
-    for problem in problems:
-        group = next(g for c, g in found.items() if c.problem == problem)
-        readings = group.readings[:1] if group.lengths else [group.readings[0], group.readings[-1]]
-        chance.append(", ".join(f"{group.runs[0]['chance'][x]:.3f}" for x in readings))
-    rows.append([*chance, "", "", ""])
+        rows.append([title(model), *cells, *counts, f"{sum(seconds) / len(seconds):,.1f}"])
+    of_problem = {cell.problem: group for cell, group in found.items()}
+    chances = [_chance(of_problem[problem], reading) for problem, reading in columns]
+    rows.append(["chance", *chances, "", "", ""])
+    header = ["model", *header, "parameters", "state", "s a run"]
     if len(rows) <= len(problems):
         header, *rows = map(list, zip(header, *rows, strict=True))
         header[0] = "problem"
     return table(header, rows)
+
+
+def _cell(group: Group | None, reading: str | None) -> str:
+    """The accuracy on a reading, or on the first one and what `_at_length` says."""
+    if group is None:
+        return ""
+    return accuracy(group, reading) if reading else f"{accuracy(group)}, {_at_length(group)}"
+
+
+def _chance(group: Group, reading: str | None) -> str:
+    """The chance levels of what `_cell` has accuracies of."""
+    if reading is None:
+        readings = group.readings[:1] if group.lengths else [group.readings[0], group.readings[-1]]
+    else:
+        readings = [reading]
+    return ", ".join(f"{group.runs[0]['chance'][x]:.3f}" for x in readings)
 
 
 def _by_length(problem: str, found: dict[Cell, Group]) -> str:

@@ -88,17 +88,32 @@ def test_fewer_models_than_problems_are_columns() -> None:
     assert table[2] == ["copy", "1.000, 8", "", "0.500"]
 
 
-def test_readings_of_many_lengths_have_no_horizon() -> None:
-    lines = list[report.Record]()
+def lines_on_ranges(*problems: str) -> list[report.Record]:
+    """Two seeds of two models on each problem, read on two ranges of lengths."""
+    found = list[report.Record]()
     for seed, accuracy in enumerate(
         ({"3 to 8": 1.0, "8 to 32": 0.9}, {"3 to 8": 1.0, "8 to 32": 0.7})
     ):
         chance, state = {"3 to 8": 0.5, "8 to 32": 0.4}, dict.fromkeys(accuracy, 64)
-        lines.append(run("e88", seed) | {"accuracy": accuracy, "chance": chance, "state": state})
-    text = report.summaries(lines)
+        read = {"accuracy": accuracy, "chance": chance, "state": state}
+        for model in ("e88", "lstm"):
+            found += [run(model, seed, problem=problem) | read for problem in problems]
+    return found
+
+
+def test_readings_of_many_lengths_have_no_horizon() -> None:
+    text = report.summaries(lines_on_ranges("parity", "arithmetic"))
     assert "accuracy on the first and the last reading" in text
-    assert rows(text, "E88")[0][1] == "1.000, 0.800 (0.700)"
-    assert rows(text, "chance")[0][1] == "0.500, 0.400"
+    assert rows(text, "E88")[0][1:3] == ["1.000, 0.800 (0.700)"] * 2
+    assert rows(text, "chance")[0][1:3] == ["0.500, 0.400"] * 2
+
+
+def test_a_single_problem_of_many_readings_has_a_column_for_each() -> None:
+    text = report.summaries(lines_on_ranges("mqar"))
+    assert "accuracy on each reading" in text
+    assert rows(text, "model")[0][1:3] == ["3 to 8", "8 to 32"]
+    assert rows(text, "E88")[0][1:3] == ["1.000", "0.800 (0.700)"]
+    assert rows(text, "chance")[0][1:3] == ["0.500", "0.400"]
 
 
 def test_plots_have_a_point_for_each_length_read(
