@@ -5,12 +5,13 @@ Rows of a batch are divided over both axes, `data` and `fsdp`; weights and optim
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from e88_jax.config import LMConfig
@@ -20,7 +21,8 @@ from experiments.tasks.base import Batch
 from .mesh_sizes import AUTO, MeshSizes, check_dim, nearest_multiples, parse_mesh
 from .processes import Processes
 
-RULES = {"dim": "fsdp"}
+FSDP = "fsdp"
+RULES = {"dim": FSDP}
 """Mesh axes of the logical axes of parameters."""
 BYTES_PER_PARAMETER = 16
 """Bytes in float32 of a weight, its gradient and AdamW's two moments."""
@@ -31,7 +33,7 @@ for activations."""
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh, and the shardings of a run's arrays on it."""
+    """The devices of a run, and how its arrays are divided over them."""
 
     mesh: Mesh
 
@@ -45,24 +47,79 @@ class Placement:
         """Arrays `[passes, rows, ...]`, divided by row."""
         return NamedSharding(self.mesh, PartitionSpec(None, self.mesh.axis_names))
 
+    def of_rows(self, rows: int) -> NamedSharding:
+        """`by_row` if the devices divide the rows, else replicated."""
+        return self.by_row if rows % self.mesh.size == 0 else self.everywhere
+
     def by_name(self, tree: Any) -> Any:
         """The sharding of each array of weights or optimizer state, by the names of the axes of its
         parameter; an array without is replicated."""
 
         def of(x: Any) -> Any:
-            if not isinstance(x, nnx.Variable):
-                return self.everywhere
-            names = x.get_metadata().get("out_sharding") or ()
-            spec = PartitionSpec(*(RULES.get(name) for name in names))
-            return jax.tree.map(lambda _: NamedSharding(self.mesh, spec), x)
+            there = NamedSharding(self.mesh, PartitionSpec(*_mesh_axes(x)))
+            return jax.tree.map(lambda _: there, x)
 
-        return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        return jax.tree.map(of, tree, is_leaf=_is_variable)
+
+    def map_rows(
+        self, function: Callable[..., Any], params: Any, *arrays: Any, results: Any
+    ) -> Any:
+        """`function(params, *arrays)`, in which each device has its own part of the weights and its
+        own rows of the arrays `[passes, rows, ...]`.
+
+        Args:
+            function: may call `gather`, `mean` and `mean_gradient`.
+            params: weights.
+            arrays: trees of arrays.
+            results: the sharding of each result.
+        """
+        if self.mesh.size == 1:
+            return function(params, *arrays)
+        rows = jax.tree.leaves(arrays)[0].shape[1]
+        shardings = (self.by_name(params), *[self.of_rows(rows)] * len(arrays)), results
+        in_specs, out_specs = jax.tree.map(lambda x: x.spec, shardings)
+        mapped = jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        return mapped(params, *arrays)
+
+    def gather(self, params: Any) -> Any:
+        """Whole weights of a device's parts, inside `map_rows`. A gradient through it is the sum
+        over `fsdp` of the parts."""
+
+        def whole(x: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
+            axis = self._part_axis(x)
+            if axis is None:
+                return x
+            return x.replace(lax.all_gather(x[...], FSDP, axis=axis, tiled=True))
+
+        return jax.tree.map(whole, params, is_leaf=_is_variable)
+
+    def mean(self, x: Any) -> Any:
+        """The mean over devices, inside `map_rows`."""
+        return x if self.mesh.size == 1 else lax.pmean(x, self.mesh.axis_names)
+
+    def mean_gradient(self, grads: Any) -> Any:
+        """The mean over devices of a gradient through `gather`, inside `map_rows`."""
+        if self.mesh.size == 1:
+            return grads
+
+        def of(x: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
+            divided = self._part_axis(x) is not None
+            axes = [axis for axis in self.mesh.axis_names if not (divided and axis == FSDP)]
+            return x.replace(lax.psum(x[...], axes) / self.mesh.size)
+
+        return jax.tree.map(of, grads, is_leaf=_is_variable)
+
+    def _part_axis(self, x: nnx.Variable[jax.Array]) -> int | None:
+        """The axis along which an array is divided over `fsdp`; None if it is whole."""
+        axes = _mesh_axes(x)
+        return axes.index(FSDP) if FSDP in axes and self.mesh.shape[FSDP] > 1 else None
 
     def put(self, batch: Batch) -> Batch:
         """The batch on the devices: by row if their number divides it, else replicated. Each
         process has the whole batch, and puts what its devices hold."""
-        divisible = batch.inputs.shape[1] % self.mesh.size == 0
-        where = self.by_row if divisible else self.everywhere
+        where = self.of_rows(batch.inputs.shape[1])
 
         def on_devices(x: Any) -> jax.Array:
             if self.mesh.is_multi_process:
@@ -84,6 +141,22 @@ class Placement:
         if (processes := len({device.process_index for device in devices})) > 1:
             parts.append(f"of {processes} processes")
         return " ".join(parts if sizes.fsdp == 1 else [*parts, f"({sizes})"])
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _mesh_axes(x: Any) -> list[str | None]:
+    """The mesh axis of each axis of a parameter, or of optimizer state that is shaped alike."""
+    names = x.get_metadata().get("out_sharding") if isinstance(x, nnx.Variable) else None
+    return [RULES.get(name) for name in names or ()]
+
+
+def alone() -> Placement:
+    """JAX's default device, without a run."""
+    device = cast(Any, jax.config).jax_default_device or jax.devices()[0]
+    return Placement(Mesh(np.array([[device]]), MeshSizes._fields))
 
 
 def placement(

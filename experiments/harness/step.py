@@ -9,13 +9,12 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import NamedSharding
 
 from e88_jax.model import LanguageModel, LMState
 from e88_jax.xla import xla_options
 from experiments.tasks.base import Batch, Metric
 
-from .mesh import Placement
+from .mesh import Placement, alone
 from .optimizer import Optimizer, OptimizerState, Params
 
 
@@ -123,40 +122,28 @@ def make_train_step(
     optimizer: Optimizer,
     clip_norm: float,
     metric: Metric,
-    everywhere: NamedSharding | None = None,
+    where: Placement | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The function `(state, batch) -> (state, metrics)`, to be compiled.
-
-    Weights that are divided over devices are gathered where `everywhere` is, so that devices
-    exchange weights and gradients and never activations, which XLA might prefer.
 
     The gradients of the passes are averaged. `batch.restart` starts the rows of a stateful run from
     zero states. A step whose loss or gradient is not finite leaves weights, optimizer and carried
     state as they were.
+
+    Args:
+        graphdef: the model.
+        optimizer: of its weights.
+        clip_norm: largest global norm of the gradient.
+        metric: of the run.
+        where: devices that the arrays are divided over; None for one device.
     """
     clip = optax.clip_by_global_norm(clip_norm)
+    gradient = make_gradient(graphdef, metric, where or alone())
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         carry = jax.tree.map(lambda x: jnp.where(batch.restart, jnp.zeros_like(x), x), state.carry)
-
-        def accumulate(total: Any, one: tuple[Batch, LMState | None]) -> Any:
-            one_pass, carry = one
-
-            def loss_of(params: Params) -> Any:
-                if everywhere is not None:
-                    params = lax.with_sharding_constraint(params, everywhere)
-                loss, (score, end) = mean_loss(nnx.merge(graphdef, params), one_pass, carry, metric)
-                return loss, (score, None if carry is None else end)
-
-            (loss, (score, end)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-            return jax.tree.map(jnp.add, total, (loss, score, grads)), end
-
-        zero = jnp.zeros(())
-        zeros = zero, None if metric.per_target is None else zero
-        zeros = *zeros, jax.tree.map(jnp.zeros_like, state.params)
         passes = relative(batch)._replace(restart=None)
-        total, carry = lax.scan(accumulate, zeros, (passes, carry))
-        loss, score, grads = jax.tree.map(lambda x: x / batch.inputs.shape[0], total)
+        (loss, score, grads), carry = gradient(state.params, passes, carry)
         grad_norm = optax.tree.norm(grads)
         clipped, _ = clip.update(grads, optax.EmptyState())
         updates, opt_state = optimizer.transform.update(clipped, state.optimizer, state.params)
@@ -183,6 +170,42 @@ def make_train_step(
     return step
 
 
+def make_gradient(
+    graphdef: nnx.GraphDef[LanguageModel], metric: Metric, where: Placement
+) -> Callable[[Params, Batch, LMState | None], tuple[tuple[Array, Array | None, Params], Any]]:
+    """The function `(params, passes, carry) -> ((loss, score, gradient), carry)`, means of passes.
+
+    Devices exchange weights and gradients, never activations. Weights that are divided are gathered
+    in each pass, and their gradient is summed to the parts there; other sums over devices are taken
+    once, after all passes.
+    """
+
+    def of_rows(params: Params, passes: Batch, carry: LMState | None) -> Any:
+        def accumulate(total: Any, one: tuple[Batch, LMState | None]) -> Any:
+            one_pass, carry = one
+
+            def loss_of(params: Params) -> Any:
+                model = nnx.merge(graphdef, where.gather(params))
+                loss, (score, end) = mean_loss(model, one_pass, carry, metric)
+                return loss, (score, None if carry is None else end)
+
+            (loss, (score, end)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+            return jax.tree.map(jnp.add, total, (loss, score, grads)), end
+
+        zero = jnp.zeros(())
+        zeros = zero, None if metric.per_target is None else zero
+        zeros = *zeros, jax.tree.map(jnp.zeros_like, params)
+        total, carry = lax.scan(accumulate, zeros, (passes, carry))
+        loss, score, grads = jax.tree.map(lambda x: x / passes.inputs.shape[0], total)
+        return (where.mean(loss), where.mean(score), where.mean_gradient(grads)), carry
+
+    def gradient(params: Params, passes: Batch, carry: LMState | None) -> Any:
+        means = where.everywhere, where.everywhere, where.by_name(params)
+        return where.map_rows(of_rows, params, passes, carry, results=(means, where.by_row))
+
+    return gradient
+
+
 def compile_train_step(
     graphdef: nnx.GraphDef[LanguageModel],
     optimizer: Optimizer,
@@ -194,8 +217,9 @@ def compile_train_step(
     """`make_train_step` compiled for arguments of these shapes and shardings; a call consumes its
     `state`."""
     everywhere: Any = state.updates.sharding
+    where = Placement(everywhere.mesh)
     step = jax.jit(
-        make_train_step(graphdef, optimizer, clip_norm, metric, everywhere),
+        make_train_step(graphdef, optimizer, clip_norm, metric, where),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
     )
@@ -212,20 +236,22 @@ def make_evaluate(
 ) -> Callable[[Params], float]:
     """The function from weights to the metric on `batches`; the state is carried if `stateful`, and
     attention without a window then remembers the tokens of one window of the data."""
-    _, rows, seq_len = batches[0].inputs.shape
 
-    @jax.jit
-    def evaluate(params: Params, batch: Batch) -> Array:
-        gathered = lax.with_sharding_constraint(params, where.everywhere)
-        model = nnx.merge(graphdef, gathered)
+    def of_rows(params: Params, passes: Batch) -> Array:
+        model = nnx.merge(graphdef, where.gather(params))
+        _, rows, seq_len = passes.inputs.shape
 
         def one(state: LMState | None, batch: Batch) -> tuple[LMState | None, Array]:
             loss, (score, end) = mean_loss(model, batch, state, metric)
             return (end if stateful else None), loss if score is None else score
 
-        passes = relative(batch)._replace(restart=None)
         start = model.init_state(rows, seq_len) if stateful else None
-        return jnp.mean(lax.scan(one, start, passes)[1])
+        return where.mean(jnp.mean(lax.scan(one, start, passes)[1]))
+
+    @jax.jit
+    def evaluate(params: Params, batch: Batch) -> Array:
+        passes = relative(batch)._replace(restart=None)
+        return where.map_rows(of_rows, params, passes, results=where.everywhere)
 
     arrays = [batch._replace(restart=None) for batch in batches]
     joined = jax.tree.map(lambda *arrays: np.concatenate(arrays), *arrays)

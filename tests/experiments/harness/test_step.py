@@ -329,24 +329,48 @@ def test_steps_on_many_devices_equal_those_of_one(model: LanguageModel, mesh: st
     chex.assert_trees_all_close(*jax.device_get(results), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,fsdp=2"])
-def test_devices_exchange_weights_and_no_activations(model: LanguageModel, mesh: str):
-    """Windows of 37 tokens: no array of weights has an axis of that, or of all rows' tokens."""
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+"""A collective in the text of a program: its arrays and its kind."""
+
+
+def program_on(mesh: str, model: LanguageModel, windows: np.ndarray) -> str:
+    """The text of a training step over four devices."""
     where, optimizer = for_rows(4, mesh), make_optimizer(plain(), steps=20)
     state = init_state(model, optimizer, None)
     state = jax.device_put(state, shardings_of(state, where))
-    batch = where.put(batch_of(windows_of((1, 4, 38))))
+    batch = where.put(batch_of(windows))
     step = compile_train_step(nnx.graphdef(model), optimizer, 1.0, BITS_PER_BYTE, state, batch)
-    kinds = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-    exchanged = re.findall(rf"= (.*?) {kinds}(?:-start)?\(", str(step.as_text()))
-    assert (
-        {"all-gather"}
-        < {kind for _, kind in exchanged}
-        <= {*("all-gather", "all-reduce", "reduce-scatter")}
-    )
+    return str(step.as_text())
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,fsdp=2"])
+def test_devices_exchange_weights_and_no_activations(model: LanguageModel, mesh: str):
+    """Windows of 37 tokens: no array of weights has an axis of that, or of all rows' tokens."""
+    exchanged = COLLECTIVE.findall(program_on(mesh, model, windows_of((1, 4, 38))))
+    assert {kind for _, kind in exchanged} == {"all-gather", "all-reduce", "reduce-scatter"}
     for shapes, _ in exchanged:
         for shape in re.findall(r"\[([0-9,]+)\]", shapes):
             assert not {"37", "148"} & set(shape.split(","))
+
+
+@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4"])
+def test_gradients_of_copies_are_summed_once_for_all_passes(model: LanguageModel, mesh: str):
+    """The loop over passes exchanges weights that are divided and their gradients alone."""
+    program = program_on(mesh, model, windows_of((3, 4, 10)))
+    loops, whole = set[str](), set[str]()
+    for computation in program.split("\n}\n"):
+        kinds = {kind for _, kind in COLLECTIVE.findall(computation)}
+        if computation.lstrip().startswith("ENTRY"):
+            whole |= kinds
+        else:
+            loops |= kinds
+    assert "all-reduce" in whole
+    if mesh == "fsdp=4":
+        assert {"reduce-scatter"} <= loops <= {"reduce-scatter", "all-gather"}
+    else:
+        assert loops == set()
 
 
 @pytest.mark.parametrize("stateful", [False, True])
