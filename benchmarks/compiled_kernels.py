@@ -209,7 +209,8 @@ def compile_all(gpu: hardware.GPU, sizes: Sequence[int]) -> None:
     """Compiles all cases; prints each before the compiler's own lines, for `read`."""
     import jax
 
-    with compiling_for(gpu.target) as sharding:
+    with compiling_for(gpu.target) as (device,):
+        sharding = jax.sharding.SingleDeviceSharding(device)
         for case in cases(sizes):
             print(_CASE + json.dumps(case), flush=True)
             try:

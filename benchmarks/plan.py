@@ -1,4 +1,5 @@
-"""XLA's plan for the training step on an H100: kernels, bytes that they move, memory.
+"""XLA's plan for the training step on H100s: kernels, bytes that they move, what the GPUs exchange,
+memory of each.
 
 The step is compiled but not run, so no GPU is needed, only JAX's CUDA plugin, as in `jax[cuda13]`,
 cuDNN with it for attention, and for the kernels of Gated DeltaNet and Mamba2 the extra `baselines`.
@@ -9,6 +10,7 @@ import collections
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,12 +26,13 @@ from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
 from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
+from experiments.harness.mesh_sizes import check_dim, parse_mesh
 from pallas_kernels import target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """List what XLA compiles the training step of train_byte_lm.py to, for an H100."""
+    """List what XLA compiles the training step of train_byte_lm.py to, for H100s of one host."""
 
     preset: str | None = None
     """Take a model of the sizing guide, such as h72n32-500m or mamba2-500m. Flags of the model
@@ -43,10 +46,22 @@ class PlanConfig:
     """Sequences of a step."""
     seq_len: int = 2048
     """Tokens of each."""
+    mesh: str = "data=1"
+    """GPUs, such as data=2,fsdp=4; the plan is that of one of them."""
     model: LMConfig = DEFAULT_MODEL
 
     def __post_init__(self) -> None:
         require(self, "batch_size", "seq_len", "kernels", minimum=1)
+        if parse_mesh(self.mesh, self.batch_size) is None:
+            raise ValueError(f"--mesh {self.mesh} takes the GPUs that are there: give numbers.")
+
+
+class Exchange(NamedTuple):
+    """Collectives of one kind in a program."""
+
+    n: int
+    n_bytes: int
+    """Whole arrays: gathered ones, and ones that are summed."""
 
 
 class Kernel(NamedTuple):
@@ -81,43 +96,46 @@ def model_of(plan: dict[str, Any]) -> LMConfig:
     return LMConfig.from_dict(config.to_dict() | plan["model"])
 
 
-def lower_step(model: LMConfig, batch: int, length: int, sharding: Any = None) -> Any:
-    """The training step for CUDA, to be compiled; `sharding` says for which device."""
+def lower_step(model: LMConfig, batch: int, length: int, where: Any = None) -> Any:
+    """The training step for CUDA, to be compiled; `where` is the `Placement` of its arrays, None
+    for one device."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from e88_jax.model import LanguageModel
+    from experiments.harness.mesh import alone
     from experiments.harness.optimizer import make_optimizer
-    from experiments.harness.step import init_state, make_train_step
+    from experiments.harness.step import TrainState, init_state, make_train_step, shapes_of
     from experiments.tasks.base import Batch
     from experiments.tasks.bytes import BITS_PER_BYTE
 
-    config = OptimizerConfig()
+    config, where = OptimizerConfig(), where or alone()
     optimizer = make_optimizer(config, steps=1000)
-    built: dict[str, Any] = {}
 
-    def build() -> Any:
-        model_ = LanguageModel(model, rngs=nnx.Rngs(0))
-        built["graphdef"] = nnx.graphdef(model_)
-        return init_state(model_, optimizer, None)
+    def build() -> TrainState:
+        return init_state(LanguageModel(model, rngs=nnx.Rngs(0)), optimizer, None)
 
-    def placed(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    state = jax.tree.map(placed, jax.eval_shape(build))
-    tokens = placed(jax.ShapeDtypeStruct((1, batch, length), jnp.uint8))
-    inputs = Batch(tokens, tokens, None, placed(jax.ShapeDtypeStruct((), bool)))
-    step = make_train_step(built["graphdef"], optimizer, config.clip_norm, BITS_PER_BYTE)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        traced = jax.jit(step, donate_argnums=0).trace(state, inputs)
+        state = shapes_of(build, where)
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))))
+        tokens: Any = jax.ShapeDtypeStruct((1, batch, length), jnp.uint8, sharding=where.by_row)
+        restart: Any = jax.ShapeDtypeStruct((), bool, sharding=where.everywhere)
+        step = make_train_step(graphdef, optimizer, config.clip_norm, BITS_PER_BYTE, where)
+        there = jax.tree.map(lambda x: x.sharding, state), where.everywhere
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=there)
+        traced = jitted.trace(state, Batch(tokens, tokens, None, restart))
     return traced.lower(lowering_platforms=("cuda",))
 
 
-def compile_for_h100(model: LMConfig, batch: int, length: int) -> Any:
+def compile_for_h100(model: LMConfig, batch: int, length: int, mesh: str = "data=1") -> Any:
     """The training step, with the options of XLA that it has on a GPU."""
-    with compiling_for(target.H100) as device:
-        lowered = lower_step(model, batch, length, device)
+    sizes = parse_mesh(mesh, batch)
+    assert sizes is not None
+    with compiling_for(target.H100, sizes.n_devices) as devices:
+        from experiments.harness.mesh import Placement
+
+        lowered = lower_step(model, batch, length, Placement.of(sizes, devices))
     from e88_jax.xla import GPU_OPTIONS
 
     return lowered.compile(compiler_options=GPU_OPTIONS)
@@ -129,8 +147,12 @@ def planned_bytes(compiled: Any) -> int:
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
-def memory_line(model: LMConfig, batch: int, length: int, planned: int) -> str:
-    """The bytes of XLA's plan beside the estimate, which not every layer has."""
+def memory_line(
+    model: LMConfig, batch: int, length: int, planned: int, mesh: str = "data=1"
+) -> str:
+    """The bytes of XLA's plan, for one device beside the estimate, which not every layer has."""
+    if mesh != "data=1":
+        return f"memory: {planned / 1e9:.2f} GB on each device of {mesh}"
     execution: Any = model.execution
     sizes = {"dtype": execution.dtype, "implementation": execution.implementation}
     try:
@@ -205,12 +227,33 @@ def _read(computation: dict[str, _Instruction], parameter: str) -> int:
     return min(total, whole)
 
 
+_COLLECTIVES = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"
+
+
+def exchanges_of(text: str) -> dict[str, Exchange]:
+    """What the devices of a compiled program exchange, by kind."""
+    found: dict[str, Exchange] = {}
+    for computation in _computations(text).values():
+        for shape, op, operands, _ in computation.values():
+            kind = op.removesuffix("-start")
+            if kind not in _COLLECTIVES:
+                continue
+            given = sum(_bytes(computation[x].shape) for x in operands if x in computation)
+            made = _bytes(shape)
+            starts = op != kind and kind != "all-reduce"
+            if starts or shape.startswith("(("):  # arguments, then results
+                made -= given
+            before = found.get(kind, Exchange(0, 0))
+            found[kind] = Exchange(before.n + 1, before.n_bytes + max(given, made))
+    return found
+
+
 def kernels_of(text: str) -> list[Kernel]:
-    """The kernels of a compiled program from its text, in their order."""
+    """The kernels of a compiled program from its text, in their order, but for collectives."""
     computations = _computations(text)
     program, kernels = computations["ENTRY"], []
     for name, (shape, op, operands, line) in program.items():
-        if op in _FREE:
+        if op in _FREE or op.removesuffix("-start").removesuffix("-done") in _COLLECTIVES:
             continue
         called = re.search(r"calls=%([\w.\-]+)", line)
         fused = computations.get(called[1]) if op == "fusion" and called else None
@@ -250,7 +293,10 @@ def main(args: Sequence[str]) -> None:
     execution: Any = model.execution
     if execution.implementation == "scan":
         raise UsageError("--implementation scan is a loop, whose kernels this does not list.")
-    compiled = compile_for_h100(model, config.batch_size, config.seq_len)
+    check_dim(parse_mesh(config.mesh, config.batch_size), model.dim)
+    began = time.perf_counter()
+    compiled = compile_for_h100(model, config.batch_size, config.seq_len, config.mesh)
+    seconds = time.perf_counter() - began
     kernels = kernels_of(compiled.as_text())
     bandwidth = hardware.find_gpu("h100").memory_bandwidth_GBps
     for kernel in sorted(kernels, key=lambda kernel: -kernel.n_bytes)[: config.kernels]:
@@ -265,7 +311,11 @@ def main(args: Sequence[str]) -> None:
             f"{part:20} {len(own):5} kernels {sum(own) / 1e9:9.2f} GB, {ms:7.2f} ms at "
             f"{bandwidth:,} GB/s"
         )
-    print(memory_line(model, config.batch_size, config.seq_len, planned_bytes(compiled)))
+    for kind, (n, n_bytes) in exchanges_of(compiled.as_text()).items():
+        print(f"{kind:20} {n:5} times {n_bytes / 1e9:10.2f} GB of whole arrays")
+    memory = planned_bytes(compiled)
+    print(memory_line(model, config.batch_size, config.seq_len, memory, config.mesh))
+    print(f"lowered and compiled in {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -56,10 +56,11 @@ device_description_str: "{of.name}"
 
 
 @contextlib.contextmanager
-def compiling_for(gpu: Target) -> Iterator[Any]:
-    """Inside, programs are lowered for this GPU; gives the sharding that says so to `jax.jit`.
+def compiling_for(gpu: Target, n: int = 1) -> Iterator[list[Any]]:
+    """Inside, programs are lowered for n of these GPUs on one host; gives these as devices.
 
-    Its arguments have it, and `trace(...).lower(lowering_platforms=("cuda",)).compile()` follow.
+    Arguments of `jax.jit` are sharded over them, and
+    `trace(...).lower(lowering_platforms=("cuda",)).compile()` follow.
 
     Raises:
         UsageError: JAX has no CUDA plugin, or aborts on such kernels.
@@ -67,35 +68,34 @@ def compiling_for(gpu: Target) -> Iterator[Any]:
     assert gpu.compute_capability is not None
     if refusal := target.jax_refusal(gpu):
         raise UsageError(f"compiling {refusal}.")
-    sharding = _sharding(gpu)  # before JAX is imported
+    devices = _devices(gpu, n)  # before JAX is imported
     from jax.experimental.mosaic import gpu as mgpu
 
     # Mosaic asks the local device, and takes it for an H100 if it is none.
     infer: Any = mock.patch.object(mgpu.utils, "_infer_arch", return_value=gpu.compute_capability)
     with target.use(gpu), infer:
-        yield sharding
+        yield devices
 
 
 @functools.cache
-def _sharding(gpu: Target) -> Any:
+def _devices(gpu: Target, n: int) -> list[Any]:
     if FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of libraries to run with
 
     import jax
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
 
     jax.config.update("jax_platforms", "cpu")
     if gpu.compute_capability == target.H100.compute_capability:
         _answer_for_a_hopper()
     try:
         topology = topologies.get_topology_desc(
-            gpu.name, platform="cuda", topology="1x1x1", target_config=_description(gpu)
+            gpu.name, platform="cuda", topology=f"1x1x{n}", target_config=_description(gpu)
         )
     except NotImplementedError as error:
         raise UsageError(f"JAX has no CUDA plugin ({error}): pip install 'jax[cuda13]'.") from None
-    return SingleDeviceSharding(topology.devices[0])
+    return list(topology.devices)
 
 
 def _answer_for_a_hopper() -> None:

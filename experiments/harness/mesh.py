@@ -37,6 +37,11 @@ class Placement:
 
     mesh: Mesh
 
+    @classmethod
+    def of(cls, sizes: MeshSizes, devices: Sequence[Any]) -> "Placement":
+        """A mesh of these sizes, the last axis innermost in the order of the devices."""
+        return cls(Mesh(np.array(devices).reshape(sizes), sizes._fields))
+
     @property
     def everywhere(self) -> NamedSharding:
         """Replicated."""
@@ -156,7 +161,7 @@ def _mesh_axes(x: Any) -> list[str | None]:
 def alone() -> Placement:
     """JAX's default device, without a run."""
     device = cast(Any, jax.config).jax_default_device or jax.devices()[0]
-    return Placement(Mesh(np.array([[device]]), MeshSizes._fields))
+    return Placement.of(MeshSizes(), [device])
 
 
 def placement(
@@ -195,7 +200,7 @@ def placement(
             f"{here.count}, or use all {len(devices)} devices, over which {len(devices)} rows or a "
             f"multiple would divide."
         )
-    return Placement(Mesh(np.array(used).reshape(sizes), sizes._fields))
+    return Placement.of(sizes, used)
 
 
 def automatic(rows: int, model: LMConfig, devices: Sequence[Any]) -> MeshSizes:

@@ -50,9 +50,38 @@ def test_kernels_and_the_bytes_they_move() -> None:
     assert fusion[:3] == ("fusion.7", "everything else", 16 * 50 * 2 + (2 * 16 * 30 + 16) * 4)
 
 
+OVER_FOUR = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: f32[8,4], y: f32[32], z: bf16[2]) -> f32[2] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = f32[32]{0} parameter(1)
+  %z = bf16[2]{0} parameter(2)
+  %rs = ((f32[8,4]{1,0}), f32[2,4]{1,0}) reduce-scatter-start(%x), dimensions={0}
+  %part = f32[2,4]{1,0} reduce-scatter-done(%rs)
+  %ar.1 = ((f32[32]{0}), f32[32]{0}) all-reduce-start(%y), to_apply=%add
+  %sum = f32[32]{0} all-reduce-done(%ar.1)
+  %ar.2 = f32[32]{0} all-reduce(%sum), to_apply=%add
+  %ag = (bf16[2]{0}, bf16[8]{0}) all-gather-start(%z), dimensions={0}
+  ROOT %all = bf16[8]{0} all-gather-done(%ag)
+}
+"""
+
+
+def test_what_devices_exchange() -> None:
+    """Whole arrays: before they are scattered, after they are gathered."""
+    assert plan.exchanges_of(OVER_FOUR) == {
+        "reduce-scatter": (1, 8 * 4 * 4),
+        "all-reduce": (2, 2 * 32 * 4),
+        "all-gather": (1, 8 * 2),
+    }
+    assert plan.kernels_of(OVER_FOUR) == []
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        ("--mesh auto", "--mesh auto takes the GPUs that are there: give numbers"),
+        ("--mesh fsdp=3 --batch-size 3", "--dim 256 does not divide over fsdp=3"),
         ("--seq-len 0", "--seq-len must be at least 1, got 0"),
         ("--implementation scan", "--implementation scan is a loop"),
     ],

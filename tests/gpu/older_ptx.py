@@ -49,7 +49,8 @@ def given(case: Case) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]
 
 def compile_for(gpu: hardware.GPU, case: Case) -> None:
     """Compiles the kernels of a case; no GPU is needed."""
-    with compiling_for(gpu.target) as sharding:
+    with compiling_for(gpu.target) as (device,):
+        sharding = jax.sharding.SingleDeviceSharding(device)
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), given(case)
         )
