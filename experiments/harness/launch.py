@@ -10,9 +10,6 @@ from typing import NamedTuple
 from experiments.cli import require
 from experiments.cli.errors import UsageError
 
-MOST_PROCESSES = 2**16
-"""JAX numbers processes and devices in 16 bits or more."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
@@ -27,17 +24,16 @@ class LaunchConfig:
     """Which of them this is, from 0; process 0 writes and prints."""
 
     def __post_init__(self) -> None:
-        require(self, "processes", minimum=1, below=MOST_PROCESSES)
-        require(self, "process", minimum=0, below=MOST_PROCESSES)
+        require(self, "processes", minimum=1)
+        require(self, "process", minimum=0)
         if (self.processes is None) != (self.process is None):
             raise ValueError("--processes and --process go together: give both or none.")
         if self.processes is not None and self.coordinator is None:
             raise ValueError("--processes and --process need --coordinator HOST:PORT.")
-        last = (self.processes or MOST_PROCESSES) - 1
-        if self.process is not None and self.process > last:
+        if self.process is not None and self.processes and self.process >= self.processes:
             raise ValueError(
-                f"--process must be from 0 to {last}, as --processes is {self.processes}, got "
-                f"{self.process}."
+                f"--process must be from 0 to {self.processes - 1}, as --processes is "
+                f"{self.processes}, got {self.process}."
             )
         if self.coordinator is not None and not re.fullmatch(r"\S+:[0-9]{1,5}", self.coordinator):
             raise ValueError(

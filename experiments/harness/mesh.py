@@ -134,8 +134,8 @@ class Placement:
         arrays = jax.tree.map(on_devices, batch._replace(restart=None))
         return arrays._replace(restart=np.bool_(batch.restart))
 
-    def gathered(self, tree: Any) -> Any:
-        """The arrays of a tree whole, on one device of this process."""
+    def on_one_device(self, tree: Any) -> Any:
+        """The arrays of a tree whole, on one device of each process."""
         copies = jax.jit(lambda tree: tree, out_shardings=self.everywhere)(tree)
         return jax.tree.map(lambda x: x.addressable_data(0), copies)
 

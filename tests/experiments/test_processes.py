@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ from tests.experiments.test_train_byte_lm import EXPERIMENTS, TINY, records
 FLAGS = [*TINY, "--steps", "200", "--eval-every", "100"]
 ENDED_SECONDS = 60
 """In which the death of a process ends the others."""
+
+
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 class Ended(NamedTuple):
@@ -79,14 +82,6 @@ class Processes:
 
 def train(cwd: Path, *flags: str) -> list[Ended]:
     return Processes(cwd, flags).end()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 @pytest.fixture(scope="module")

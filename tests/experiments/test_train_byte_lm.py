@@ -30,6 +30,9 @@ TINY = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+
 def command(program: str, *flags: str) -> list[str]:
     return [sys.executable, str(EXPERIMENTS / program), *flags]
 
@@ -82,15 +85,6 @@ def steps_in_tensorboard(directory: Path) -> list[int]:
     events = EventAccumulator(str(directory / "tensorboard"), size_guidance={"tensors": 0})
     events.Reload()
     return [event.step for event in events.Tensors("train/loss")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Most of these processes compile the same programs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 @pytest.fixture(scope="module")
