@@ -1,4 +1,4 @@
-"""The kernels over two GPUs: Explicit and automatic axes, and `jax.shard_map`."""
+"""The kernels over two GPUs: Explicit and automatic axes, `jax.shard_map`, the trainer's step."""
 
 from typing import Any
 
@@ -12,6 +12,18 @@ from jax.sharding import PartitionSpec as P
 
 from e88_jax import LanguageModel, e88_recurrence
 from e88_jax.naive import rms_ratio
+from experiments.harness.config import OptimizerConfig
+from experiments.harness.mesh import placement
+from experiments.harness.optimizer import make_optimizer
+from experiments.harness.step import (
+    TrainState,
+    compile_train_step,
+    init_state,
+    make_sharded,
+    shapes_of,
+)
+from experiments.tasks.base import Batch
+from experiments.tasks.bytes import BITS_PER_BYTE
 from pallas_kernels import target
 from tests.recurrence_calls import EVERY_OPTION, make_inputs, tensors
 from tests.reference.configs import lm_config
@@ -118,3 +130,29 @@ def test_gradient_of_a_model(how: str) -> None:
             tokens = jax.device_put(tokens, NamedSharding(mesh, P("x")))
             actual = jax.jit(gradient)(params, tokens)
     assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2"])
+def test_a_training_step(mesh: str) -> None:
+    """Two passes of the trainer's step equal those on one GPU."""
+    config = lm_config(
+        dim=64, n_heads=4, n_state=32, depth=2, dtype="float32", implementation="mosaic_gpu"
+    )
+    optimizer = make_optimizer(OptimizerConfig(), steps=20)
+    windows = np.random.default_rng(0).integers(0, 256, (2, 4, 65), dtype=np.uint8)
+    results = []
+
+    def make() -> TrainState:
+        return init_state(LanguageModel(config, rngs=nnx.Rngs(0)), optimizer, None)
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+    for text in (mesh, "data=1"):
+        where = placement(text, 4, config)
+        with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
+            state = make_sharded(make, shapes_of(make, where))
+            batch = where.put(Batch(windows[..., :-1], windows[..., 1:], None, restart=True))
+            step = compile_train_step(graphdef, optimizer, 1.0, BITS_PER_BYTE, state, batch)
+            state, _ = step(state, batch)
+            state, metrics = step(state, batch)
+        results.append((metrics.loss, metrics.grad_norm, where.on_one_device(state.params)))
+    assert_close(*jax.device_get(results))
