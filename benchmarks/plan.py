@@ -106,7 +106,7 @@ def lower_step(model: LMConfig, batch: int, length: int, where: Any = None) -> A
     from e88_jax.model import LanguageModel
     from experiments.harness.mesh import alone
     from experiments.harness.optimizer import make_optimizer
-    from experiments.harness.step import TrainState, init_state, make_train_step, shapes_of
+    from experiments.harness.step import TrainState, init_state, jit_train_step, shapes_of
     from experiments.tasks.base import Batch
     from experiments.tasks.bytes import BITS_PER_BYTE
 
@@ -121,10 +121,8 @@ def lower_step(model: LMConfig, batch: int, length: int, where: Any = None) -> A
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))))
         tokens: Any = jax.ShapeDtypeStruct((1, batch, length), jnp.uint8, sharding=where.by_row)
         restart: Any = jax.ShapeDtypeStruct((), bool, sharding=where.everywhere)
-        step = make_train_step(graphdef, optimizer, config.clip_norm, BITS_PER_BYTE, where)
-        there = jax.tree.map(lambda x: x.sharding, state), where.everywhere
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=there)
-        traced = jitted.trace(state, Batch(tokens, tokens, None, restart))
+        step = jit_train_step(graphdef, optimizer, config.clip_norm, BITS_PER_BYTE, state)
+        traced = step.trace(state, Batch(tokens, tokens, None, restart))
     return traced.lower(lowering_platforms=("cuda",))
 
 
@@ -231,7 +229,7 @@ _COLLECTIVES = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 def exchanges_of(text: str) -> dict[str, Exchange]:
-    """What the devices of a compiled program exchange, by kind."""
+    """Exchanges between the devices of a compiled program, by kind."""
     found: dict[str, Exchange] = {}
     for computation in _computations(text).values():
         for shape, op, operands, _ in computation.values():

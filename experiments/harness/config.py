@@ -30,7 +30,7 @@ DEFAULT_MODEL = LMConfig(
 _BELOW_ONE = 1 - 2**-24
 """The largest number below 1 in float32."""
 MOST_PARAMETERS = 10**10
-"""Limit of one machine: each device holds weights and optimizer state, 12 bytes per parameter."""
+"""Limit of the trainer, far above what a device holds: a larger number is a mistyped size."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ class TrainConfig:
         if (n := self.model.count_params()) > MOST_PARAMETERS:
             raise ValueError(
                 f"the model of these flags has {n:,} parameters, and {MOST_PARAMETERS:,} are the "
-                "most that one machine trains: choose a smaller --dim, --depth or mixer."
+                "most that the trainer takes: choose a smaller --dim, --depth or mixer."
             )
         parse_mesh(self.mesh, self.batch.batch_size)
 

@@ -38,7 +38,7 @@ class Processes:
         return self.index == 0
 
     def agree(self, decide: Callable[[], Plain]) -> Plain:
-        """What `decide` returns in the first process, which alone calls it; plain data for JSON.
+        """Result of `decide` in the first process, which alone calls it; plain data for JSON.
 
         Raises:
             RunStopped: in every process, where it raises a ProgramEnd in the first of several.

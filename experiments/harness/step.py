@@ -206,6 +206,24 @@ def make_gradient(
     return gradient
 
 
+def jit_train_step(
+    graphdef: nnx.GraphDef[LanguageModel],
+    optimizer: Optimizer,
+    clip_norm: float,
+    metric: Metric,
+    state: TrainState,
+) -> Any:
+    """`make_train_step` by `jax.jit` for states with these shardings; a call consumes its
+    `state`."""
+    everywhere: Any = state.updates.sharding
+    where = Placement(everywhere.mesh)
+    return jax.jit(
+        make_train_step(graphdef, optimizer, clip_norm, metric, where),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
+    )
+
+
 def compile_train_step(
     graphdef: nnx.GraphDef[LanguageModel],
     optimizer: Optimizer,
@@ -214,15 +232,8 @@ def compile_train_step(
     state: TrainState,
     batch: Batch,
 ) -> jax.stages.Compiled:
-    """`make_train_step` compiled for arguments of these shapes and shardings; a call consumes its
-    `state`."""
-    everywhere: Any = state.updates.sharding
-    where = Placement(everywhere.mesh)
-    step = jax.jit(
-        make_train_step(graphdef, optimizer, clip_norm, metric, where),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
-    )
+    """`jit_train_step` compiled for arguments of these shapes and shardings."""
+    step = jit_train_step(graphdef, optimizer, clip_norm, metric, state)
     return step.lower(state, batch).compile(compiler_options=xla_options())
 
 

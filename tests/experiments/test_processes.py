@@ -56,7 +56,7 @@ class Processes:
             for index in (0, 1)
         ]
         self.read = ""
-        """What `after` has read of the first one's output."""
+        """Output of the first one that `after` has read."""
 
     def after(self, step: int, number: signal.Signals, to: int) -> None:
         """Sends a signal to one of them once the first has printed that it did a step."""

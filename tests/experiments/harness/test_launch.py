@@ -1,5 +1,6 @@
 """Where a process stands among those of a run: flags, SLURM, Open MPI, and the GPUs of each."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,7 +91,9 @@ def test_gpus_that_do_not_divide() -> None:
         Place(None, 0, 3, (0, 3)).gpus(4)
 
 
-def test_visible_gpus() -> None:
+def test_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2,3"}) == 2
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
-    assert visible_gpus({}) >= 0
+    names = "nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"
+    monkeypatch.setattr(Path, "glob", lambda *_: [Path("/dev") / name for name in names])
+    assert visible_gpus({}) == 2
