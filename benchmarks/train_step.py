@@ -207,7 +207,13 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     import numpy as np
     from flax import nnx
 
-    from benchmarks.measure.gpu_profile import breakdown, longest, profile
+    from benchmarks.measure.gpu_profile import (
+        COMMUNICATION,
+        alone_ms,
+        breakdown,
+        longest,
+        profile,
+    )
     from e88_jax.model import LanguageModel
     from experiments.harness import devices
     from experiments.harness.mesh import placement
@@ -301,6 +307,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     if config.profile:
         kernels = profile(lambda: run(PROFILED_STEPS - UNTIMED_STEPS))
         numbers["part_ms"] = breakdown(kernels, PROFILED_STEPS)
+        numbers["exposed_communication_ms"] = alone_ms(kernels, COMMUNICATION, PROFILED_STEPS)
         numbers["kernels"] = longest(kernels, PROFILED_STEPS, LISTED_KERNELS)
     return numbers
 

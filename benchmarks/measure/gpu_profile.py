@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+COMMUNICATION = "communication"
 PARTS = {
+    COMMUNICATION: re.compile("nccl|AllReduce|AllGather|ReduceScatter", re.IGNORECASE),
     "recurrence forward": re.compile("e88_forward"),
     "recurrence backward": re.compile("e88_backward"),
     # cuBLAS, CUTLASS, and GEMMs that XLA compiles.
@@ -67,6 +69,22 @@ def breakdown(kernels: Iterable[Kernel], steps: int) -> dict[str, float]:
         idle += max(0.0, kernel.start_ns - busy_until)
         busy_until = max(busy_until, kernel.start_ns + kernel.duration_ns)
     return {part: ns / steps / 1e6 for part, ns in {**ms, "idle": idle}.items()}
+
+
+def alone_ms(kernels: Iterable[Kernel], part: str, steps: int) -> float:
+    """Milliseconds of a step in which kernels of this part ran and no others."""
+    edges: list[tuple[float, int, bool]] = []
+    for kernel in kernels:
+        of_part, end = part_of(kernel.name) == part, kernel.start_ns + kernel.duration_ns
+        edges += [(kernel.start_ns, 1, of_part), (end, -1, of_part)]
+    running = {True: 0, False: 0}
+    total, since = 0.0, 0.0
+    for time, change, of_part in sorted(edges):
+        if running[True] and not running[False]:
+            total += time - since
+        running[of_part] += change
+        since = time
+    return total / steps / 1e6
 
 
 def longest(kernels: Iterable[Kernel], steps: int, n: int) -> list[dict[str, Any]]:

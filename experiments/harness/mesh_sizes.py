@@ -22,7 +22,8 @@ class MeshSizes(NamedTuple):
         return math.prod(self)
 
     def __str__(self) -> str:
-        return ",".join(f"{name}={n}" for name, n in zip(self._fields, self, strict=True) if n > 1)
+        sizes = zip(self._fields, self, strict=True)
+        return ",".join(f"{name}={n}" for name, n in sizes if n > 1) or "data=1"
 
 
 def parse_mesh(text: str, rows: int) -> MeshSizes | None:

@@ -2,7 +2,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.measure.gpu_profile import ELSE, Kernel, breakdown, longest, part_of, profile
+from benchmarks.measure.gpu_profile import (
+    COMMUNICATION,
+    ELSE,
+    Kernel,
+    alone_ms,
+    breakdown,
+    longest,
+    part_of,
+    profile,
+)
 
 KERNELS = [
     Kernel("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", 1000, 4000),
@@ -22,6 +31,10 @@ KERNELS = [
         ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matmuls"),
         ("void cublasLt::splitKreduce_kernel<32, 16>", "matmuls"),
         ("gemm_fusion_dot_general_12", "matmuls"),
+        (
+            "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+            COMMUNICATION,
+        ),
         ("loop_convert_fusion_8", ELSE),
         ("MemcpyD2D", ELSE),
     ],
@@ -34,6 +47,7 @@ def test_breakdown() -> None:
     ms = breakdown(reversed(KERNELS), steps=2)
     assert ms == pytest.approx(
         {
+            COMMUNICATION: 0.0,
             "recurrence forward": 0.0005,
             "recurrence backward": 0.001,
             "matmuls": 0.002,
@@ -42,6 +56,20 @@ def test_breakdown() -> None:
         }
     )
     assert not any(breakdown([], steps=1).values())
+
+
+def test_communication_that_nothing_hides() -> None:
+    kernels = [
+        Kernel("ncclDevKernel_AllReduce", 1000, 5000),
+        Kernel("ncclDevKernel_AllGather", 5000, 2000),
+        Kernel("loop_fusion_1", 0, 2000),
+        Kernel("loop_fusion_2", 3000, 1000),
+        Kernel("loop_fusion_3", 3500, 2000),
+    ]
+    # 2000 to 3000, 5500 to 7000 ns.
+    assert alone_ms(kernels, COMMUNICATION, steps=2) == pytest.approx(0.00125)
+    assert alone_ms(KERNELS, "recurrence backward", steps=1) == pytest.approx(0.0015)
+    assert not alone_ms(KERNELS, COMMUNICATION, steps=1)
 
 
 def test_longest() -> None:

@@ -1,0 +1,103 @@
+"""The program that times the training step over several GPUs, without any."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import scaling, train_step
+from benchmarks.measure.flags import parse_with_preset
+from benchmarks.measure.gpu_profile import COMMUNICATION
+from experiments.cli.errors import UsageError
+
+
+def _numbers(args: list[str]) -> dict[str, Any]:
+    """As of a machine whose second GPU adds 0.9 of the first."""
+    config = parse_with_preset(train_step.BenchmarkConfig, args)
+    rows = config.batch.batch_size
+    n = int(config.mesh.partition("=")[2])
+    return {
+        "config": {"mesh": config.mesh, "batch": {"batch_size": rows, "seq_len": 2048}},
+        "devices": f"{n} x GPU",
+        "parameters": config.model.count_params(),
+        "tokens_per_second": 1000.0 * (1 + 0.9 * (n - 1)),
+        "tokens_per_step": rows * 2048,
+        "step_seconds": [0.2, 0.3, 0.4],
+        "compile_seconds": 20.0,
+        "mfu": 0.4,
+        "product_tflops": 1.0,
+        "recurrence_tflops": 1.0,
+        "peak_bytes_in_use": 60e9,
+        "argument_bytes": 1,
+        "temporary_bytes": 1,
+        "part_ms": {COMMUNICATION: 30.0},
+        "exposed_communication_ms": 4.0,
+    }
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The flags of the points that were timed, on a host with four GPUs."""
+    points: list[list[str]] = []
+
+    def measure_apart(args: list[str]) -> dict[str, Any]:
+        points.append(args)
+        return {"error": "out of memory"} if "fsdp=4" in args else _numbers(args)
+
+    monkeypatch.setattr(train_step, "measure_apart", measure_apart)
+    monkeypatch.setattr(scaling, "visible_gpus", lambda _: 4)
+    return points
+
+
+def test_points(timed: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, image = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    flags = ["--models", "500M", "7B", "--json", str(path)]
+    scaling.main([*flags, "--plot", str(image)])
+    points = json.loads(path.read_text())["points"]
+    of_500m = ["data=1", "data=2", "fsdp=2", "data=4", "fsdp=4"]
+    assert list(points) == [*(f"500M, {mesh}" for mesh in of_500m), "7B, fsdp=4"]
+    rows = [args[args.index("--batch-size") + 1] for args in timed]
+    assert rows == ["16", "32", "32", "64", "64", "16"]
+    assert all({"--profile", "--mesh"} <= set(args) for args in timed)
+    found = scaling.efficiencies(points)
+    assert found == pytest.approx(
+        {"500M, data=1": 1, "500M, data=2": 0.95, "500M, fsdp=2": 0.95, "500M, data=4": 0.925}
+    )
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("| 500M") and "data=4" in line)
+    assert "| 2048 x 16 | 3,700 | 0.925 | 40 % | 300 | 30 (4) | 60 | 20 |" in row
+    assert image.stat().st_size > 1000
+    timed.clear()
+    scaling.main([*flags, "--missing"])
+    assert [args[args.index("--mesh") + 1] for args in timed] == ["fsdp=4", "fsdp=4"]
+
+
+def test_models_have_their_sizes() -> None:
+    for name, model in scaling.MODELS.items():
+        size = float(name[:-1]) * (1e9 if name.endswith("B") else 1e6)
+        config = parse_with_preset(train_step.BenchmarkConfig, model.flags.split())
+        assert 0.95 * size < config.model.count_params() < 1.05 * size
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--gpus 8", "--gpus asks for 8, and 4 are here"),
+        ("--models 7B --gpus 1 2", "no point on 1, 2 GPUs: 7B needs 4"),
+        ("--models 6B", "--models are 500M, 1B, 3B, 7B, got 6B"),
+        ("--missing", "--missing is for --json"),
+        ("--repeats 0", "--repeats must be at least 1, got 0"),
+        ("--plot no/such/file", "no/such/file cannot be written"),
+    ],
+)
+@pytest.mark.usefixtures("timed")
+def test_mistakes(flags: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        scaling.main(flags.split())
+
+
+def test_a_host_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "visible_gpus", lambda _: 0)
+    with pytest.raises(UsageError, match="--gpus asks for 1, and 0 are here"):
+        scaling.main([])
