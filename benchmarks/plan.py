@@ -134,9 +134,7 @@ def compile_for_h100(model: LMConfig, batch: int, length: int, mesh: str = "data
         from experiments.harness.mesh import Placement
 
         lowered = lower_step(model, batch, length, Placement.of(sizes, devices))
-    from e88_jax.xla import GPU_OPTIONS
-
-    return lowered.compile(compiler_options=GPU_OPTIONS)
+    return lowered.compile()
 
 
 def planned_bytes(compiled: Any) -> int:

@@ -12,21 +12,34 @@ GPU_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_command_buffer": "",
     # XLA merges a layer's two matmuls if they are small, and copies the parts.
     "xla_gpu_dot_merger_threshold_mb": "0",
+    # XLA has one exchange with other GPUs under way at a time, and takes it after all that could
+    # hide it: sums of gradients after the backward pass, with the last matmuls kept for them.
+    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": "1000",
 }
-"""XLA's options for the training step on a GPU; flags of the same name in `XLA_FLAGS` win.
-The log in `benchmarks/README.md` has the gain of each."""
+"""XLA's options for the training step, on one or several GPUs; flags of the same name in
+`XLA_FLAGS` win. The log in `benchmarks/README.md` has the gain of each."""
 
 
-def xla_options(*, autotune: bool = True) -> dict[str, str | bool]:
+def xla_options(
+    *, autotune: bool = True, gathered_bytes: int | None = None
+) -> dict[str, str | bool]:
     """XLA's options for a program, for `compiler_options` of `jax.jit`: `GPU_OPTIONS`
     without those that XLA_FLAGS sets; none if the device is no GPU.
 
     Args:
         autotune: time the algorithms of each matmul while compiling. It holds the GPU alone, so
             that a training beside it waits; a small model runs as fast without.
+        gathered_bytes: bytes of the weights that GPUs gather at once where weights are divided over
+            them, those of a layer in the compute dtype. XLA gathers small arrays first; with about
+            as many bytes each time, it gathers a layer after the other.
     """
     if target.current().platform != "gpu":
         return {}
-    options = GPU_OPTIONS if autotune else GPU_OPTIONS | {"xla_gpu_autotune_level": "0"}
+    options = dict(GPU_OPTIONS)
+    if not autotune:
+        options["xla_gpu_autotune_level"] = "0"
+    if gathered_bytes is not None:
+        options["xla_gpu_all_gather_combine_threshold_bytes"] = str(gathered_bytes)
     chosen = {flag.partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     return {name: value for name, value in options.items() if f"--{name}" not in chosen}

@@ -15,8 +15,10 @@ def test_options_of_xla_are_for_gpus_and_give_way_to_the_users(
         assert xla_options() == GPU_OPTIONS
         untuned = xla_options(autotune=False)
         assert untuned == GPU_OPTIONS | {"xla_gpu_autotune_level": "0"}
+        gathering = xla_options(gathered_bytes=1000)
+        assert gathering == GPU_OPTIONS | {"xla_gpu_all_gather_combine_threshold_bytes": "1000"}
         first, *others = GPU_OPTIONS
         monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/dev/null --{first}=true")
         assert xla_options() == {name: GPU_OPTIONS[name] for name in others}
     # XLA knows them, whatever the device.
-    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=untuned)
+    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=untuned | gathering)

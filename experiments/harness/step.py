@@ -177,15 +177,18 @@ def make_gradient(
 
     Devices exchange weights and gradients, never activations. Weights that are divided are gathered
     in each pass, and their gradient is summed to the parts there; other sums over devices are taken
-    once, after all passes.
+    once, after all passes. Gradients of a pass are summed in the compute dtype, to which the
+    matmuls have rounded them, and those of several in float32.
     """
 
     def of_rows(params: Params, passes: Batch, carry: LMState | None) -> Any:
+        dtype, n_passes = nnx.merge(graphdef, params).dtype, passes.inputs.shape[0]
+
         def accumulate(total: Any, one: tuple[Batch, LMState | None]) -> Any:
             one_pass, carry = one
 
             def loss_of(params: Params) -> Any:
-                model = nnx.merge(graphdef, where.gather(params))
+                model = nnx.merge(graphdef, where.gather(params, dtype))
                 loss, (score, end) = mean_loss(model, one_pass, carry, metric)
                 return loss, (score, None if carry is None else end)
 
@@ -196,8 +199,9 @@ def make_gradient(
         zeros = zero, None if metric.per_target is None else zero
         zeros = *zeros, jax.tree.map(jnp.zeros_like, params)
         total, carry = lax.scan(accumulate, zeros, (passes, carry))
-        loss, score, grads = jax.tree.map(lambda x: x / passes.inputs.shape[0], total)
-        return (where.mean(loss), where.mean(score), where.mean_gradient(grads)), carry
+        loss, score, grads = jax.tree.map(lambda x: x / n_passes, total)
+        grads = where.mean_gradient(grads, dtype if n_passes == 1 else jnp.float32)
+        return (where.mean(loss), where.mean(score), grads), carry
 
     def gradient(params: Params, passes: Batch, carry: LMState | None) -> Any:
         means = where.everywhere, where.everywhere, where.by_name(params)
@@ -221,7 +225,16 @@ def jit_train_step(
         make_train_step(graphdef, optimizer, clip_norm, metric, where),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
+        compiler_options=xla_options(gathered_bytes=_layer_bytes(graphdef, state.params)),
     )
+
+
+def _layer_bytes(graphdef: nnx.GraphDef[LanguageModel], params: Params) -> int:
+    """Bytes of the weights of the largest layer in the compute dtype."""
+    model = nnx.merge(graphdef, params)
+    layers = [nnx.state(block, nnx.Param) for block in model.blocks]
+    sizes = [sum(x.size for x in jax.tree.leaves(layer)) for layer in layers]
+    return max(sizes) * model.dtype.itemsize
 
 
 def compile_train_step(
@@ -234,7 +247,7 @@ def compile_train_step(
 ) -> jax.stages.Compiled:
     """`jit_train_step` compiled for arguments of these shapes and shardings."""
     step = jit_train_step(graphdef, optimizer, clip_norm, metric, state)
-    return step.lower(state, batch).compile(compiler_options=xla_options())
+    return step.lower(state, batch).compile()
 
 
 def make_evaluate(

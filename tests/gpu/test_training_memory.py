@@ -8,7 +8,6 @@ import pytest
 from benchmarks import plan
 from e88_jax.mixers.base import Execution
 from e88_jax.sizing import PRESETS, training_memory
-from e88_jax.xla import xla_options
 from pallas_kernels import target
 
 if refusal := target.kernels_refusal(target.current()):
@@ -25,6 +24,6 @@ def test_training_memory_is_what_xla_plans(
 ) -> None:
     execution = Execution(remat=remat)
     config = dataclasses.replace(PRESETS[preset].config, depth=4, execution=execution)
-    compiled = plan.lower_step(plan.on_a_gpu(config), batch, length).compile(xla_options())
+    compiled = plan.lower_step(plan.on_a_gpu(config), batch, length).compile()
     estimate = training_memory(config, batch, length)
     assert 0.85 < estimate.total / plan.planned_bytes(compiled) < 1.15

@@ -1,7 +1,5 @@
 """The training step: accumulation, clipping, skipping, carried state; optimizers; evaluation."""
 
-import dataclasses
-import re
 from typing import Any
 
 import chex
@@ -16,20 +14,17 @@ import experiments.harness.step
 from e88_jax import AttentionConfig, LanguageModel, LMConfig, LSTMConfig
 from e88_jax.model import LMState
 from experiments.harness.config import OptimizerConfig
-from experiments.harness.mesh import Placement, placement
 from experiments.harness.optimizer import make_optimizer
 from experiments.harness.step import (
     TrainState,
-    compile_train_step,
     init_state,
     make_evaluate,
     make_train_step,
     mean_loss,
-    shardings_of,
 )
-from experiments.tasks.base import Batch, Metric
+from experiments.tasks.base import Metric
 from experiments.tasks.bytes import BITS_PER_BYTE
-from tests.reference.configs import lm_config
+from tests.experiments.harness.steps import CONFIG, batch_of, for_rows, plain, windows_of
 
 ACCURACY = Metric(
     "accuracy",
@@ -39,35 +34,15 @@ ACCURACY = Metric(
 )
 
 
-CONFIG = lm_config(dim=16, n_heads=2, n_state=4)
-
-
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     return LanguageModel(CONFIG, rngs=nnx.Rngs(0))
-
-
-def for_rows(rows: int, mesh: str = "auto") -> Placement:
-    return placement(mesh, rows, CONFIG)
-
-
-def windows_of(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def batch_of(windows: np.ndarray, restart: bool = True, weights: Any = None) -> Batch:
-    """Each token of a window but the first is the target of the one before."""
-    return Batch(windows[..., :-1], windows[..., 1:], weights, np.bool_(restart))
 
 
 def loss_of(model: LanguageModel, windows: np.ndarray, state: LMState | None = None) -> Any:
     """Loss of windows `[rows, T + 1]`, and the state at their end."""
     loss, (_, state) = mean_loss(model, batch_of(windows), state)
     return loss, state
-
-
-def plain(**flags: object) -> OptimizerConfig:
-    return dataclasses.replace(OptimizerConfig(warmup_steps=2), **flags)
 
 
 def make(
@@ -301,76 +276,6 @@ def test_evaluation_is_mean_bits_per_byte(model: LanguageModel, stateful: bool):
     np.testing.assert_allclose(
         evaluate(nnx.state(model, nnx.Param)), expected / np.log(2), rtol=1e-5
     )
-
-
-@pytest.mark.parametrize(
-    ("mesh", "stateful"),
-    [("data=4", False), ("data=4", True), ("fsdp=4", True), ("data=2,fsdp=2", False)],
-)
-def test_steps_on_many_devices_equal_those_of_one(model: LanguageModel, mesh: str, stateful: bool):
-    """Four rows over four devices; three validation rows, which do not divide among them."""
-    optimizer = make_optimizer(plain(), steps=20)
-    windows = windows_of((2, 4, 10))
-    results = []
-    for where in (for_rows(4, mesh), for_rows(1)):
-        state = init_state(model, optimizer, (2, 4) if stateful else None)
-        state = jax.tree.map(jnp.copy, state)  # steps consume their state
-        state = jax.device_put(state, shardings_of(state, where))
-        assert all(x.sharding == where.by_row for x in jax.tree.leaves(state.carry))
-        placed = where.put(batch_of(windows))
-        graphdef = nnx.graphdef(model)
-        step = compile_train_step(graphdef, optimizer, 1.0, BITS_PER_BYTE, state, placed)
-        for restart in (True, False):
-            state, metrics = step(state, placed._replace(restart=np.bool_(restart)))
-        batches = [batch_of(windows_of((1, 3, 10)))]
-        evaluate = make_evaluate(graphdef, batches, where, BITS_PER_BYTE, stateful=stateful)
-        results.append((metrics, state.carry, evaluate(state.params)))
-        assert state.updates.sharding.num_devices == where.mesh.size
-    chex.assert_trees_all_close(*jax.device_get(results), rtol=1e-4, atol=1e-6)
-
-
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
-"""A collective in the text of a program: its arrays and its kind."""
-
-
-def program_on(mesh: str, model: LanguageModel, windows: np.ndarray) -> str:
-    """The text of a training step over four devices."""
-    where, optimizer = for_rows(4, mesh), make_optimizer(plain(), steps=20)
-    state = init_state(model, optimizer, None)
-    state = jax.device_put(state, shardings_of(state, where))
-    batch = where.put(batch_of(windows))
-    step = compile_train_step(nnx.graphdef(model), optimizer, 1.0, BITS_PER_BYTE, state, batch)
-    return str(step.as_text())
-
-
-@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,fsdp=2"])
-def test_devices_exchange_weights_and_no_activations(model: LanguageModel, mesh: str):
-    """Windows of 37 tokens: no array of weights has an axis of that, or of all rows' tokens."""
-    exchanged = COLLECTIVE.findall(program_on(mesh, model, windows_of((1, 4, 38))))
-    assert {kind for _, kind in exchanged} == {"all-gather", "all-reduce", "reduce-scatter"}
-    for shapes, _ in exchanged:
-        for shape in re.findall(r"\[([0-9,]+)\]", shapes):
-            assert not {"37", "148"} & set(shape.split(","))
-
-
-@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4"])
-def test_gradients_of_copies_are_summed_once_for_all_passes(model: LanguageModel, mesh: str):
-    """The loop over passes exchanges weights that are divided and their gradients alone."""
-    program = program_on(mesh, model, windows_of((3, 4, 10)))
-    loops, whole = set[str](), set[str]()
-    for computation in program.split("\n}\n"):
-        kinds = {kind for _, kind in COLLECTIVE.findall(computation)}
-        if computation.lstrip().startswith("ENTRY"):
-            whole |= kinds
-        else:
-            loops |= kinds
-    assert "all-reduce" in whole
-    if mesh == "fsdp=4":
-        assert {"reduce-scatter"} <= loops <= {"reduce-scatter", "all-gather"}
-    else:
-        assert loops == set()
 
 
 @pytest.mark.parametrize("stateful", [False, True])

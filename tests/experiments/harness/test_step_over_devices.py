@@ -1,0 +1,166 @@
+"""The training step over several devices: what they exchange, and that it changes no result."""
+
+import re
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from e88_jax import LanguageModel
+from e88_jax.naive import rms_ratio
+from experiments.harness.optimizer import make_optimizer
+from experiments.harness.step import (
+    compile_train_step,
+    init_state,
+    make_evaluate,
+    make_gradient,
+    shardings_of,
+)
+from experiments.tasks.bytes import BITS_PER_BYTE
+from tests.experiments.harness.steps import CONFIG, batch_of, for_rows, plain, windows_of
+from tests.reference.configs import lm_config
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "stateful"),
+    [("data=4", False), ("data=4", True), ("fsdp=4", True), ("data=2,fsdp=2", False)],
+)
+def test_steps_on_many_devices_equal_those_of_one(model: LanguageModel, mesh: str, stateful: bool):
+    """Four rows over four devices; three validation rows, which do not divide among them."""
+    optimizer = make_optimizer(plain(), steps=20)
+    windows = windows_of((2, 4, 10))
+    results = []
+    for where in (for_rows(4, mesh), for_rows(1)):
+        state = init_state(model, optimizer, (2, 4) if stateful else None)
+        state = jax.tree.map(jnp.copy, state)  # steps consume their state
+        state = jax.device_put(state, shardings_of(state, where))
+        assert all(x.sharding == where.by_row for x in jax.tree.leaves(state.carry))
+        placed = where.put(batch_of(windows))
+        graphdef = nnx.graphdef(model)
+        step = compile_train_step(graphdef, optimizer, 1.0, BITS_PER_BYTE, state, placed)
+        for restart in (True, False):
+            state, metrics = step(state, placed._replace(restart=np.bool_(restart)))
+        batches = [batch_of(windows_of((1, 3, 10)))]
+        evaluate = make_evaluate(graphdef, batches, where, BITS_PER_BYTE, stateful=stateful)
+        results.append((metrics, state.carry, evaluate(state.params)))
+        assert state.updates.sharding.num_devices == where.mesh.size
+    chex.assert_trees_all_close(*jax.device_get(results), rtol=1e-4, atol=1e-6)
+
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+"""A collective in the text of a program: its arrays and its kind."""
+
+
+def program_on(mesh: str, model: LanguageModel, windows: np.ndarray) -> str:
+    """The text of a training step over four devices."""
+    where, optimizer = for_rows(4, mesh), make_optimizer(plain(), steps=20)
+    state = init_state(model, optimizer, None)
+    state = jax.device_put(state, shardings_of(state, where))
+    batch = where.put(batch_of(windows))
+    step = compile_train_step(nnx.graphdef(model), optimizer, 1.0, BITS_PER_BYTE, state, batch)
+    return str(step.as_text())
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,fsdp=2"])
+def test_devices_exchange_weights_and_no_activations(model: LanguageModel, mesh: str):
+    """Windows of 37 tokens: no array of weights has an axis of that, or of all rows' tokens."""
+    exchanged = COLLECTIVE.findall(program_on(mesh, model, windows_of((1, 4, 38))))
+    assert {kind for _, kind in exchanged} == {"all-gather", "all-reduce", "reduce-scatter"}
+    for shapes, _ in exchanged:
+        for shape in re.findall(r"\[([0-9,]+)\]", shapes):
+            assert not {"37", "148"} & set(shape.split(","))
+
+
+@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4"])
+def test_gradients_of_copies_are_summed_once_for_all_passes(model: LanguageModel, mesh: str):
+    """The loop over passes exchanges weights that are divided and their gradients alone."""
+    program = program_on(mesh, model, windows_of((3, 4, 10)))
+    loops, whole = set[str](), set[str]()
+    for computation in program.split("\n}\n"):
+        kinds = {kind for _, kind in COLLECTIVE.findall(computation)}
+        if computation.lstrip().startswith("ENTRY"):
+            whole |= kinds
+        else:
+            loops |= kinds
+    assert "all-reduce" in whole
+    if mesh == "fsdp=4":
+        assert {"reduce-scatter"} <= loops <= {"reduce-scatter", "all-gather"}
+    else:
+        assert loops == set()
+
+
+def lowered_gradient(mesh: str, n_passes: int = 1, **changes: Any) -> tuple[LanguageModel, str]:
+    """A bfloat16 model, and the program of its gradient over four devices before it is compiled."""
+    config = lm_config(dim=16, n_heads=2, n_state=4, dtype="bfloat16", **changes)
+    model, where = LanguageModel(config, rngs=nnx.Rngs(0)), for_rows(4, mesh)
+    gradient = make_gradient(nnx.graphdef(model), BITS_PER_BYTE, where)
+    batch = where.put(batch_of(windows_of((n_passes, 4, 10))))._replace(restart=None)
+    params = nnx.state(model, nnx.Param)
+    params = jax.device_put(params, where.by_name(params))
+    return model, jax.jit(gradient).lower(params, batch, None).as_text()
+
+
+SUM = re.compile(r"stablehlo\.(all_reduce|reduce_scatter).*?\}\) : \(tensor<([^>]*)>", re.DOTALL)
+"""A sum over devices in a program before it is compiled: its kind, and an array's shape and
+dtype."""
+
+
+@pytest.mark.parametrize("n_passes", [1, 3])
+@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4"])
+def test_matrices_gradients_are_summed_in_the_compute_dtype(mesh: str, n_passes: int):
+    """Those of several passes in float32 where they are summed once."""
+    _, program = lowered_gradient(mesh, n_passes)
+    found = {"matrices": set[str](), "vectors": set[str]()}
+    for kind, array in SUM.findall(program):
+        *shape, dtype = array.split("x")
+        found["matrices" if len(shape) >= 2 else "vectors"].add(f"{kind} {dtype}")
+    of_matrices = "all_reduce f32" if n_passes > 1 else "all_reduce bf16"
+    if mesh == "fsdp=4":
+        of_matrices = "reduce_scatter bf16"
+    assert found == {"matrices": {of_matrices}, "vectors": {"all_reduce f32"}}
+
+
+def variables_of(model: LanguageModel) -> list[Any]:
+    """The parameters with their metadata."""
+    is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=is_leaf)
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_weights_of_matmuls_are_gathered_in_the_compute_dtype(remat: str):
+    """The embedding, which is also added to a float32 stream, in float32."""
+    model, program = lowered_gradient("fsdp=4", remat=remat)
+    gathered = re.findall(r"stablehlo\.all_gather.*? : \(tensor<([^>]*)>", program)
+    (embedding,) = (x for x in gathered if x.endswith("f32"))
+    assert embedding.startswith(f"{model.config.vocab_size}x")
+    assert len(gathered) == 1 + sum("n_in_axes" in x.get_metadata() for x in variables_of(model))
+
+
+@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4", "data=2,fsdp=2"])
+def test_sums_in_bfloat16_lose_as_much_as_a_gradient_in_it(mesh: str):
+    """Against the float32 sum of the same four gradients. A rounding to bfloat16 changes a number
+    by up to 2^-9 of it, and sums of four are rounded up to three times."""
+    config = lm_config(dim=16, n_heads=2, n_state=4, dtype="bfloat16")
+    model, where = LanguageModel(config, rngs=nnx.Rngs(0)), for_rows(4, mesh)
+    params, windows = nnx.state(model, nnx.Param), windows_of((1, 4, 10))
+    results = []
+    for there, shape in ((where, (1, 4, 10)), (for_rows(1), (4, 1, 10))):
+        gradient = jax.jit(make_gradient(nnx.graphdef(model), BITS_PER_BYTE, there))
+        batch = there.put(batch_of(windows.reshape(shape)))._replace(restart=None)
+        here = jax.device_put(params, there.by_name(params))
+        results.append(jax.device_get(gradient(here, batch, None)[0]))
+    (loss, _, grads), (expected_loss, _, expected) = results
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    ratios = jax.tree.leaves(jax.tree.map(rms_ratio, grads, expected))
+    assert 2**-12 < max(ratios) < 2**-8
