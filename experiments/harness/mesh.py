@@ -90,7 +90,7 @@ class Placement:
         )
         return mapped(params, *arrays)
 
-    def gather(self, params: Any, dtype: Any = jnp.float32) -> Any:
+    def gather(self, params: Any, dtype: Any) -> Any:
         """Whole weights of a device's parts, inside `map_rows`. A gradient through it is the sum
         over `fsdp` of the parts. If `dtype` is narrower than the weights, sums are taken in it, and
         weights of matmuls, of which it is the compute dtype, are gathered in it."""
@@ -108,7 +108,7 @@ class Placement:
         """The mean over devices, inside `map_rows`."""
         return x if self.mesh.size == 1 else lax.pmean(x, self.mesh.axis_names)
 
-    def mean_gradient(self, grads: Any, dtype: Any = jnp.float32) -> Any:
+    def mean_gradient(self, grads: Any, dtype: Any) -> Any:
         """The mean over devices of a gradient through `gather`, inside `map_rows`. Those of
         matrices are summed in `dtype` if that is narrower."""
         if self.mesh.size == 1:

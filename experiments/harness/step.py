@@ -182,7 +182,8 @@ def make_gradient(
     """
 
     def of_rows(params: Params, passes: Batch, carry: LMState | None) -> Any:
-        dtype, n_passes = nnx.merge(graphdef, params).dtype, passes.inputs.shape[0]
+        dtype = nnx.merge(graphdef, params).dtype
+        n_passes = passes.inputs.shape[0]
 
         def accumulate(total: Any, one: tuple[Batch, LMState | None]) -> Any:
             one_pass, carry = one
@@ -262,7 +263,8 @@ def make_evaluate(
     attention without a window then remembers the tokens of one window of the data."""
 
     def of_rows(params: Params, passes: Batch) -> Array:
-        model = nnx.merge(graphdef, where.gather(params))
+        dtype = nnx.merge(graphdef, params).dtype
+        model = nnx.merge(graphdef, where.gather(params, dtype))
         _, rows, seq_len = passes.inputs.shape
 
         def one(state: LMState | None, batch: Batch) -> tuple[LMState | None, Array]:
