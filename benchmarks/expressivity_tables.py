@@ -10,7 +10,7 @@ from experiments.trials.records import Record
 from experiments.trials.suites import SUITES, in_order
 
 RESULTS = "experiments/results/expressivity"
-RECORDED = "quick", "author", "groups", "formal", "recall"
+RECORDED = "quick", "author", "groups", "formal", "recall", "ablations"
 """Suites whose results are recorded."""
 
 

@@ -29,6 +29,8 @@ _COLORS = {
 }
 """Okabe and Ito's palette, and others."""
 _COLUMNS = 4
+_LEGEND_WIDTH = 6.0
+"""Inches of two columns of the longest titles of models."""
 
 
 def write(directory: Path, lines: Sequence[Record], heading: str) -> list[Path]:
@@ -60,7 +62,8 @@ def _longest(group: Group) -> dict[str, int]:
 def _panels(n: int, heading: str) -> tuple[Figure, list[Axes]]:
     columns = min(n, _COLUMNS)
     rows = -(-n // columns)
-    figure = Figure(figsize=(4 * columns + 0.5, 3.2 * rows + 0.9), layout="constrained")
+    width = max(4 * columns + 0.5, _LEGEND_WIDTH)
+    figure = Figure(figsize=(width, 3.2 * rows + 0.9), layout="constrained")
     figure.suptitle(heading)
     panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for unused in panels[n:]:

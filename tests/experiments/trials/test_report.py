@@ -9,7 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.trials import plot, report
+from experiments.trials import controls, plot, report
 
 PROTOCOL = {"length": 8, "batch_size": 4}
 
@@ -139,3 +139,22 @@ def test_csv_has_a_row_for_each_run_and_reading() -> None:
     row = found[14]
     assert (row["model"], row["read_at"], row["state"]) == ("transformer", "32", "2048")
     assert (row["length"], row["batch_size"], row["accuracy"]) == ("8", "4", "0.5")
+
+
+@pytest.mark.parametrize("n_problems", [1, 2, 3, 6])
+def test_the_legend_of_all_models_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_problems: int
+) -> None:
+    widths = list[tuple[float, float]]()
+
+    def savefig(figure: Figure, *_: Any, **__: Any) -> None:
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        widths.append((legend.get_window_extent().width, figure.bbox.width))
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    problems = [f"problem {i}" for i in range(n_problems)]
+    lines = [run(model, 0, 1.0, 0.9, problem=x) for x in problems for model in controls.MODELS]
+    plot.write(tmp_path, lines, "Suite")
+    assert all(legend < figure for legend, figure in widths), widths
+    assert widths
