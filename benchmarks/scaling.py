@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,25 +11,26 @@ from typing import Any, NamedTuple
 from benchmarks import train_step
 from benchmarks.measure.flags import require_writable
 from benchmarks.measure.gpu_profile import COMMUNICATION
+from benchmarks.recorded import percent
 from experiments import cli, markdown
 from experiments.cli import require
-from experiments.cli.errors import UsageError
+from experiments.cli.errors import UsageError, warn
 from experiments.harness.launch import visible_gpus
-from experiments.harness.mesh_sizes import MeshSizes, parse_mesh
+from experiments.harness.mesh_sizes import MeshSizes
 
 Table = tuple[list[str], list[list[str]]]
 
 
 class Model(NamedTuple):
-    """A model, with what a GPU has of a batch; however many GPUs there are, it has as much."""
+    """A model and its batch per GPU, the same on every number of GPUs."""
 
     flags: str
     rows: int
-    """Rows of a GPU."""
-    forms: tuple[str, ...]
-    """Axes of the mesh that all GPUs are on, one at a time."""
-    smallest: int = 1
-    """GPUs that hold weights and optimizer state."""
+    """Batch rows per GPU."""
+    axes: tuple[str, ...]
+    """Mesh axes to time, one at a time."""
+    min_gpus: int = 1
+    """Fewest GPUs whose memory holds weights and optimizer state."""
     seq_len: int = 2048
 
 
@@ -40,7 +42,7 @@ MODELS = {
         "--dim 4416 --n-heads 136 --n-state 32 --depth 31 --remat layer", 4, ("data", "fsdp")
     ),
     "7B": Model(
-        "--dim 5440 --n-heads 170 --n-state 32 --depth 47 --remat layer", 4, ("fsdp",), smallest=4
+        "--dim 5440 --n-heads 170 --n-state 32 --depth 47 --remat layer", 4, ("fsdp",), min_gpus=4
     ),
 }
 
@@ -50,8 +52,9 @@ class ScalingConfig:
     """Time the training step of train_byte_lm.py on random bytes over several GPUs of this host,
     each GPU with as many rows, and compare with one GPU. Each point is a process of its own.
 
-    Efficiency is the tokens/s of a GPU over those of the same model on one GPU in the same file: a
-    file holds the points of one machine.
+    Efficiency is the tokens/s of a GPU over those of the same model on one GPU, which must be of
+    the same kind, versions and commit: a file holds the points of one machine. A model that one GPU
+    cannot hold has none.
     """
 
     models: tuple[str, ...] = tuple(MODELS)
@@ -76,13 +79,42 @@ class ScalingConfig:
 
 
 class Point(NamedTuple):
-    """A model on a mesh."""
+    """A model on GPUs along one axis of a mesh."""
 
     model: str
-    mesh: MeshSizes
+    rows: int
+    """Batch rows per GPU."""
+    seq_len: int
+    axis: str
+    n: int
+    """GPUs."""
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.mesh}"
+        """The name in files."""
+        return f"{self.model}, {self.rows} x {self.seq_len} a GPU, {self.mesh}"
+
+    @property
+    def mesh(self) -> str:
+        """The flag's value."""
+        return str(MeshSizes(**{self.axis: self.n}))
+
+    @property
+    def on_one_gpu(self) -> "Point":
+        """The same on one GPU."""
+        return self._replace(axis="data", n=1)
+
+    @classmethod
+    def of(cls, name: str) -> "Point":
+        """The point of this name.
+
+        Raises:
+            ValueError: there is no such point.
+        """
+        match = re.fullmatch(r"([^,]+), (\d+) x (\d+) a GPU, (data|fsdp)=(\d+)", name)
+        if match is None:
+            raise ValueError(f"{name!r} is no point of scaling.py.")
+        model, rows, seq_len, axis, n = match.groups()
+        return cls(model, int(rows), int(seq_len), axis, int(n))
 
 
 def main(args: Sequence[str]) -> None:
@@ -90,118 +122,122 @@ def main(args: Sequence[str]) -> None:
     config = cli.parse(ScalingConfig, args)
     require_writable(config.json)
     require_writable(config.plot)
-    points = train_step.recorded_points(config.json)
-    for point in points_of(config, visible_gpus(os.environ)):
-        name = str(point)
-        if config.missing and "error" not in points.get(name, {"error": "not timed yet"}):
-            continue
-        print(name, flush=True)
-        points[name] = train_step.measure_apart(flags_of(point, config.repeats))
-        train_step.record(config.json, {"points": points})
-        print(points[name].get("error") or train_step.summary(points[name]), flush=True)
+    for name in train_step.recorded_points(config.json):
+        try:
+            Point.of(name)
+        except ValueError as error:
+            raise UsageError(f"--json {config.json}: {error}") from None
+    flags = {
+        str(x): flags_of(x, config.repeats) for x in points_of(config, visible_gpus(os.environ))
+    }
+    points = train_step.time_points(flags, config.json, missing=config.missing)
     print("\n" + markdown.table(*table(points)))
     if config.plot is not None:
         draw(points, config.plot)
 
 
 def points_of(config: ScalingConfig, n_here: int) -> list[Point]:
-    """The points to time on a host with so many GPUs.
+    """The points to time on a host with so many GPUs. Warns of models that need more.
 
     Raises:
-        UsageError: it has fewer than asked for, or than any of the models needs.
+        UsageError: the host has no GPU, or fewer than asked for, or no model fits on these numbers.
     """
+    if n_here == 0:
+        raise UsageError("no GPU is here that this process may use (CUDA_VISIBLE_DEVICES chooses).")
     if n_here < max(config.gpus, default=1):
-        raise UsageError(f"--gpus asks for {max(config.gpus, default=1)}, and {n_here} are here.")
-    gpus = config.gpus or [2**i for i in range(n_here.bit_length())]
-    points = [
-        Point(name, MeshSizes(**{form: n}))
-        for name in config.models
-        for n in gpus
-        if n >= MODELS[name].smallest
-        for form in MODELS[name].forms[: 1 if n == 1 else None]
-    ]
+        raise UsageError(f"--gpus asks for {max(config.gpus)}, and {n_here} are here.")
+    gpus = tuple(dict.fromkeys(config.gpus)) or tuple(2**i for i in range(n_here.bit_length()))
+    points, too_large = list[Point](), list[str]()
+    for name in dict.fromkeys(config.models):
+        model = MODELS[name]
+        fitting = [n for n in gpus if n >= model.min_gpus]
+        if not fitting:
+            too_large.append(f"{name} needs {model.min_gpus} GPUs")
+        points += [
+            Point(name, model.rows, model.seq_len, axis, n)
+            for n in fitting
+            for axis in (model.axes if n > 1 else ("data",))
+        ]
     if not points:
-        needed = ", ".join(f"{name} needs {MODELS[name].smallest}" for name in config.models)
-        raise UsageError(f"no point on {', '.join(map(str, gpus))} GPUs: {needed}.")
+        raise UsageError(f"no model fits on {', '.join(map(str, gpus))}: {', '.join(too_large)}.")
+    if too_large:
+        warn(f"left out: {', '.join(too_large)}.")
     return points
 
 
 def flags_of(point: Point, repeats: int) -> list[str]:
     """The flags of `train_step.py` for a point."""
-    model, mesh = MODELS[point.model], point.mesh
-    rows = str(model.rows * mesh.n_devices)
-    flags = [*model.flags.split(), "--seq-len", str(model.seq_len), "--batch-size", rows]
-    return [*flags, "--mesh", str(mesh), "--repeats", str(repeats), "--profile"]
+    rows = str(point.rows * point.n)
+    flags = [*MODELS[point.model].flags.split(), "--seq-len", str(point.seq_len)]
+    flags += ["--batch-size", rows, "--mesh", point.mesh]
+    return [*flags, "--repeats", str(repeats), "--profile"]
 
 
-def efficiencies(points: Mapping[str, Any]) -> dict[str, float]:
+def efficiencies(points: Mapping[str, Any]) -> dict[Point, float]:
     """Tokens/s of a GPU over those of one GPU, of the points that can be compared."""
-    per_gpu = {
-        name: point["tokens_per_second"] / n_devices(point)
-        for name, point in points.items()
-        if "error" not in point
-    }
-    found: dict[str, float] = {}
-    for name, rate in per_gpu.items():
-        alone = str(Point(name.partition(",")[0], MeshSizes()))
-        if alone in per_gpu:
-            found[name] = rate / per_gpu[alone]
+    timed = {Point.of(name): numbers for name, numbers in points.items() if "error" not in numbers}
+    found: dict[Point, float] = {}
+    for point, numbers in timed.items():
+        alone = timed.get(point.on_one_gpu)
+        if alone is not None and _how(alone) == _how(numbers):
+            rate = numbers["tokens_per_second"] / point.n
+            found[point] = rate / alone["tokens_per_second"]
     return found
 
 
-def n_devices(point: Mapping[str, Any]) -> int:
-    """GPUs of a point."""
-    sizes = parse_mesh(point["config"]["mesh"], point["config"]["batch"]["batch_size"])
-    assert sizes is not None, "a point names its mesh"
-    return sizes.n_devices
+def _how(numbers: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two points must share to be compared: the kind of GPU, versions, commit."""
+    kind = re.sub(r"^\d+ x | \(.*", "", numbers["devices"])
+    return kind, numbers["versions"], numbers["commit"]
 
 
 def table(points: Mapping[str, Any]) -> Table:
     """Header and rows, a point each."""
     compared, rows = efficiencies(points), list[list[str]]()
-    for name, point in points.items():
-        model, _, mesh = name.partition(", ")
-        if "error" in point:
-            rows.append([model, mesh, "", point["error"], *[""] * 6])
+    for name, numbers in points.items():
+        point = Point.of(name)
+        batch = f"{point.rows} x {point.seq_len}"
+        if "error" in numbers:
+            rows.append([point.model, point.mesh, batch, numbers["error"], *[""] * 6])
             continue
-        batch, n, parts = point["config"]["batch"], n_devices(point), point["part_ms"]
+        exchanged = numbers["part_ms"][COMMUNICATION]
         rows.append(
             [
-                f"{model} ({point['parameters'] / 1e6:,.0f}M)",
-                mesh,
-                f"{batch['seq_len']} x {batch['batch_size'] // n}",
-                f"{point['tokens_per_second']:,.0f}",
-                f"{compared[name]:.3f}" if name in compared else "",
-                f"{100 * point['mfu']:.0f} %",
-                f"{1e3 * statistics.median(point['step_seconds']):.0f}",
-                f"{parts[COMMUNICATION]:.0f} ({point['exposed_communication_ms']:.0f})",
-                f"{point['peak_bytes_in_use'] / 1e9:.0f}",
-                f"{point['compile_seconds']:.0f}",
+                f"{point.model} ({numbers['parameters'] / 1e6:,.0f}M)",
+                point.mesh,
+                batch,
+                f"{numbers['tokens_per_second']:,.0f}",
+                f"{compared[point]:.3f}" if point in compared else "",
+                percent(numbers["mfu"]) if "mfu" in numbers else "",  # of GPUs that are known
+                f"{1e3 * statistics.median(numbers['step_seconds']):.0f}",
+                f"{exchanged:.0f} ({numbers['communication_alone_ms']:.0f})",
+                f"{numbers['peak_bytes_in_use'] / 1e9:.0f}",
+                f"{numbers['compile_seconds']:.0f}",
             ]
         )
-    header = [
-        "model",
-        "mesh",
-        "tokens x rows of a GPU",
-        "tokens/s",
-        "efficiency",
-        "MFU",
-        "step, ms",
-    ]
-    header += ["communication (alone), ms", "memory of a GPU, GB", "compile, s"]
+    header = ["model", "mesh", "rows x tokens of a GPU", "tokens/s", "efficiency", "MFU"]
+    header += ["step, ms", "communication (alone), ms", "memory of a GPU, GB", "compile, s"]
     return header, rows
 
 
+def lines_of(points: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Efficiency by number of GPUs, for each model and axis that was timed on several."""
+    lines: dict[str, dict[int, float]] = {}
+    for point, efficiency in efficiencies(points).items():
+        if point.n > 1:
+            label = f"{point.model}, {point.rows} x {point.seq_len}, {point.axis}"
+            lines.setdefault(label, {1: 1.0})[point.n] = efficiency
+    return lines
+
+
 def draw(points: Mapping[str, Any], path: Path) -> None:
-    """Efficiency against the number of GPUs, a line for each model and axis."""
+    """Draws `lines_of` points to a PNG, if there are any."""
+    lines = lines_of(points)
+    if not lines:
+        warn(f"{path} is not drawn: no point on several GPUs can be compared with one GPU.")
+        return
     from matplotlib.figure import Figure
 
-    lines: dict[str, dict[int, float]] = {}
-    for name, efficiency in efficiencies(points).items():
-        model, n = name.partition(",")[0], n_devices(points[name])
-        forms = MODELS[model].forms if n == 1 else (name.partition(", ")[2].partition("=")[0],)
-        for form in forms:
-            lines.setdefault(f"{model}, {form}", {})[n] = efficiency
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for label, values in lines.items():

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -131,15 +131,33 @@ def main(args: Sequence[str]) -> None:
         record(config.json, numbers)
         print(summary(numbers))
         return
-    points = recorded_points(config.json)
-    for flags in grid_of(config):
-        name = " ".join(flags)
-        if config.missing and "error" not in points.get(name, {"error": "not timed yet"}):
+    grid = {" ".join(flags): [*args, *flags, "--profile", *ALONE] for flags in grid_of(config)}
+    time_points(grid, config.json, missing=config.missing)
+
+
+def time_points(
+    points: Mapping[str, Sequence[str]], path: Path | None, *, missing: bool
+) -> dict[str, Any]:
+    """The numbers of points by name, each timed in a process of its own, beside those that the file
+    has; it is written after each.
+
+    Args:
+        points: flags of each.
+        path: file; None for none.
+        missing: leave out points that it has, but for those that failed.
+
+    Raises:
+        UsageError: the file has something else.
+    """
+    found = recorded_points(path)
+    for name, flags in points.items():
+        if missing and "error" not in found.get(name, {"error": "not timed yet"}):
             continue
         print(name, flush=True)
-        points[name] = measure_apart([*args, *flags, "--profile", *ALONE])
-        record(config.json, {"points": points})
-        print(points[name].get("error") or summary(points[name]), flush=True)
+        found[name] = measure_apart(flags)
+        record(path, {"points": found})
+        print(found[name].get("error") or summary(found[name]), flush=True)
+    return found
 
 
 def recorded_points(path: Path | None) -> dict[str, Any]:
@@ -307,7 +325,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     if config.profile:
         kernels = profile(lambda: run(PROFILED_STEPS - UNTIMED_STEPS))
         numbers["part_ms"] = breakdown(kernels, PROFILED_STEPS)
-        numbers["exposed_communication_ms"] = alone_ms(kernels, COMMUNICATION, PROFILED_STEPS)
+        numbers["communication_alone_ms"] = alone_ms(kernels, COMMUNICATION, PROFILED_STEPS)
         numbers["kernels"] = longest(kernels, PROFILED_STEPS, LISTED_KERNELS)
     return numbers
 

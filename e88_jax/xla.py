@@ -12,8 +12,8 @@ GPU_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_enable_command_buffer": "",
     # XLA merges a layer's two matmuls if they are small, and copies the parts.
     "xla_gpu_dot_merger_threshold_mb": "0",
-    # XLA has one exchange with other GPUs under way at a time, and takes it after all that could
-    # hide it: sums of gradients after the backward pass, with the last matmuls kept for them.
+    # By default one exchange with other GPUs is under way at a time, and as late as possible, so
+    # that gradients are summed after the backward pass.
     "xla_gpu_experimental_collective_start_as_early_as_possible": True,
     "xla_gpu_experimental_parallel_collective_overlap_limit": "1000",
 }
@@ -30,9 +30,8 @@ def xla_options(
     Args:
         autotune: time the algorithms of each matmul while compiling. It holds the GPU alone, so
             that a training beside it waits; a small model runs as fast without.
-        gathered_bytes: bytes of the weights that GPUs gather at once where weights are divided over
-            them, those of a layer in the compute dtype. XLA gathers small arrays first; with about
-            as many bytes each time, it gathers a layer after the other.
+        gathered_bytes: where weights are divided over GPUs, the bytes of a layer's weights in the
+            compute dtype: XLA joins gathers up to so many, and so gathers layer by layer.
     """
     if target.current().platform != "gpu":
         return {}

@@ -72,7 +72,10 @@ def breakdown(kernels: Iterable[Kernel], steps: int) -> dict[str, float]:
 
 
 def alone_ms(kernels: Iterable[Kernel], part: str, steps: int) -> float:
-    """Milliseconds of a step in which kernels of this part ran and no others."""
+    """Milliseconds of a step in which kernels of this part ran and no others.
+
+    A kernel of communication waits for the other GPUs: that is counted too.
+    """
     edges: list[tuple[float, int, bool]] = []
     for kernel in kernels:
         of_part, end = part_of(kernel.name) == part, kernel.start_ns + kernel.duration_ns

@@ -5,7 +5,6 @@ Rows of a batch are divided over both axes, `data` and `fsdp`; weights and optim
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -92,15 +91,15 @@ class Placement:
 
     def gather(self, params: Any, dtype: Any) -> Any:
         """Whole weights of a device's parts, inside `map_rows`. A gradient through it is the sum
-        over `fsdp` of the parts. If `dtype` is narrower than the weights, sums are taken in it, and
-        weights of matmuls, of which it is the compute dtype, are gathered in it."""
+        over `fsdp` of the parts. Weights of matmuls are gathered, and their gradients summed, in
+        the compute dtype `dtype` if it is narrower."""
 
         def whole(x: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
             axis = self._part_axis(x)
             if axis is None:
                 return x
             part = _narrowed(x[...], dtype) if _is_of_matmul(x) else x[...]
-            return x.replace(_gather(part, axis, dtype))
+            return x.replace(lax.all_gather(part, FSDP, axis=axis, tiled=True))
 
         return jax.tree.map(whole, params, is_leaf=_is_variable)
 
@@ -108,19 +107,20 @@ class Placement:
         """The mean over devices, inside `map_rows`."""
         return x if self.mesh.size == 1 else lax.pmean(x, self.mesh.axis_names)
 
-    def mean_gradient(self, grads: Any, dtype: Any) -> Any:
-        """The mean over devices of a gradient through `gather`, inside `map_rows`. Those of
-        matrices are summed in `dtype` if that is narrower."""
+    def mean_gradient(self, grads: Any, dtype: Any | None) -> Any:
+        """The mean over devices of a gradient through `gather`, inside `map_rows`. Gradients of the
+        weights of matmuls are summed in `dtype` if it is narrower; None for all as they are."""
         if self.mesh.size == 1:
             return grads
         several = [axis for axis, n in self.mesh.shape.items() if n > 1]
 
         def of(x: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
-            divided = self._part_axis(x) is not None
-            axes = [axis for axis in several if not (divided and axis == FSDP)]
-            grad = x[...]
-            narrowed = grad if grad.ndim < 2 else _narrowed(grad, dtype)
-            return x.replace(lax.psum(narrowed, axes).astype(grad.dtype) / self.mesh.size)
+            grad, divided = x[...], self._part_axis(x) is not None
+            if axes := [axis for axis in several if not (divided and axis == FSDP)]:
+                narrow = dtype is not None and _is_of_matmul(x)
+                summed = lax.psum(_narrowed(grad, dtype) if narrow else grad, axes)
+                grad = summed.astype(grad.dtype)
+            return x.replace(grad / self.mesh.size)
 
         return jax.tree.map(of, grads, is_leaf=_is_variable)
 
@@ -156,27 +156,8 @@ class Placement:
         return " ".join(parts if sizes.fsdp == 1 else [*parts, f"({sizes})"])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(part: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    """The whole array along `axis` of its parts over `fsdp`. The gradient of a part is the sum over
-    devices, in `dtype` if that is narrower."""
-    return lax.all_gather(part, FSDP, axis=axis, tiled=True)
-
-
-def _gather_forward(part: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, None]:
-    return _gather(part, axis, dtype), None
-
-
-def _gather_backward(axis: int, dtype: Any, _: None, grad: jax.Array) -> tuple[jax.Array]:
-    narrowed = _narrowed(grad, dtype)
-    summed = lax.psum_scatter(narrowed, FSDP, scatter_dimension=axis, tiled=True)
-    return (summed.astype(grad.dtype),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
 def _narrowed(x: jax.Array, dtype: Any) -> jax.Array:
+    """x in `dtype` if that is narrower, else as it is."""
     return x.astype(min(x.dtype, jnp.dtype(dtype), key=lambda each: each.itemsize))
 
 
@@ -185,7 +166,7 @@ def _is_variable(x: Any) -> bool:
 
 
 def _is_of_matmul(x: nnx.Variable[jax.Array]) -> bool:
-    """Whether an array is the kernel of a `Projection`, which it says by the number of its axes."""
+    """Whether x is a `Projection`'s kernel: no other array has the metadata `n_in_axes`."""
     return "n_in_axes" in x.get_metadata()
 
 

@@ -14,7 +14,7 @@ from e88_jax.model import LanguageModel, LMState
 from e88_jax.xla import xla_options
 from experiments.tasks.base import Batch, Metric
 
-from .mesh import Placement, alone
+from .mesh import FSDP, Placement, alone
 from .optimizer import Optimizer, OptimizerState, Params
 
 
@@ -177,12 +177,12 @@ def make_gradient(
 
     Devices exchange weights and gradients, never activations. Weights that are divided are gathered
     in each pass, and their gradient is summed to the parts there; other sums over devices are taken
-    once, after all passes. Gradients of a pass are summed in the compute dtype, to which the
-    matmuls have rounded them, and those of several in float32.
+    once, after all passes. Gradients of the weights of matmuls are summed in the compute dtype, to
+    which the matmuls have rounded them, the mean of several passes and all others in float32.
     """
 
     def of_rows(params: Params, passes: Batch, carry: LMState | None) -> Any:
-        dtype = nnx.merge(graphdef, params).dtype
+        dtype = _compute_dtype(graphdef, params)
         n_passes = passes.inputs.shape[0]
 
         def accumulate(total: Any, one: tuple[Batch, LMState | None]) -> Any:
@@ -201,7 +201,7 @@ def make_gradient(
         zeros = *zeros, jax.tree.map(jnp.zeros_like, params)
         total, carry = lax.scan(accumulate, zeros, (passes, carry))
         loss, score, grads = jax.tree.map(lambda x: x / n_passes, total)
-        grads = where.mean_gradient(grads, dtype if n_passes == 1 else jnp.float32)
+        grads = where.mean_gradient(grads, dtype if n_passes == 1 else None)
         return (where.mean(loss), where.mean(score), grads), carry
 
     def gradient(params: Params, passes: Batch, carry: LMState | None) -> Any:
@@ -222,12 +222,18 @@ def jit_train_step(
     `state`."""
     everywhere: Any = state.updates.sharding
     where = Placement(everywhere.mesh)
+    gathers = where.mesh.shape[FSDP] > 1
+    gathered_bytes = _layer_bytes(graphdef, state.params) if gathers else None
     return jax.jit(
         make_train_step(graphdef, optimizer, clip_norm, metric, where),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
-        compiler_options=xla_options(gathered_bytes=_layer_bytes(graphdef, state.params)),
+        compiler_options=xla_options(gathered_bytes=gathered_bytes),
     )
+
+
+def _compute_dtype(graphdef: nnx.GraphDef[LanguageModel], params: Params) -> jnp.dtype:
+    return nnx.merge(graphdef, params).dtype
 
 
 def _layer_bytes(graphdef: nnx.GraphDef[LanguageModel], params: Params) -> int:
@@ -263,8 +269,7 @@ def make_evaluate(
     attention without a window then remembers the tokens of one window of the data."""
 
     def of_rows(params: Params, passes: Batch) -> Array:
-        dtype = nnx.merge(graphdef, params).dtype
-        model = nnx.merge(graphdef, where.gather(params, dtype))
+        model = nnx.merge(graphdef, where.gather(params, _compute_dtype(graphdef, params)))
         _, rows, seq_len = passes.inputs.shape
 
         def one(state: LMState | None, batch: Batch) -> tuple[LMState | None, Array]:

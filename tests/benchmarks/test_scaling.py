@@ -9,17 +9,20 @@ import pytest
 from benchmarks import scaling, train_step
 from benchmarks.measure.flags import parse_with_preset
 from benchmarks.measure.gpu_profile import COMMUNICATION
+from benchmarks.scaling import Point
 from experiments.cli.errors import UsageError
 
 
 def _numbers(args: list[str]) -> dict[str, Any]:
-    """As of a machine whose second GPU adds 0.9 of the first."""
+    """Numbers of a machine whose every further GPU adds 0.9 of the first."""
     config = parse_with_preset(train_step.BenchmarkConfig, args)
     rows = config.batch.batch_size
     n = int(config.mesh.partition("=")[2])
     return {
         "config": {"mesh": config.mesh, "batch": {"batch_size": rows, "seq_len": 2048}},
-        "devices": f"{n} x GPU",
+        "devices": f"{n} x GPU" + (f" ({config.mesh})" if "fsdp" in config.mesh else ""),
+        "versions": {"jax": "1"},
+        "commit": "abc",
         "parameters": config.model.count_params(),
         "tokens_per_second": 1000.0 * (1 + 0.9 * (n - 1)),
         "tokens_per_step": rows * 2048,
@@ -32,7 +35,7 @@ def _numbers(args: list[str]) -> dict[str, Any]:
         "argument_bytes": 1,
         "temporary_bytes": 1,
         "part_ms": {COMMUNICATION: 30.0},
-        "exposed_communication_ms": 4.0,
+        "communication_alone_ms": 4.0,
     }
 
 
@@ -56,21 +59,42 @@ def test_points(timed: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFi
     scaling.main([*flags, "--plot", str(image)])
     points = json.loads(path.read_text())["points"]
     of_500m = ["data=1", "data=2", "fsdp=2", "data=4", "fsdp=4"]
-    assert list(points) == [*(f"500M, {mesh}" for mesh in of_500m), "7B, fsdp=4"]
+    names = [f"500M, 16 x 2048 a GPU, {mesh}" for mesh in of_500m]
+    assert list(points) == [*names, "7B, 4 x 2048 a GPU, fsdp=4"]
     rows = [args[args.index("--batch-size") + 1] for args in timed]
     assert rows == ["16", "32", "32", "64", "64", "16"]
     assert all({"--profile", "--mesh"} <= set(args) for args in timed)
-    found = scaling.efficiencies(points)
-    assert found == pytest.approx(
-        {"500M, data=1": 1, "500M, data=2": 0.95, "500M, fsdp=2": 0.95, "500M, data=4": 0.925}
-    )
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("| 500M") and "data=4" in line)
-    assert "| 2048 x 16 | 3,700 | 0.925 | 40 % | 300 | 30 (4) | 60 | 20 |" in row
-    assert image.stat().st_size > 1000
+    assert "| 16 x 2048 | 3,700 | 0.925 | 40 % | 300 | 30 (4) | 60 | 20 |" in row
+    assert "| 500M | fsdp=4 | 16 x 2048 | out of memory |  |  |  |  |  |  |" in lines
+    assert scaling.lines_of(points) == {
+        "500M, 16 x 2048, data": pytest.approx({1: 1, 2: 0.95, 4: 0.925}),
+        "500M, 16 x 2048, fsdp": pytest.approx({1: 1, 2: 0.95}),
+    }
+    assert image.read_bytes().startswith(b"\x89PNG")
     timed.clear()
     scaling.main([*flags, "--missing"])
     assert [args[args.index("--mesh") + 1] for args in timed] == ["fsdp=4", "fsdp=4"]
+
+
+def test_what_is_compared_is_of_one_kind() -> None:
+    one, two, four = (Point("500M", 16, 2048, "data", n) for n in (1, 2, 4))
+    numbers = {str(x): _numbers(scaling.flags_of(x, 1)) for x in (one, two, four)}
+    assert scaling.efficiencies(numbers) == pytest.approx({one: 1, two: 0.95, four: 0.925})
+    numbers[str(two)]["commit"] = "def"
+    numbers[str(four)]["devices"] = "4 x another GPU"
+    assert scaling.efficiencies(numbers) == {one: 1}
+    del numbers[str(one)]
+    assert scaling.efficiencies(numbers) == {}
+
+
+def test_a_gpu_that_is_not_known_has_no_mfu() -> None:
+    point = Point("1B", 8, 2048, "fsdp", 2)
+    numbers = _numbers(scaling.flags_of(point, 1))
+    del numbers["mfu"]
+    ((*_, efficiency, mfu, _, _, _, _),) = scaling.table({str(point): numbers})[1]
+    assert (efficiency, mfu) == ("", "")
 
 
 def test_models_have_their_sizes() -> None:
@@ -80,11 +104,36 @@ def test_models_have_their_sizes() -> None:
         assert 0.95 * size < config.model.count_params() < 1.05 * size
 
 
+@pytest.mark.usefixtures("timed")
+def test_nothing_is_drawn_without_a_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaling.main(["--models", "7B", "--plot", str(tmp_path / "plot.png")])
+    assert "plot.png is not drawn: no point" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_need_more_gpus_are_left_out(
+    timed: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaling.main(["--models", "500M", "7B", "--gpus", "2", "2"])
+    assert "left out: 7B needs 4 GPUs" in capsys.readouterr().err
+    assert [args[args.index("--mesh") + 1] for args in timed] == ["data=2", "fsdp=2"]
+
+
+def test_another_programs_points(timed: list[list[str]], tmp_path: Path) -> None:
+    path = tmp_path / "grid.json"
+    path.write_text('{"points": {"--preset h72n32-500m": {}}}')
+    with pytest.raises(UsageError, match="'--preset h72n32-500m' is no point of"):
+        scaling.main(["--json", str(path)])
+    assert not timed
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ("--gpus 8", "--gpus asks for 8, and 4 are here"),
-        ("--models 7B --gpus 1 2", "no point on 1, 2 GPUs: 7B needs 4"),
+        ("--models 7B --gpus 1 2", "no model fits on 1, 2: 7B needs 4 GPUs"),
         ("--models 6B", "--models are 500M, 1B, 3B, 7B, got 6B"),
         ("--missing", "--missing is for --json"),
         ("--repeats 0", "--repeats must be at least 1, got 0"),
@@ -99,5 +148,5 @@ def test_mistakes(flags: str, sentence: str) -> None:
 
 def test_a_host_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "visible_gpus", lambda _: 0)
-    with pytest.raises(UsageError, match="--gpus asks for 1, and 0 are here"):
+    with pytest.raises(UsageError, match="no GPU is here"):
         scaling.main([])

@@ -1,6 +1,7 @@
 """The training step over several devices: what they exchange, and that it changes no result."""
 
 import re
+from collections import Counter
 from typing import Any
 
 import chex
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from e88_jax import LanguageModel
+import experiments.harness.step
+from e88_jax import E88Config, LanguageModel, LMConfig, LSTMConfig, Mamba2Config
+from e88_jax.mixers.base import Execution, Remat
 from e88_jax.naive import rms_ratio
 from experiments.harness.optimizer import make_optimizer
 from experiments.harness.step import (
@@ -100,15 +103,35 @@ def test_gradients_of_copies_are_summed_once_for_all_passes(model: LanguageModel
         assert loops == set()
 
 
-def lowered_gradient(mesh: str, n_passes: int = 1, **changes: Any) -> tuple[LanguageModel, str]:
-    """A bfloat16 model, and the program of its gradient over four devices before it is compiled."""
-    config = lm_config(dim=16, n_heads=2, n_state=4, dtype="bfloat16", **changes)
+LAYERS = (
+    E88Config(n_heads=2, n_state=4, conv_size=3, value_residual=True),
+    LSTMConfig(width=8),
+    Mamba2Config(d_state=4, head_dim=8),
+)
+
+
+def lowered_gradient(mesh: str, n_passes: int = 1, remat: Remat = "none") -> tuple[list[Any], str]:
+    """The parameters of a bfloat16 model of several mixers, and the program of its gradient over
+    four devices before it is compiled."""
+    execution = Execution(dtype="bfloat16", remat=remat)
+    config = LMConfig(dim=16, depth=3, layers=LAYERS, execution=execution)
     model, where = LanguageModel(config, rngs=nnx.Rngs(0)), for_rows(4, mesh)
     gradient = make_gradient(nnx.graphdef(model), BITS_PER_BYTE, where)
     batch = where.put(batch_of(windows_of((n_passes, 4, 10))))._replace(restart=None)
     params = nnx.state(model, nnx.Param)
     params = jax.device_put(params, where.by_name(params))
-    return model, jax.jit(gradient).lower(params, batch, None).as_text()
+    program = jax.jit(gradient).lower(params, batch, None).as_text()
+    return jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable)), program
+
+
+def of_matmul(x: Any) -> bool:
+    """Whether a parameter is a `Projection`'s."""
+    return "n_in_axes" in x.get_metadata()
+
+
+def array(shape: tuple[int, ...], narrow: bool) -> str:
+    """An array as programs write it."""
+    return "x".join([*map(str, shape), "bf16" if narrow else "f32"])
 
 
 SUM = re.compile(r"stablehlo\.(all_reduce|reduce_scatter).*?\}\) : \(tensor<([^>]*)>", re.DOTALL)
@@ -117,34 +140,44 @@ dtype."""
 
 
 @pytest.mark.parametrize("n_passes", [1, 3])
-@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4"])
-def test_matrices_gradients_are_summed_in_the_compute_dtype(mesh: str, n_passes: int):
-    """Those of several passes in float32 where they are summed once."""
-    _, program = lowered_gradient(mesh, n_passes)
-    found = {"matrices": set[str](), "vectors": set[str]()}
-    for kind, array in SUM.findall(program):
-        *shape, dtype = array.split("x")
-        found["matrices" if len(shape) >= 2 else "vectors"].add(f"{kind} {dtype}")
-    of_matrices = "all_reduce f32" if n_passes > 1 else "all_reduce bf16"
-    if mesh == "fsdp=4":
-        of_matrices = "reduce_scatter bf16"
-    assert found == {"matrices": {of_matrices}, "vectors": {"all_reduce f32"}}
-
-
-def variables_of(model: LanguageModel) -> list[Any]:
-    """The parameters with their metadata."""
-    is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    return jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=is_leaf)
+@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4", "data=2,fsdp=2"])
+def test_gradients_of_matmuls_are_summed_in_the_compute_dtype(mesh: str, n_passes: int):
+    """The mean of several passes and all other gradients are summed in float32."""
+    params, program = lowered_gradient(mesh, n_passes)
+    expected = Counter([("all_reduce", "f32")])  # the loss
+    for x in params:
+        part = x.sharding.shard_shape(x.shape)
+        if part != x.shape:
+            expected["reduce_scatter", array(x.shape, of_matmul(x))] += 1
+        if part == x.shape or "data" in mesh:
+            expected["all_reduce", array(part, of_matmul(x) and n_passes == 1)] += 1
+    assert Counter(SUM.findall(program)) == expected
+    assert {of_matmul(x) for x in params if len(x.shape) > 1} == {True, False}
 
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
-def test_weights_of_matmuls_are_gathered_in_the_compute_dtype(remat: str):
-    """The embedding, which is also added to a float32 stream, in float32."""
-    model, program = lowered_gradient("fsdp=4", remat=remat)
+def test_weights_of_matmuls_are_gathered_in_the_compute_dtype(remat: Remat):
+    """The embedding, which is also added to a float32 stream, and the LSTM's in float32."""
+    params, program = lowered_gradient("fsdp=4", remat=remat)
     gathered = re.findall(r"stablehlo\.all_gather.*? : \(tensor<([^>]*)>", program)
-    (embedding,) = (x for x in gathered if x.endswith("f32"))
-    assert embedding.startswith(f"{model.config.vocab_size}x")
-    assert len(gathered) == 1 + sum("n_in_axes" in x.get_metadata() for x in variables_of(model))
+    parts = [(x, x.sharding.shard_shape(x.shape)) for x in params]
+    divided = [array(part, of_matmul(x)) for x, part in parts if part != x.shape]
+    assert Counter(gathered) == Counter(divided)
+    assert {x.rpartition("x")[2] for x in divided} == {"bf16", "f32"}
+
+
+@pytest.mark.parametrize(("mesh", "gathered"), [("data=4", None), ("fsdp=4", 4 * 692)])
+def test_a_layers_weights_are_gathered_at_once(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, mesh: str, gathered: int | None
+):
+    """A layer of 692 parameters: 384 for q, k and v, 128 for the gate, 128 for the output, 32 for
+    the decay, 20 in vectors."""
+    asked = list[Any]()
+    monkeypatch.setattr(
+        experiments.harness.step, "xla_options", lambda **options: asked.append(options) or {}
+    )
+    program_on(mesh, model, windows_of((1, 4, 10)))
+    assert asked == [{"gathered_bytes": gathered}]
 
 
 @pytest.mark.parametrize("mesh", ["data=4", "fsdp=4", "data=2,fsdp=2"])
