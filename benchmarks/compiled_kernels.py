@@ -24,6 +24,7 @@ from e88_jax.mixers.base import DTYPE_BYTES
 from experiments import cli
 from experiments.cli.errors import UsageError
 from experiments.harness.run_directory import commit, versions
+from experiments.markdown import Table
 from pallas_kernels.common.sizes import round_up
 from pallas_kernels.limits import DTYPES, MAX_SIZE, SIZE_MULTIPLE, takes_size
 
@@ -348,7 +349,7 @@ def worse_than(recorded: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return worse
 
 
-def table(kernels: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def table(kernels: Sequence[Row]) -> Table:
     """Header and rows, one for each GPU, from the entries of the file."""
     rows = []
     for key in dict.fromkeys(kernel["gpu"] for kernel in kernels):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from e88_jax import hardware
 from e88_jax.hardware import GPU
+from experiments.markdown import Table
 
 RECORDED = "benchmarks/results/recurrence_as_other_gpus.json"
 BY_N_STATE = "benchmarks/results/recurrence_by_n_state.json"
@@ -47,8 +48,6 @@ NEARLY = 1.1
 """As `GPU.measured_n_state`: time of an element, relative to the least."""
 
 Record: TypeAlias = Mapping[str, Any]
-Table: TypeAlias = tuple[list[str], list[list[str]]]
-"""Header and rows."""
 
 
 class Range(NamedTuple):

@@ -18,8 +18,6 @@ from experiments.cli.errors import UsageError, warn
 from experiments.harness.launch import visible_gpus
 from experiments.harness.mesh_sizes import MeshSizes
 
-Table = tuple[list[str], list[list[str]]]
-
 
 class Model(NamedTuple):
     """A model and its batch per GPU, the same on every number of GPUs."""
@@ -186,12 +184,12 @@ def efficiencies(points: Mapping[str, Any]) -> dict[Point, float]:
 
 
 def _how(numbers: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What two points must share to be compared: the kind of GPU, versions, commit."""
+    """The kind of GPU, versions and commit, which points that are compared have in common."""
     kind = re.sub(r"^\d+ x | \(.*", "", numbers["devices"])
     return kind, numbers["versions"], numbers["commit"]
 
 
-def table(points: Mapping[str, Any]) -> Table:
+def table(points: Mapping[str, Any]) -> markdown.Table:
     """Header and rows, a point each."""
     compared, rows = efficiencies(points), list[list[str]]()
     for name, numbers in points.items():

@@ -2,14 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias, get_args
+from typing import get_args
 
 from e88_jax import hardware
 from e88_jax.mixers.base import Remat
 from e88_jax.sizing import PRESETS, balance, compare, d_inner_of, report, training_memory
-
-Table: TypeAlias = tuple[list[str], list[list[str]]]
-"""Header and rows."""
+from experiments.markdown import Table
 
 
 def gpus() -> Table:

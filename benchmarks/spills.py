@@ -33,6 +33,7 @@ from e88_jax import hardware
 from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
+from experiments.markdown import Table
 from pallas_kernels import target
 from pallas_kernels.common.sizes import REGISTERS, THREADS
 from pallas_kernels.limits import SAVED_STATE_GROUP
@@ -306,7 +307,7 @@ def compare(
         yield row
 
 
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def table(rows: Sequence[Row]) -> Table:
     """Header and rows, one for each GPU, from the entries of the file."""
     lines = []
     for key in dict.fromkeys(row["gpu"] for row in rows):

@@ -279,7 +279,7 @@ def _millions(x: float, digits: int) -> str:
     return f"{x / 1e6:.{digits}f}"
 
 
-def _text_of(table: Callable[[], sizing_tables.Table]) -> Callable[[], str]:
+def _text_of(table: Callable[[], markdown.Table]) -> Callable[[], str]:
     return lambda: markdown.table(*table())
 
 

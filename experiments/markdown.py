@@ -1,6 +1,10 @@
 """Tables in Markdown."""
 
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+Table: TypeAlias = tuple[list[str], list[list[str]]]
+"""Header and rows."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -41,6 +41,13 @@ pytest.register_assert_rewrite(
 )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def started_jax() -> None:
+    """Starts JAX before the first test: later it would start with the flags of whichever test asks
+    for a device first. Not on import, as the process that shares tests out would hold a GPU too."""
+    jax.devices()
+
+
 def pytest_collection_finish() -> None:
     """Exempts what is imported by now from garbage collection.
 
