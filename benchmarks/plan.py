@@ -26,7 +26,7 @@ from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
 from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
-from experiments.harness.mesh_sizes import check_dim, parse_mesh
+from experiments.harness.mesh_sizes import check_model, parse_mesh
 from pallas_kernels import target
 
 
@@ -289,7 +289,7 @@ def main(args: Sequence[str]) -> None:
     execution: Any = model.execution
     if execution.implementation == "scan":
         raise UsageError("--implementation scan is a loop, whose kernels this does not list.")
-    check_dim(parse_mesh(config.mesh, config.batch_size), model.dim)
+    check_model(parse_mesh(config.mesh, config.batch_size), model)
     began = time.perf_counter()
     compiled = compile_for_h100(model, config.batch_size, config.seq_len, config.mesh)
     seconds = time.perf_counter() - began

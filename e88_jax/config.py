@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from math import ceil
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
 
 from e88_jax import mixers
 from e88_jax.checks import (
@@ -11,6 +11,7 @@ from e88_jax.checks import (
     check_fields,
     require_bool,
     require_choice,
+    require_divisor,
     require_instance,
     require_int,
     require_number,
@@ -20,6 +21,7 @@ from e88_jax.mixers.base import (
     DTYPE_BYTES,
     MATMUL_FLOPS,
     Activations,
+    DividesHeads,
     Execution,
     Flops,
     MixerConfig,
@@ -204,6 +206,16 @@ class E88Config:
         saved = (narrow if kernels else wide) * states * self.state_size(dim)
         return Activations(narrow * matmuls, others, saved)
 
+    def divided(self, n: int, dim: int) -> Self:
+        """The layer of a device that has one of n parts of the heads, as `DividesHeads` has it."""
+        if self.head_mix in ("weighted_sum", "input_weighted"):
+            raise ValueError(
+                f"head_mix {self.head_mix} weights the heads against each other, so that they do "
+                f"not divide over heads={n}: concat, per_head and sum do."
+            )
+        require_divisor("n_heads", self.n_heads, heads=n)
+        return dataclasses.replace(self, n_heads=self.n_heads // n)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig:
@@ -285,6 +297,23 @@ class LMConfig:
         rest = self.count_params() - sum(mixer.count_params(self.dim) for mixer in self.mixers)
         matmul = MATMUL_FLOPS * rest + sum(flops.matmul for flops in of_mixers)
         return Flops(matmul, sum(flops.recurrence for flops in of_mixers))
+
+    def divided(self, n: int) -> "LMConfig":
+        """The model of a device that has one of n parts of each layer's heads, and of a channel
+        mixer's hidden units; `head_parallel.merge` builds it.
+
+        Raises:
+            ValueError: they do not divide, or a layer has no heads.
+        """
+        for layer in self.layers:
+            if not isinstance(layer, DividesHeads):
+                raise ValueError(f"{layer.kind} layers have no heads to divide over heads={n}.")
+        layers = tuple(cast(DividesHeads, x).divided(n, self.dim) for x in self.layers)
+        hidden = self.channel_mixer_dim
+        if hidden is not None:
+            require_divisor("channel_mixer_dim", hidden, heads=n)
+            hidden //= n
+        return dataclasses.replace(self, layers=layers, channel_mixer_dim=hidden)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data for JSON, each layer with its `kind`; `from_dict` reads it back."""

@@ -6,6 +6,7 @@ from flax import nnx
 from jax import Array
 
 from e88_jax.config import E88Config
+from e88_jax.meshes import named_axes
 from e88_jax.precision import wide
 
 
@@ -33,8 +34,8 @@ class StepAndRate(nnx.Module):
     """
 
     def __init__(self, n_heads: int, lowest: float = 1.0, *, rngs: nnx.Rngs):
-        self.A_log = nnx.Param(init_a_log(rngs.params(), n_heads, lowest))
-        self.dt_bias = nnx.Param(init_dt_bias(rngs.params(), n_heads))
+        self.A_log = nnx.Param(init_a_log(rngs.params(), n_heads, lowest), **named_axes("heads"))
+        self.dt_bias = nnx.Param(init_dt_bias(rngs.params(), n_heads), **named_axes("heads"))
 
     def step(self, a: Array) -> Array:
         """`[B, T, H]`, float32 or float64, of a `[B, T, H]`."""
@@ -61,7 +62,8 @@ class Decay(StepAndRate):
         if config.decay_mode == "mamba":
             super().__init__(heads, rngs=rngs)
         elif config.decay_mode == "constant":
-            self.logit = nnx.Param(jnp.full((heads,), 4.0, jnp.float32))
+            logit = jnp.full((heads,), 4.0, jnp.float32)
+            self.logit = nnx.Param(logit, **named_axes("heads"))
 
     def __call__(self, a: Array | None, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
         """`[B, T, H]` in dtype.

@@ -9,8 +9,9 @@ from jax import Array
 from jax.nn import initializers
 
 from e88_jax.config import E88Config
+from e88_jax.meshes import named_axes
 from e88_jax.precision import NORM_EPSILON, wide
-from e88_jax.projection import AnyProjection, Projection, Read
+from e88_jax.projection import TO_DIM, AnyProjection, Projection, Read
 from e88_jax.typed import einsum
 
 
@@ -32,11 +33,15 @@ class HeadMix(nnx.Module):
     def __init__(self, config: E88Config, dim: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         heads, n_value = config.n_heads, config.n_value
         self.mix, self.gate = config.head_mix, config.output_gate
-        residual, weights = jnp.ones((heads, n_value)), jnp.full((heads,), 1 / heads, jnp.float32)
+        residual, residual_axes = jnp.ones((heads, n_value)), named_axes("heads", None)
+        weights, weights_axes = jnp.full((heads,), 1 / heads, jnp.float32), named_axes("heads")
         norm = nnx.RMSNorm(n_value, epsilon=NORM_EPSILON, rngs=rngs)
-        self.value_residual = nnx.Param(residual) if config.value_residual else None
+        self.value_residual = (
+            nnx.Param(residual, **residual_axes) if config.value_residual else None
+        )
         self.norm = norm if config.output_norm else None
-        self.weights = nnx.Param(weights) if config.head_mix == "weighted_sum" else None
+        is_weighted = config.head_mix == "weighted_sum"
+        self.weights = nnx.Param(weights, **weights_axes) if is_weighted else None
 
         def of_each_head(
             key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None
@@ -45,13 +50,14 @@ class HeadMix(nnx.Module):
             return xavier(key, (heads, n_value, dim), dtype).reshape(shape)
 
         xavier = initializers.xavier_uniform()
+        whole_heads = config.head_mix in ("concat", "per_head")
         self.projection: AnyProjection = Projection(
-            (heads, n_value) if config.head_mix in ("concat", "per_head") else (n_value,),
+            (heads, n_value) if whole_heads else (n_value,),
             (dim,),
             dtype=dtype,
             kernel_init=of_each_head if config.head_mix == "per_head" else xavier,
             rngs=rngs,
-            dim_axis=-1,
+            axes=TO_DIM if whole_heads else (None, "dim"),
         )
 
     def __call__(self, out: Array, v: Array, read: Read) -> Array:

@@ -20,13 +20,20 @@ Tree = TypeVar("Tree")
 
 
 def named_axes(*axes: str | None) -> dict[str, Any]:
-    """Metadata of a parameter whose axes have these logical names, None where it has none.
+    """Metadata of a parameter whose axes have these logical names, None where it has none: "dim" is
+    the model's width, "heads" a layer's heads or groups of heads, "hidden" the units of a channel
+    mixer.
 
     `nnx.get_partition_spec` and `nnx.get_named_sharding` turn names into mesh axes by
     `nnx.logical_axis_rules`. A mesh that is set where a model is built does not by itself move its
     parameters.
     """
     return {"out_sharding": axes, "eager_sharding": False}
+
+
+def names_of(param: nnx.Variable[Any]) -> tuple[str | None, ...]:
+    """The names that `named_axes` gave; () for a parameter without."""
+    return param.get_metadata().get("out_sharding") or ()
 
 
 def with_automatic_axes(
@@ -87,6 +94,44 @@ def call_with_automatic_axes(
 def _mesh_axes(part: Any) -> set[str]:
     """The mesh axes in an entry of a PartitionSpec."""
     return set() if part is None else {part} if isinstance(part, str) else set(part)
+
+
+def copied(x: Array, axis: str) -> Array:
+    """x, which all devices of a mesh axis have alike, for each to compute a part of a sum from: its
+    gradient is the sum of theirs. Inside `jax.shard_map` with `check_vma=False`."""
+    return cast(Array, _copied(axis, x))
+
+
+def summed(x: Array, axis: str) -> Array:
+    """The sum over the devices of a mesh axis, from which all compute alike: its gradient is that
+    of each part. Inside `jax.shard_map` with `check_vma=False`."""
+    return cast(Array, _summed(axis, x))
+
+
+def _sum(axis: str, x: Array) -> Array:
+    return cast(Array, jax.lax.psum(x, axis))  # pyright: ignore
+
+
+def _same(axis: str, x: Array) -> Array:
+    return x
+
+
+def _with_gradient(function: Any, gradient: Any) -> Any:
+    """The function, whose own gradient would take a psum's for a psum, as if each device went on
+    from the sum by itself."""
+    custom = cast(Any, jax.custom_vjp(function, nondiff_argnums=(0,)))
+
+    def forward(axis: str, x: Array) -> tuple[Array, None]:
+        return function(axis, x), None
+
+    def backward(axis: str, _: None, d_y: Array) -> tuple[Array]:
+        return (gradient(axis, d_y),)
+
+    custom.defvjp(forward, backward)
+    return custom
+
+
+_copied, _summed = _with_gradient(_same, _sum), _with_gradient(_sum, _same)
 
 
 def varying_alike(*trees: Any) -> Any:

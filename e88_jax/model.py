@@ -1,6 +1,7 @@
 """The language model: embedding, mixers with residual connections, tied logits."""
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,14 @@ from e88_jax.checks import (
 )
 from e88_jax.config import LMConfig
 from e88_jax.documents import live_steps
-from e88_jax.meshes import call_with_automatic_axes, explicit_mesh, named_axes
+from e88_jax.meshes import (
+    call_with_automatic_axes,
+    copied,
+    explicit_mesh,
+    named_axes,
+    names_of,
+    summed,
+)
 from e88_jax.mixers.base import MixerConfig, MixerState, Remat
 from e88_jax.mixers.call import check_state
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide_dtype
@@ -30,6 +38,24 @@ LMState = tuple[MixerState, ...]
 """The state of each layer, first layer first."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The devices that each compute a part of a layer's output, if there are several."""
+
+    dtype: jnp.dtype
+    """The compute dtype, in which they exchange."""
+    axis: str | None = None
+    """The mesh axis of a surrounding `jax.shard_map` that they are along; None for one device."""
+
+    def enter(self, x: Array) -> Array:
+        """The input of a part."""
+        return x if self.axis is None else copied(x.astype(self.dtype), self.axis)
+
+    def leave(self, y: Array) -> Array:
+        """The output, of a part's."""
+        return y if self.axis is None else summed(y, self.axis)
+
+
 class ChannelMixer(nnx.Module):
     """SwiGLU (`docs/references.md`) of the normed input, `W_down(silu(W_gate x) * W_up x)`, without
     biases."""
@@ -37,18 +63,21 @@ class ChannelMixer(nnx.Module):
     def __init__(self, config: LMConfig, hidden: int, *, rngs: nnx.Rngs):
         dim, dtype = config.dim, compute_dtype(config.execution.dtype)
 
-        def linear(n_in: int, n_out: int, **axis: Any) -> AnyProjection:
+        def linear(n_in: int, n_out: int, *axes: str) -> AnyProjection:
             init = initializers.xavier_uniform()
-            return Projection((n_in,), (n_out,), dtype=dtype, kernel_init=init, rngs=rngs, **axis)
+            return Projection(
+                (n_in,), (n_out,), dtype=dtype, kernel_init=init, rngs=rngs, axes=axes
+            )
 
         self.norm = nnx.RMSNorm(dim, epsilon=NORM_EPSILON, rngs=rngs)
-        self.gate_proj = linear(dim, hidden)
-        self.up_proj = linear(dim, hidden)
-        self.down_proj = linear(hidden, dim, dim_axis=-1)
+        self.gate_proj = linear(dim, hidden, "dim", "hidden")
+        self.up_proj = linear(dim, hidden, "dim", "hidden")
+        self.down_proj = linear(hidden, dim, "hidden", "dim")
+        self.parts = Parts(dtype)
 
     def __call__(self, x: Array) -> Array:
-        x = self.norm(x)
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = self.parts.enter(self.norm(x))
+        return self.parts.leave(self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)))
 
     def prepare_for_inference(self) -> None:
         """Lays the weights out for decoding."""
@@ -68,6 +97,16 @@ class Block(nnx.Module):
             if config.channel_mixer_dim is None
             else ChannelMixer(config, config.channel_mixer_dim, rngs=rngs)
         )
+        self.parts = Parts(compute_dtype(config.execution.dtype))
+
+    def divide_over(self, axis: str) -> None:
+        """Makes it one of the parts of a block over a mesh axis, as `head_parallel.merge` says."""
+        self.parts = dataclasses.replace(self.parts, axis=axis)
+        for _, param in nnx.iter_graph(self.mixer):
+            if isinstance(param, nnx.Param) and "heads" not in names_of(cast(Any, param)):
+                param[...] = copied(cast(Array, param[...]), axis)  # of all heads
+        if self.channel_mixer is not None:
+            self.channel_mixer.parts = self.parts
 
     def __call__(
         self,
@@ -77,8 +116,8 @@ class Block(nnx.Module):
         lengths: Array | None,
     ) -> tuple[Array, MixerState]:
         of_call = {} if lengths is None else {"lengths": lengths}
-        y, state = self.mixer(self.norm(x), state, segment_ids, **of_call)
-        x += y.astype(x.dtype)
+        y, state = self.mixer(self.parts.enter(self.norm(x)), state, segment_ids, **of_call)
+        x += self.parts.leave(y).astype(x.dtype)
         if self.channel_mixer is not None:
             x += self.channel_mixer(x).astype(x.dtype)
         return x, state

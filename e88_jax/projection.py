@@ -7,7 +7,7 @@ sharded; a matmul sees them as matrices, which copies nothing.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
+from typing import Any, NamedTuple, Self, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,15 @@ def multiply(x: Array, matrix: Array) -> Array:
     return (rows @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
+def from_dim(shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """Names of the axes of a kernel `[dim, *shape]` whose outputs are heads, `[H, ...]`."""
+    return "dim", "heads", *[None] * (len(shape) - 1)
+
+
+TO_DIM = "heads", None, "dim"
+"""Names of the axes of a kernel `[H, V, dim]`."""
+
+
 class Projection(nnx.Module):
     """`x @ W` over the last axes.
 
@@ -49,8 +58,7 @@ class Projection(nnx.Module):
         dtype: compute dtype of the matmul; the kernel is float32.
         kernel_init: initializer of the kernel as a matrix `[prod(in_shape), prod(out_shape)]`.
         rngs: source of the initial weights (stream `params`).
-        dim_axis: axis of the kernel that is the model's width, whose logical name is "dim": the
-            first of a projection from it, the last of one to it.
+        axes: logical names of the kernel's axes, as `named_axes` takes them.
     """
 
     def __init__(
@@ -61,16 +69,14 @@ class Projection(nnx.Module):
         dtype: jnp.dtype,
         kernel_init: Initializer,
         rngs: nnx.Rngs,
-        dim_axis: Literal[0, -1] = 0,
+        axes: tuple[str | None, ...] = (),
     ):
         self.dtype = dtype
         self.in_shape, self.out_shape = in_shape, out_shape
         sizes = math.prod(in_shape), math.prod(out_shape)
         matrix = kernel_init(rngs.params(), sizes, jnp.float32)
-        shape = *in_shape, *out_shape
-        others = [None] * (len(shape) - 1)
-        names = named_axes("dim", *others) if dim_axis == 0 else named_axes(*others, "dim")
-        self.kernel = nnx.Param(matrix.reshape(shape), n_in_axes=len(in_shape), **names)
+        kernel = matrix.reshape(*in_shape, *out_shape)
+        self.kernel = nnx.Param(kernel, n_in_axes=len(in_shape), **named_axes(*axes))
 
     def matrix(self) -> Array:
         """The kernel `[n_in, n_out]` in the dtype of the matmul."""
@@ -189,8 +195,9 @@ class ProjectionGroup(nnx.Module):
         self.matmuls = tuple(tuple(shapes.items()) for shapes in matmuls)
         for shapes in matmuls:
             for name, shape in shapes.items():
+                init, axes = TORCH_LINEAR, from_dim(shape)
                 projection = Projection(
-                    (dim,), shape, dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs
+                    (dim,), shape, dtype=dtype, kernel_init=init, rngs=rngs, axes=axes
                 )
                 setattr(self, name, projection)
 
@@ -261,7 +268,8 @@ class InputProjections(nnx.Module):
         xavier = initializers.xavier_uniform()
 
         def linear(*out: int, init: Initializer = xavier) -> Projection:
-            return Projection((dim,), out, dtype=dtype, kernel_init=init, rngs=rngs)
+            axes = from_dim(out)
+            return Projection((dim,), out, dtype=dtype, kernel_init=init, rngs=rngs, axes=axes)
 
         def tied(
             key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from e88_jax.documents import document_starts
+from e88_jax.meshes import named_axes
 from e88_jax.precision import wide, wide_dtype
 from e88_jax.typed import stored, vjp
 from pallas_kernels import target
@@ -18,7 +19,7 @@ class ShortConv(nnx.Module):
     """Depthwise convolution over time in which token t sees tokens t - size + 1 to t.
 
     Args:
-        channels: axes of a token's input, such as `(H, 2N + V)`.
+        channels: axes of a token's input, heads first, such as `(H, 2N + V)`.
         size: taps per channel, at least 2.
         bias: add a learned number to each channel.
         silu: apply SiLU to the output.
@@ -42,12 +43,14 @@ class ShortConv(nnx.Module):
             1 / 3, "fan_in", "uniform", in_axis=0, out_axis=(), batch_axis=others
         )
         # The last tap multiplies the newest token.
-        self.taps = nnx.Param(init(rngs.params(), (size, *channels), jnp.float32))
+        taps = init(rngs.params(), (size, *channels), jnp.float32)
+        axes = "heads", *[None] * (len(channels) - 1)
+        self.taps = nnx.Param(taps, **named_axes(None, *axes))
         initial = None
         if bias:
             largest = size**-0.5
             initial = jax.random.uniform(rngs.params(), channels, jnp.float32, -largest, largest)
-        self.bias = None if initial is None else nnx.Param(initial)
+        self.bias = None if initial is None else nnx.Param(initial, **named_axes(*axes))
 
     def init_state(self, batch: int, dtype: jnp.dtype) -> Array:
         """The state before the first token: `[batch, size - 1, *channels]` zeros."""

@@ -189,7 +189,7 @@ def test_model_whose_weights_are_divided_by_flax_s_rules(
     automatic: Mesh, model: LanguageModel, model_expected: Any
 ) -> None:
     graphdef, params = nnx.split(model)
-    with nnx.logical_axis_rules((("dim", "y"),)):
+    with nnx.logical_axis_rules((("dim", "y"), ("heads", None), ("hidden", None))):
         there = nnx.get_named_sharding(params, automatic)
     kernels = jax.tree.leaves(
         jax.tree.map(lambda x, to: x.ndim > 1 and "y" in to.spec, params, there)

@@ -142,6 +142,25 @@ class EstimatesMemory(Protocol):
         ...
 
 
+@runtime_checkable
+class DividesHeads(Protocol):
+    """A mixer's configuration whose heads can be divided over devices."""
+
+    def divided(self, n: int, dim: int) -> Self:
+        """The layer of a device that has one of n parts of the heads. The sum of such layers'
+        outputs is that of the whole layer, where the parameters of each are its part along the axes
+        named "heads", and copies of the others.
+
+        Args:
+            n: number of parts.
+            dim: the model's.
+
+        Raises:
+            ValueError: n does not divide the heads, or the layer needs all of them at once.
+        """
+        ...
+
+
 class Mixer(Protocol):
     """An `nnx.Module` that mixes over time: `y, state = mixer(x, state, segment_ids)`.
 

@@ -4,9 +4,9 @@ The layers are in files of their own: `gated_deltanet.py`, `mamba2.py`, `attenti
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from e88_jax.checks import check_fields, require_bool, require_int, require_number
+from e88_jax.checks import check_fields, require_bool, require_divisor, require_int, require_number
 from e88_jax.mixers import activations
 from e88_jax.mixers.base import MATMUL_FLOPS, Activations, Execution, Flops
 
@@ -117,6 +117,12 @@ class GatedDeltaNetConfig:
         sizes = self.n_heads, self.value_heads, self.head_dim, self.value_dim
         return activations.gated_deltanet(activations.Sizes(*sizes), length, execution)
 
+    def divided(self, n: int, dim: int) -> Self:
+        """The layer of a device that has one of n parts of the heads, as `DividesHeads` has it."""
+        require_divisor("n_heads", self.n_heads, heads=n)
+        values = None if self.n_value_heads is None else self.n_value_heads // n
+        return dataclasses.replace(self, n_heads=self.n_heads // n, n_value_heads=values)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Config:
@@ -153,7 +159,7 @@ class Mamba2Config:
             ValueError: expand * dim is no multiple of head_dim, or the heads no multiple of the
                 groups.
         """
-        inner = self.expand * dim
+        inner = round(self.expand * dim, 6)  # a third of the heads is a whole number too
         if inner < 1 or inner != int(inner) or int(inner) % self.head_dim:
             raise ValueError(
                 f"expand * dim must be a multiple of head_dim, {self.head_dim}; "
@@ -203,6 +209,13 @@ class Mamba2Config:
         """Bytes that the layer keeps for the backward pass, as `EstimatesMemory` has it."""
         sizes = self.n_groups, self.n_heads(dim), self.d_state, self.head_dim
         return activations.mamba2(activations.Sizes(*sizes), length, execution)
+
+    def divided(self, n: int, dim: int) -> Self:
+        """The layer of a device that has one of n parts of the heads, as `DividesHeads` has it; its
+        groups are whole, as B, C and the norm are those of all heads of a group."""
+        require_divisor("n_groups", self.n_groups, heads=n)
+        groups = self.n_groups // n
+        return dataclasses.replace(self, expand=self.d_inner(dim) / n / dim, n_groups=groups)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -282,6 +295,13 @@ class AttentionConfig:
         sizes = self.n_heads * self.head_dim, self.kv_heads * self.head_dim, self.n_heads
         fused = self.head_dim <= 128 and self.head_dim % 8 == 0
         return activations.attention(*sizes, self.qk_norm, length, execution, fused)
+
+    def divided(self, n: int, dim: int) -> Self:
+        """The layer of a device that has one of n parts of the heads, as `DividesHeads` has it."""
+        require_divisor("n_heads", self.n_heads, heads=n)
+        require_divisor("n_kv_heads", self.kv_heads, heads=n)
+        keys = None if self.n_kv_heads is None else self.n_kv_heads // n
+        return dataclasses.replace(self, n_heads=self.n_heads // n, n_kv_heads=keys)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,10 +30,13 @@ class E88State(NamedTuple):
     """The last inputs of the short convolution, `[B, conv_size - 1, H, 2N + V]` in the compute
     dtype; None without one."""
 
+    AXES = ("b h", "b c h")
+    """Names of the first axes of each array: b the batch, h the heads."""
+
 
 export.register_namedtuple_serialization(E88State, serialized_name="e88_jax.E88State")
 
-_STATE_AXES = E88State("b h", "b")  # pyright: ignore[reportArgumentType]
+_STATE_AXES = E88State(*E88State.AXES)  # pyright: ignore[reportArgumentType]
 
 
 class E88Mixer(nnx.Module):

@@ -15,6 +15,7 @@ from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.ops import gated_delta_rule
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide, wide_dtype
 from e88_jax.projection import (
+    TO_DIM,
     TORCH_LINEAR,
     AnyProjection,
     JoinedProjectionGroup,
@@ -48,12 +49,15 @@ class GatedDeltaNetState(NamedTuple):
     v_conv: Array
     """The same for v, `[B, conv_size - 1, HV, V]`."""
 
+    AXES = ("b h", "b c h", "b c h", "b c h")
+    """Names of the first axes of each array: b the batch, h the heads."""
+
 
 export.register_namedtuple_serialization(
     GatedDeltaNetState, serialized_name="e88_jax.GatedDeltaNetState"
 )
 
-_STATE_AXES = GatedDeltaNetState("b h", "b", "b", "b")  # pyright: ignore[reportArgumentType]
+_STATE_AXES = GatedDeltaNetState(*GatedDeltaNetState.AXES)  # pyright: ignore
 
 
 class GatedDeltaNetMixer(nnx.Module):
@@ -112,7 +116,7 @@ class GatedDeltaNetMixer(nnx.Module):
         self.decay = StepAndRate(value_heads, LOWEST_RATE, rngs=rngs)
         self.norm = nnx.RMSNorm(config.value_dim, epsilon=NORM_EPSILON, rngs=rngs)
         self.projection: AnyProjection = Projection(
-            values, (dim,), dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs, dim_axis=-1
+            values, (dim,), dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs, axes=TO_DIM
         )
 
     def init_state(self, batch: int, context: int | None = None) -> GatedDeltaNetState:

@@ -91,7 +91,7 @@ class LSTMMixer(nnx.Module):
             dtype=self.dtype,
             kernel_init=initializers.xavier_uniform(),
             rngs=rngs,
-            dim_axis=-1,
+            axes=(None, "dim"),
         )
 
     def init_state(self, batch: int, context: int | None = None) -> LSTMState:

@@ -10,12 +10,14 @@ from jax import Array, export, lax
 from e88_jax.checks import require_instance, require_int, require_rngs
 from e88_jax.decay import StepAndRate
 from e88_jax.documents import live_steps
+from e88_jax.meshes import named_axes
 from e88_jax.mixers.base import Execution
 from e88_jax.mixers.baselines import Mamba2Config
 from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.ops import ssd
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide, wide_dtype
 from e88_jax.projection import (
+    TO_DIM,
     TORCH_LINEAR,
     AnyProjection,
     JoinedProjectionGroup,
@@ -43,10 +45,13 @@ class Mamba2State(NamedTuple):
     c_conv: Array
     """The same for C."""
 
+    AXES = ("b h", "b c h", "b c h", "b c h")
+    """Names of the first axes of each array: b the batch, h the heads."""
+
 
 export.register_namedtuple_serialization(Mamba2State, serialized_name="e88_jax.Mamba2State")
 
-_STATE_AXES = Mamba2State("b h", "b", "b", "b")  # pyright: ignore[reportArgumentType]
+_STATE_AXES = Mamba2State(*Mamba2State.AXES)  # pyright: ignore[reportArgumentType]
 
 
 class Mamba2Mixer(nnx.Module):
@@ -101,10 +106,10 @@ class Mamba2Mixer(nnx.Module):
             for shape in (channels, states, states)
         )
         self.decay = StepAndRate(heads, rngs=rngs)
-        self.skip = nnx.Param(jnp.ones((heads,), jnp.float32))
-        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.skip = nnx.Param(jnp.ones((heads,), jnp.float32), **named_axes("heads"))
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32), **named_axes("heads", None))
         self.projection: AnyProjection = Projection(
-            channels, (dim,), dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs, dim_axis=-1
+            channels, (dim,), dtype=dtype, kernel_init=TORCH_LINEAR, rngs=rngs, axes=TO_DIM
         )
 
     def init_state(self, batch: int, context: int | None = None) -> Mamba2State:

@@ -1,7 +1,7 @@
 """The mesh of a run: its devices, and how arrays are divided over them.
 
-Rows of a batch are divided over both axes, `data` and `fsdp`; weights and optimizer state over
-`fsdp`, and copied along `data`.
+Rows of a batch are divided over the axes `data` and `fsdp`; weights and optimizer state over
+`fsdp`, and with their heads over `heads`.
 """
 
 import dataclasses
@@ -15,15 +15,20 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from e88_jax import head_parallel
 from e88_jax.config import LMConfig
+from e88_jax.meshes import names_of
+from e88_jax.model import LanguageModel
 from experiments.cli.errors import UsageError, warn
 from experiments.tasks.base import Batch
 
-from .mesh_sizes import AUTO, MeshSizes, check_dim, nearest_multiples, parse_mesh
+from .mesh_sizes import AUTO, MeshSizes, check_model, nearest_multiples, parse_mesh
 from .processes import Processes
 
-FSDP = "fsdp"
-RULES = {"dim": FSDP}
+FSDP, HEADS = "fsdp", "heads"
+ROWS = ("data", FSDP)
+"""Mesh axes that rows are divided over."""
+RULES: dict[str | None, str] = {"dim": FSDP, "heads": HEADS, "hidden": HEADS}
 """Mesh axes of the logical axes of parameters."""
 BYTES_PER_PARAMETER = 16
 """Bytes in float32 of a weight, its gradient and AdamW's two moments."""
@@ -49,13 +54,31 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
+    def sizes(self) -> MeshSizes:
+        return MeshSizes(**self.mesh.shape)
+
+    @property
     def by_row(self) -> NamedSharding:
         """Arrays `[passes, rows, ...]`, divided by row."""
-        return NamedSharding(self.mesh, PartitionSpec(None, self.mesh.axis_names))
+        return NamedSharding(self.mesh, PartitionSpec(None, ROWS))
 
-    def of_rows(self, rows: int) -> NamedSharding:
-        """`by_row` if the devices divide the rows, else replicated."""
-        return self.by_row if rows % self.mesh.size == 0 else self.everywhere
+    def of_rows(self, tree: Any) -> Any:
+        """The sharding of each array `[passes, rows, ...]` of a batch or of layers' states: by row
+        if the rows divide, else replicated; states also by head."""
+
+        def of(x: Any) -> Any:
+            if hasattr(x, "AXES"):
+                return type(x)(*map(of_part, x, x.AXES))
+            return jax.tree.map(lambda x: of_part(x, "b"), x)
+
+        def of_part(x: Any, names: str) -> Any:
+            if x is None:
+                return None
+            rows = ROWS if x.shape[1] % self.sizes.n_parts == 0 else None
+            axes = {"b": rows, "h": HEADS}
+            return NamedSharding(self.mesh, PartitionSpec(None, *map(axes.get, names.split())))
+
+        return jax.tree.map(of, tree, is_leaf=lambda x: hasattr(x, "AXES"))
 
     def by_name(self, tree: Any) -> Any:
         """The sharding of each array of weights or optimizer state, by the names of the axes of its
@@ -74,25 +97,33 @@ class Placement:
         own rows of the arrays `[passes, rows, ...]`.
 
         Args:
-            function: may call `gather`, `mean` and `mean_gradient`.
+            function: may call `merge`, `mean` and `mean_gradient`.
             params: weights.
             arrays: trees of arrays.
             results: the sharding of each result.
         """
         if self.mesh.size == 1:
             return function(params, *arrays)
-        rows = jax.tree.leaves(arrays)[0].shape[1]
-        shardings = (self.by_name(params), *[self.of_rows(rows)] * len(arrays)), results
+        shardings = (self.by_name(params), *map(self.of_rows, arrays)), results
         in_specs, out_specs = jax.tree.map(lambda x: x.spec, shardings)
         mapped = jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
         return mapped(params, *arrays)
 
-    def gather(self, params: Any, dtype: Any) -> Any:
-        """Whole weights of a device's parts, inside `map_rows`. A gradient through it is the sum
-        over `fsdp` of the parts. Weights of matmuls are gathered, and their gradients summed, in
-        the compute dtype `dtype` if it is narrower."""
+    def merge(self, graphdef: nnx.GraphDef[LanguageModel], params: Any) -> LanguageModel:
+        """The model of a device's parts, inside `map_rows`: it has the device's heads, by whole
+        weights. A gradient through it is that of the parts."""
+        model = nnx.merge(graphdef, params)
+        params = self._gather(params, model.dtype)
+        if (n := self.sizes.heads) > 1:
+            return head_parallel.merge(model.config, params, HEADS, n)
+        return nnx.merge(graphdef, params)
+
+    def _gather(self, params: Any, dtype: Any) -> Any:
+        """Weights of a device's heads, whole along `fsdp`, inside `map_rows`. A gradient through it
+        is the sum over `fsdp` of the parts. Weights of matmuls are gathered, and their gradients
+        summed, in the compute dtype `dtype` if it is narrower."""
 
         def whole(x: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
             axis = self._part_axis(x)
@@ -105,22 +136,27 @@ class Placement:
 
     def mean(self, x: Any) -> Any:
         """The mean over devices, inside `map_rows`."""
-        return x if self.mesh.size == 1 else lax.pmean(x, self.mesh.axis_names)
+        return x if self.sizes.n_parts == 1 else lax.pmean(x, ROWS)
 
     def mean_gradient(self, grads: Any, dtype: Any | None) -> Any:
-        """The mean over devices of a gradient through `gather`, inside `map_rows`. Gradients of the
-        weights of matmuls are summed in `dtype` if it is narrower; None for all as they are."""
+        """The mean over rows of a gradient through `merge`, inside `map_rows`. Gradients of the
+        weights of matmuls are summed in `dtype` if it is narrower; None for all as they are.
+
+        What all heads' devices compute alike is a mean over them too, as their copies of a weight
+        would drift apart if one rounded otherwise.
+        """
         if self.mesh.size == 1:
             return grads
         several = [axis for axis, n in self.mesh.shape.items() if n > 1]
 
         def of(x: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
-            grad, divided = x[...], self._part_axis(x) is not None
-            if axes := [axis for axis in several if not (divided and axis == FSDP)]:
+            grad, divided = x[...], _mesh_axes(x)
+            if axes := [axis for axis in several if axis not in divided]:
                 narrow = dtype is not None and _is_of_matmul(x)
                 summed = lax.psum(_narrowed(grad, dtype) if narrow else grad, axes)
                 grad = summed.astype(grad.dtype)
-            return x.replace(grad / self.mesh.size)
+            copies = 1 if HEADS in divided else self.sizes.heads
+            return x.replace(grad / (self.sizes.n_parts * copies))
 
         return jax.tree.map(of, grads, is_leaf=_is_variable)
 
@@ -132,14 +168,14 @@ class Placement:
     def put(self, batch: Batch) -> Batch:
         """The batch on the devices: by row if their number divides it, else replicated. Each
         process has the whole batch, and puts what its devices hold."""
-        where = self.of_rows(batch.inputs.shape[1])
 
-        def on_devices(x: Any) -> jax.Array:
+        def on_devices(x: Any, where: Any) -> jax.Array:
             if self.mesh.is_multi_process:
                 return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
             return jax.device_put(x, where)
 
-        arrays = jax.tree.map(on_devices, batch._replace(restart=None))
+        arrays = batch._replace(restart=None)
+        arrays = jax.tree.map(on_devices, arrays, self.of_rows(arrays))
         return arrays._replace(restart=np.bool_(batch.restart))
 
     def on_one_device(self, tree: Any) -> Any:
@@ -148,12 +184,11 @@ class Placement:
         return jax.tree.map(lambda x: x.addressable_data(0), copies)
 
     def __str__(self) -> str:
-        sizes = MeshSizes(**self.mesh.shape)
-        devices = self.mesh.devices.flat
+        sizes, devices = self.sizes, self.mesh.devices.flat
         parts = [f"{sizes.n_devices} x {devices[0].device_kind}"]
         if (processes := len({device.process_index for device in devices})) > 1:
             parts.append(f"of {processes} processes")
-        return " ".join(parts if sizes.fsdp == 1 else [*parts, f"({sizes})"])
+        return " ".join(parts if sizes.n_devices == sizes.data else [*parts, f"({sizes})"])
 
 
 def _narrowed(x: jax.Array, dtype: Any) -> jax.Array:
@@ -172,8 +207,8 @@ def _is_of_matmul(x: nnx.Variable[jax.Array]) -> bool:
 
 def _mesh_axes(x: Any) -> list[str | None]:
     """The mesh axis of each axis of a parameter, or of optimizer state that is shaped alike."""
-    names = x.get_metadata().get("out_sharding") if isinstance(x, nnx.Variable) else None
-    return [RULES.get(name) for name in names or ()]
+    names = names_of(x) if isinstance(x, nnx.Variable) else ()
+    return [RULES.get(name) for name in names]
 
 
 def alone() -> Placement:
@@ -197,15 +232,15 @@ def placement(
         here: the processes that train.
 
     Raises:
-        UsageError: the model's dim does not divide over the mesh, there are fewer devices, or a
-            process has none of them.
+        UsageError: the model's dim or heads do not divide over the mesh, there are fewer devices,
+            or a process has none of them.
         ValueError: the text is no mesh, or the rows do not divide over it.
     """
     devices = jax.devices()
     sizes = parse_mesh(mesh, rows)
     if sizes is None:  # of memory that processes may see differently
         sizes = MeshSizes(*here.agree(lambda: automatic(rows, model, devices)))
-    check_dim(sizes, model.dim)
+    check_model(sizes, model)
     if sizes.n_devices > len(devices):
         raise UsageError(
             f"--mesh {mesh} needs {sizes.n_devices} devices, and there are {len(devices)}; "

@@ -4,6 +4,8 @@ import math
 import re
 from typing import NamedTuple
 
+from e88_jax.checks import require_divisor
+from e88_jax.config import LMConfig
 from experiments.cli.errors import UsageError
 
 AUTO = "auto"
@@ -15,11 +17,18 @@ class MeshSizes(NamedTuple):
     data: int = 1
     """Parts of the rows of a batch; weights are copied."""
     fsdp: int = 1
-    """Parts of the rows again, and of weights and optimizer state."""
+    """Parts of the rows again, and of weights and optimizer state along the model's dim."""
+    heads: int = 1
+    """Parts of each layer's heads, with their weights, and of a channel mixer's hidden units."""
 
     @property
     def n_devices(self) -> int:
         return math.prod(self)
+
+    @property
+    def n_parts(self) -> int:
+        """Parts that rows are divided into."""
+        return self.data * self.fsdp
 
     def __str__(self) -> str:
         sizes = zip(self._fields, self, strict=True)
@@ -44,28 +53,30 @@ def parse_mesh(text: str, rows: int) -> MeshSizes | None:
         match = re.fullmatch(r"([a-z]+)=([1-9][0-9]{0,6})", part, re.ASCII)
         if match is None or match[1] not in MeshSizes._fields or match[1] in sizes:
             raise ValueError(
-                f"--mesh must be {AUTO}, or sizes of {' and '.join(MeshSizes._fields)} such as "
+                f"--mesh must be {AUTO}, or sizes of {', '.join(MeshSizes._fields)} such as "
                 f"data=2,fsdp=4, got {text!r}."
             )
         sizes[match[1]] = int(match[2])
     mesh = MeshSizes(**sizes)
-    if rows % mesh.n_devices:
+    if rows % mesh.n_parts:
         raise ValueError(
-            f"--batch-size {rows} does not divide over the {mesh.n_devices} devices of --mesh "
-            f"{mesh}: {nearest_multiples(rows, mesh.n_devices)} would."
+            f"--batch-size {rows} does not divide into the {mesh.n_parts} parts of --mesh {mesh}: "
+            f"{nearest_multiples(rows, mesh.n_parts)} would."
         )
     return mesh
 
 
-def check_dim(sizes: MeshSizes | None, dim: int) -> None:
-    """Raises UsageError, with the nearest sizes that would do, if the model's dim does not divide
-    over the mesh."""
-    if sizes is None or dim % sizes.fsdp == 0:
+def check_model(sizes: MeshSizes | None, model: LMConfig) -> None:
+    """Raises UsageError, with the nearest sizes that would do, if the model's dim or its heads do
+    not divide over the mesh."""
+    if sizes is None:
         return
-    below = max(n for n in range(1, sizes.fsdp) if dim % n == 0)
-    above = next((n for n in range(sizes.fsdp, dim + 1) if dim % n == 0), None)
-    fsdp = f"fsdp={below}" if above is None else f"fsdp={below} or {above}"
-    raise UsageError(f"--dim {dim} does not divide over fsdp={sizes.fsdp}: {fsdp} would do.")
+    try:
+        require_divisor("dim", model.dim, fsdp=sizes.fsdp)
+        if sizes.heads > 1:
+            model.divided(sizes.heads)
+    except ValueError as error:
+        raise UsageError(f"--mesh {sizes}: {error}") from None
 
 
 def nearest_multiples(n: int, of: int) -> str:

@@ -13,7 +13,7 @@ from experiments.cli.model_flags import kinds_of
 
 from . import processes, run_directory
 from .config import TrainConfig, check_resumable
-from .mesh_sizes import check_dim, parse_mesh
+from .mesh_sizes import check_model, parse_mesh
 from .run import Run
 
 Training = TypeVar("Training", bound=TrainConfig)
@@ -22,7 +22,7 @@ Training = TypeVar("Training", bound=TrainConfig)
 def main(kind: type[TrainConfig], args: Sequence[str]) -> None:
     """Parses, checks the directory, opens the data, trains."""
     config = parse_args(kind, args)
-    check_dim(parse_mesh(config.mesh, config.batch.batch_size), config.model.dim)
+    check_model(parse_mesh(config.mesh, config.batch.batch_size), config.model)
     with processes.joined(config.launch) as here:
         here.agree(lambda: check_directory(config))
         task = config.open_task()

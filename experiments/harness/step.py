@@ -14,7 +14,7 @@ from e88_jax.model import LanguageModel, LMState
 from e88_jax.xla import xla_options
 from experiments.tasks.base import Batch, Metric
 
-from .mesh import FSDP, Placement, alone
+from .mesh import Placement, alone
 from .optimizer import Optimizer, OptimizerState, Params
 
 
@@ -95,11 +95,10 @@ def init_state(
 
 def shardings_of(state: TrainState, where: Placement) -> TrainState:
     """The sharding of each array: weights and optimizer state by the names of their axes, the carry
-    by row, the rest replicated."""
+    by row and head, the rest replicated."""
     weights = where.by_name(state.params), where.by_name(state.optimizer)
-    carry = jax.tree.map(lambda _: where.by_row, state.carry)
     scalars: list[Any] = [where.everywhere] * 3
-    return TrainState(*weights, carry, *scalars)
+    return TrainState(*weights, where.of_rows(state.carry), *scalars)
 
 
 def shapes_of(make: Callable[[], TrainState], where: Placement) -> TrainState:
@@ -175,21 +174,22 @@ def make_gradient(
 ) -> Callable[[Params, Batch, LMState | None], tuple[tuple[Array, Array | None, Params], Any]]:
     """The function `(params, passes, carry) -> ((loss, score, gradient), carry)`, means of passes.
 
-    Devices exchange weights and gradients, never activations. Weights that are divided are gathered
-    in each pass, and their gradient is summed to the parts there; other sums over devices are taken
-    once, after all passes. Gradients of the weights of matmuls are summed in the compute dtype, to
+    Devices exchange weights and gradients; those of the axis `heads` also the output of each layer
+    and the gradient of its input. Weights that are divided over `fsdp` are gathered in each pass,
+    and their gradient is summed to the parts there; other sums of gradients are taken once, after
+    all passes. Gradients of the weights of matmuls are summed in the compute dtype, to
     which the matmuls have rounded them, the mean of several passes and all others in float32.
     """
 
     def of_rows(params: Params, passes: Batch, carry: LMState | None) -> Any:
-        dtype = _compute_dtype(graphdef, params)
+        dtype = nnx.merge(graphdef, params).dtype
         n_passes = passes.inputs.shape[0]
 
         def accumulate(total: Any, one: tuple[Batch, LMState | None]) -> Any:
             one_pass, carry = one
 
             def loss_of(params: Params) -> Any:
-                model = nnx.merge(graphdef, where.gather(params, dtype))
+                model = where.merge(graphdef, params)
                 loss, (score, end) = mean_loss(model, one_pass, carry, metric)
                 return loss, (score, None if carry is None else end)
 
@@ -206,7 +206,8 @@ def make_gradient(
 
     def gradient(params: Params, passes: Batch, carry: LMState | None) -> Any:
         means = where.everywhere, where.everywhere, where.by_name(params)
-        return where.map_rows(of_rows, params, passes, carry, results=(means, where.by_row))
+        results = means, where.of_rows(carry)
+        return where.map_rows(of_rows, params, passes, carry, results=results)
 
     return gradient
 
@@ -222,18 +223,14 @@ def jit_train_step(
     `state`."""
     everywhere: Any = state.updates.sharding
     where = Placement(everywhere.mesh)
-    gathers = where.mesh.shape[FSDP] > 1
-    gathered_bytes = _layer_bytes(graphdef, state.params) if gathers else None
+    gathers = where.sizes.fsdp > 1
+    gathered_bytes = _layer_bytes(graphdef, state.params) // where.sizes.heads if gathers else None
     return jax.jit(
         make_train_step(graphdef, optimizer, clip_norm, metric, where),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
         compiler_options=xla_options(gathered_bytes=gathered_bytes),
     )
-
-
-def _compute_dtype(graphdef: nnx.GraphDef[LanguageModel], params: Params) -> jnp.dtype:
-    return nnx.merge(graphdef, params).dtype
 
 
 def _layer_bytes(graphdef: nnx.GraphDef[LanguageModel], params: Params) -> int:
@@ -269,7 +266,7 @@ def make_evaluate(
     attention without a window then remembers the tokens of one window of the data."""
 
     def of_rows(params: Params, passes: Batch) -> Array:
-        model = nnx.merge(graphdef, where.gather(params, _compute_dtype(graphdef, params)))
+        model = where.merge(graphdef, params)
         _, rows, seq_len = passes.inputs.shape
 
         def one(state: LMState | None, batch: Batch) -> tuple[LMState | None, Array]:

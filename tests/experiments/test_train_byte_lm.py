@@ -205,7 +205,7 @@ def test_steps_that_are_not_finite_stop_the_run(corpus: Path, tmp_path: Path):
         ("--dtype float64", "--dtype float64 is for comparisons"),
         ("--out taken --resume --dim 32", "another configuration, --dim 16 (not 32)"),
         ("--out taken --resume --data short.txt", "another configuration, --data"),
-        ("--mesh data=3,fsdp=2", "--batch-size 8 does not divide over the 6 devices"),
+        ("--mesh data=3,fsdp=2", "--batch-size 8 does not divide into the 6 parts"),
         ("--mesh fsdp=8 --dim 20", "--dim 20 does not divide over fsdp=8: fsdp=5 or 10"),
     ],
 )

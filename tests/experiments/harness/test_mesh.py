@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from experiments.cli.errors import UsageError
 from experiments.harness import mesh, program
 from experiments.harness.config import OptimizerConfig
 from experiments.harness.mesh import automatic, placement
-from experiments.harness.mesh_sizes import MeshSizes, check_dim, parse_mesh
+from experiments.harness.mesh_sizes import MeshSizes, check_model, parse_mesh
 from experiments.harness.optimizer import make_optimizer
 from experiments.harness.step import TrainState, init_state, make_sharded, shapes_of
 from experiments.tasks.base import Batch
@@ -39,18 +40,21 @@ def test_sizes_of_a_mesh() -> None:
     assert parse_mesh("fsdp=4,data=2", 16) == MeshSizes(data=2, fsdp=4)
     assert str(MeshSizes(data=2, fsdp=4)) == "data=2,fsdp=4"
     assert str(MeshSizes(fsdp=4)) == "fsdp=4"
+    assert parse_mesh("data=2,heads=4", 2) == MeshSizes(data=2, heads=4)  # rows over data alone
 
 
 @pytest.mark.parametrize("text", ["", "data", "data=0", "data=2,data=2", "rows=2", "data=-1", "4"])
 def test_what_is_no_mesh(text: str) -> None:
-    with pytest.raises(ValueError, match=r"--mesh must be auto, or sizes of data and fsdp such as"):
+    with pytest.raises(
+        ValueError, match=r"--mesh must be auto, or sizes of data, fsdp, heads such as"
+    ):
         parse_mesh(text, 8)
 
 
 @pytest.mark.parametrize(
     ("text", "rows", "message"),
     [
-        ("data=8", 12, r"12 does not divide over the 8 devices of --mesh data=8: 8 or 16"),
+        ("data=8", 12, r"12 does not divide into the 8 parts of --mesh data=8: 8 or 16"),
         ("data=2,fsdp=4", 3, r"--batch-size 3 .* data=2,fsdp=4: 8 would\."),
     ],
 )
@@ -62,15 +66,23 @@ def test_rows_that_do_not_divide(text: str, rows: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("fsdp", "dim", "message"),
     [
-        (3, 64, r"--dim 64 does not divide over fsdp=3: fsdp=2 or 4 would do\."),
-        (8, 6, r"--dim 6 does not divide over fsdp=8: fsdp=6 would do\."),
+        (3, 64, r"--mesh fsdp=3: dim 64 does not divide over fsdp=3: fsdp=2 or 4 would do\."),
+        (8, 6, r"--mesh fsdp=8: dim 6 does not divide over fsdp=8: fsdp=6 would do\."),
     ],
 )
 def test_a_dim_that_does_not_divide(fsdp: int, dim: int, message: str) -> None:
-    check_dim(None, dim)
-    check_dim(MeshSizes(fsdp=2), dim)
+    model = dataclasses.replace(CONFIG, dim=dim)
+    check_model(None, model)
+    check_model(MeshSizes(fsdp=2), model)
     with pytest.raises(UsageError, match=message):
-        check_dim(MeshSizes(fsdp=fsdp), dim)
+        check_model(MeshSizes(fsdp=fsdp), model)
+
+
+def test_heads_that_do_not_divide() -> None:
+    check_model(MeshSizes(heads=2), CONFIG)
+    message = r"--mesh data=2,heads=3: n_heads 2 does not divide over heads=3: heads=2 would do\."
+    with pytest.raises(UsageError, match=message):
+        check_model(MeshSizes(data=2, heads=3), CONFIG)
 
 
 @pytest.mark.parametrize(("flag", "dim"), [(["--dim", "96"], 96), (["--params", "25M"], None)])
@@ -140,28 +152,32 @@ def test_rows_are_divided_where_they_can_be() -> None:
         assert where.put(Batch(tokens, tokens, None, restart=True)).weights is None
 
 
-def test_every_matrix_has_the_name_of_its_dim() -> None:
-    """dim 40 is no other size of these models."""
-    e88 = E88Config(n_heads=2, n_state=4, head_mix="concat", write_gate=True, conv_size=3)
+def test_axes_have_names() -> None:
+    """Each of these sizes is that of one kind of axis; of heads there are three."""
+    kinds = {40: "dim", 7: "heads", 10: "heads", 5: "heads", 24: "hidden"}
+    e88 = E88Config(
+        n_heads=7, n_state=4, value_residual=True, write_gate=True, conv_size=3, output_norm=True
+    )
     layers = (
         e88,
         dataclasses.replace(e88, head_mix="input_weighted", tie_kv=True),
-        GatedDeltaNetConfig(n_heads=2, head_dim=4),
-        Mamba2Config(d_state=8, head_dim=8),
-        AttentionConfig(n_heads=3, head_dim=4),
+        dataclasses.replace(e88, head_mix="weighted_sum", decay_mode="constant"),
+        GatedDeltaNetConfig(n_heads=5, n_value_heads=10, head_dim=4),
+        Mamba2Config(d_state=8, head_dim=8, n_groups=5),
+        AttentionConfig(n_heads=10, n_kv_heads=5, head_dim=4),
         LSTMConfig(width=12),
     )
     config = LMConfig(dim=40, depth=len(layers), layers=layers, channel_mixer_dim=24)
     params = nnx.state(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))), nnx.Param)
-    of_dim = 0
+    found = Counter[str | None]()
     for path, x in nnx.to_flat_state(params):
-        names = x.get_metadata().get("out_sharding")
-        if 40 in x.shape and len(x.shape) > 1:
-            assert names == tuple("dim" if n == 40 else None for n in x.shape), path
-            of_dim += 1
-        else:
-            assert names is None, path
-    assert of_dim > 30
+        names = x.get_metadata().get("out_sharding") or [None] * len(x.shape)
+        expected = [kinds.get(n) for n in x.shape]
+        assert list(names) == (expected if x.shape != (40,) else [None]), path  # a norm's scale
+        found.update(names)
+    assert found["dim"] > 40
+    assert found["heads"] > 50
+    assert found["hidden"] == 3 * len(layers)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule_free", "muon"])

@@ -15,6 +15,7 @@ import experiments.harness.step
 from e88_jax import E88Config, LanguageModel, LMConfig, LSTMConfig, Mamba2Config
 from e88_jax.mixers.base import Execution, Remat
 from e88_jax.naive import rms_ratio
+from experiments.harness.mesh import ROWS
 from experiments.harness.optimizer import make_optimizer
 from experiments.harness.step import (
     compile_train_step,
@@ -35,7 +36,16 @@ def model() -> LanguageModel:
 
 @pytest.mark.parametrize(
     ("mesh", "stateful"),
-    [("data=4", False), ("data=4", True), ("fsdp=4", True), ("data=2,fsdp=2", False)],
+    [
+        ("data=4", False),
+        ("data=4", True),
+        ("fsdp=4", True),
+        ("data=2,fsdp=2", False),
+        ("heads=2", False),
+        ("heads=2", True),
+        ("data=2,heads=2", False),
+        ("fsdp=2,heads=2", True),
+    ],
 )
 def test_steps_on_many_devices_equal_those_of_one(model: LanguageModel, mesh: str, stateful: bool):
     """Four rows over four devices; three validation rows, which do not divide among them."""
@@ -46,7 +56,7 @@ def test_steps_on_many_devices_equal_those_of_one(model: LanguageModel, mesh: st
         state = init_state(model, optimizer, (2, 4) if stateful else None)
         state = jax.tree.map(jnp.copy, state)  # steps consume their state
         state = jax.device_put(state, shardings_of(state, where))
-        assert all(x.sharding == where.by_row for x in jax.tree.leaves(state.carry))
+        assert all(x.sharding.spec[1] == ROWS for x in jax.tree.leaves(state.carry))
         placed = where.put(batch_of(windows))
         graphdef = nnx.graphdef(model)
         step = compile_train_step(graphdef, optimizer, 1.0, BITS_PER_BYTE, state, placed)
