@@ -19,28 +19,47 @@ from experiments.harness.launch import visible_gpus
 from experiments.harness.mesh_sizes import MeshSizes
 
 
-class Model(NamedTuple):
-    """A model and its batch per GPU, the same on every number of GPUs."""
+class Batch(NamedTuple):
+    """What each GPU computes on, the same on every number of GPUs."""
 
-    flags: str
     rows: int
-    """Batch rows per GPU."""
+    """Rows of a GPU; all GPUs along `heads` have the same."""
+    seq_len: int
     axes: tuple[str, ...]
     """Mesh axes to time, one at a time."""
     min_gpus: int = 1
     """Fewest GPUs whose memory holds weights and optimizer state."""
-    seq_len: int = 2048
+    max_gpus: int = 1 << 30
+    """Most GPUs that the heads divide over."""
 
 
+class Model(NamedTuple):
+    """A model and its batches."""
+
+    flags: str
+    batches: tuple[Batch, ...]
+
+    @property
+    def min_gpus(self) -> int:
+        return min(batch.min_gpus for batch in self.batches)
+
+
+ROWS, LONG_ROW = ("data", "fsdp"), Batch(1, 8192, ("heads",))
 MODELS = {
-    "500M": Model("--preset h72n32-500m", 16, ("data", "fsdp")),
-    "1B": Model("--preset h96n32-1b", 8, ("data", "fsdp")),
+    "500M": Model("--preset h72n32-500m", (Batch(16, 2048, ROWS), LONG_ROW)),
+    "1B": Model("--preset h96n32-1b", (Batch(8, 2048, ROWS), LONG_ROW)),
     # Models of `python -m e88_jax.sizing 3B --gpu h100`, likewise 7B, of n_state 32.
     "3B": Model(
-        "--dim 4416 --n-heads 136 --n-state 32 --depth 31 --remat layer", 4, ("data", "fsdp")
+        "--dim 4416 --n-heads 136 --n-state 32 --depth 31 --remat layer",
+        (Batch(4, 2048, ROWS), LONG_ROW),
     ),
     "7B": Model(
-        "--dim 5440 --n-heads 170 --n-state 32 --depth 47 --remat layer", 4, ("fsdp",), min_gpus=4
+        "--dim 5440 --n-heads 170 --n-state 32 --depth 47 --remat layer",
+        (
+            Batch(4, 2048, ("fsdp",), min_gpus=4),
+            Batch(8, 2048, ("fsdp",), min_gpus=4),
+            LONG_ROW._replace(min_gpus=2, max_gpus=2),
+        ),
     ),
 }
 
@@ -48,7 +67,8 @@ MODELS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
     """Time the training step of train_byte_lm.py on random bytes over several GPUs of this host,
-    each GPU with as many rows, and compare with one GPU. Each point is a process of its own.
+    and compare with one GPU: each GPU with as many rows along data and fsdp, all with the same row
+    and a part of the heads along heads. Each point is a process of its own.
 
     Efficiency is the tokens/s of a GPU over those of the same model on one GPU, which must be of
     the same kind, versions and commit: a file holds the points of one machine. A model that one GPU
@@ -81,7 +101,7 @@ class Point(NamedTuple):
 
     model: str
     rows: int
-    """Batch rows per GPU."""
+    """Rows of a GPU."""
     seq_len: int
     axis: str
     n: int
@@ -89,12 +109,11 @@ class Point(NamedTuple):
 
     def __str__(self) -> str:
         """The name in files."""
-        return f"{self.model}, {self.rows} x {self.seq_len} a GPU, {self.mesh}"
+        return f"{self.model}, {self.rows} x {self.seq_len} a GPU, {self.sizes}"
 
     @property
-    def mesh(self) -> str:
-        """The flag's value."""
-        return str(MeshSizes(**{self.axis: self.n}))
+    def sizes(self) -> MeshSizes:
+        return MeshSizes(**{self.axis: self.n})
 
     @property
     def on_one_gpu(self) -> "Point":
@@ -108,7 +127,7 @@ class Point(NamedTuple):
         Raises:
             ValueError: there is no such point.
         """
-        match = re.fullmatch(r"([^,]+), (\d+) x (\d+) a GPU, (data|fsdp)=(\d+)", name)
+        match = re.fullmatch(r"([^,]+), (\d+) x (\d+) a GPU, (data|fsdp|heads)=(\d+)", name)
         if match is None:
             raise ValueError(f"{name!r} is no point of scaling.py.")
         model, rows, seq_len, axis, n = match.groups()
@@ -148,14 +167,16 @@ def points_of(config: ScalingConfig, n_here: int) -> list[Point]:
     points, too_large = list[Point](), list[str]()
     for name in dict.fromkeys(config.models):
         model = MODELS[name]
-        fitting = [n for n in gpus if n >= model.min_gpus]
-        if not fitting:
-            too_large.append(f"{name} needs {model.min_gpus} GPUs")
-        points += [
-            Point(name, model.rows, model.seq_len, axis, n)
-            for n in fitting
-            for axis in (model.axes if n > 1 else ("data",))
+        of_model = [
+            Point(name, batch.rows, batch.seq_len, axis, n)
+            for batch in model.batches
+            for n in gpus
+            if batch.min_gpus <= n <= batch.max_gpus
+            for axis in (batch.axes if n > 1 else ("data",))
         ]
+        if not of_model:
+            too_large.append(f"{name} needs {model.min_gpus} GPUs")
+        points += of_model
     if not points:
         raise UsageError(f"no model fits on {', '.join(map(str, gpus))}: {', '.join(too_large)}.")
     if too_large:
@@ -165,9 +186,9 @@ def points_of(config: ScalingConfig, n_here: int) -> list[Point]:
 
 def flags_of(point: Point, repeats: int) -> list[str]:
     """The flags of `train_step.py` for a point."""
-    rows = str(point.rows * point.n)
+    rows = str(point.rows * point.sizes.n_parts)
     flags = [*MODELS[point.model].flags.split(), "--seq-len", str(point.seq_len)]
-    flags += ["--batch-size", rows, "--mesh", point.mesh]
+    flags += ["--batch-size", rows, "--mesh", str(point.sizes)]
     return [*flags, "--repeats", str(repeats), "--profile"]
 
 
@@ -196,13 +217,13 @@ def table(points: Mapping[str, Any]) -> markdown.Table:
         point = Point.of(name)
         batch = f"{point.rows} x {point.seq_len}"
         if "error" in numbers:
-            rows.append([point.model, point.mesh, batch, numbers["error"], *[""] * 6])
+            rows.append([point.model, str(point.sizes), batch, numbers["error"], *[""] * 6])
             continue
         exchanged = numbers["part_ms"][COMMUNICATION]
         rows.append(
             [
                 f"{point.model} ({numbers['parameters'] / 1e6:,.0f}M)",
-                point.mesh,
+                str(point.sizes),
                 batch,
                 f"{numbers['tokens_per_second']:,.0f}",
                 f"{compared[point]:.3f}" if point in compared else "",

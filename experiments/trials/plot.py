@@ -10,7 +10,7 @@ from matplotlib.ticker import NullLocator
 from .controls import title
 from .records import Cell, Group, Record, by_heading, groups
 
-_COLORS = {
+COLORS = {
     "e88": "#0072b2",
     "e88_linear": "#56b4e9",
     "e88_gate2": "#009e73",
@@ -22,7 +22,7 @@ _COLORS = {
     "lstm": "#000000",
     "hybrid": "#8c6bb1",
     "e88_conv": "#f0e442",
-    "e88_linear_conv": "#b2df8a",
+    "e88_linear_conv": "#c2185b",
     "e88_raw_keys": "#b15928",
     "e88_no_silu": "#fb9a99",
     "e88_constant_decay": "#888888",
@@ -97,7 +97,7 @@ def _draw_lengths(found: dict[Cell, Group], heading: str, image: Path) -> None:
             lengths = list(readings.values())
             values = [group.values(reading) for reading in readings]
             means = [sum(x) / len(x) for x in values]
-            color, name = _COLORS.get(model), title(model)
+            color, name = COLORS.get(model), title(model)
             width = max(1.2, 5 - 1.2 * drawn)  # lines that coincide show, the first as the edge
             (line,) = axes.plot(lengths, means, marker="o", ms=3, lw=width, color=color, label=name)
             lows, highs = [min(x) for x in values], [max(x) for x in values]
@@ -134,7 +134,7 @@ def _draw_states(found: dict[Cell, Group], heading: str, image: Path) -> None:
                 [x for x, _ in points],
                 [y for _, y in points],
                 marker="o",
-                color=_COLORS.get(model),
+                color=COLORS.get(model),
                 label=title(model),
             )
         axes.set_title(reading)

@@ -20,7 +20,7 @@ def _numbers(args: list[str]) -> dict[str, Any]:
     n = int(config.mesh.partition("=")[2])
     return {
         "config": {"mesh": config.mesh, "batch": {"batch_size": rows, "seq_len": 2048}},
-        "devices": f"{n} x GPU" + (f" ({config.mesh})" if "fsdp" in config.mesh else ""),
+        "devices": f"{n} x GPU" + (f" ({config.mesh})" if "data" not in config.mesh else ""),
         "versions": {"jax": "1"},
         "commit": "abc",
         "parameters": config.model.count_params(),
@@ -60,9 +60,11 @@ def test_points(timed: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFi
     points = json.loads(path.read_text())["points"]
     of_500m = ["data=1", "data=2", "fsdp=2", "data=4", "fsdp=4"]
     names = [f"500M, 16 x 2048 a GPU, {mesh}" for mesh in of_500m]
-    assert list(points) == [*names, "7B, 4 x 2048 a GPU, fsdp=4"]
+    names += [f"500M, 1 x 8192 a GPU, {mesh}" for mesh in ("data=1", "heads=2", "heads=4")]
+    names += [f"7B, {rows} x 2048 a GPU, fsdp=4" for rows in (4, 8)]
+    assert list(points) == [*names, "7B, 1 x 8192 a GPU, heads=2"]
     rows = [args[args.index("--batch-size") + 1] for args in timed]
-    assert rows == ["16", "32", "32", "64", "64", "16"]
+    assert rows == ["16", "32", "32", "64", "64", *["1"] * 3, "16", "32", "1"]
     assert all({"--profile", "--mesh"} <= set(args) for args in timed)
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("| 500M") and "data=4" in line)
@@ -71,11 +73,12 @@ def test_points(timed: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFi
     assert scaling.lines_of(points) == {
         "500M, 16 x 2048, data": pytest.approx({1: 1, 2: 0.95, 4: 0.925}),
         "500M, 16 x 2048, fsdp": pytest.approx({1: 1, 2: 0.95}),
+        "500M, 1 x 8192, heads": pytest.approx({1: 1, 2: 0.95, 4: 0.925}),
     }
     assert image.read_bytes().startswith(b"\x89PNG")
     timed.clear()
     scaling.main([*flags, "--missing"])
-    assert [args[args.index("--mesh") + 1] for args in timed] == ["fsdp=4", "fsdp=4"]
+    assert [args[args.index("--mesh") + 1] for args in timed] == ["fsdp=4"] * 3
 
 
 def test_what_is_compared_is_of_one_kind() -> None:
@@ -116,9 +119,9 @@ def test_nothing_is_drawn_without_a_comparison(
 def test_models_that_need_more_gpus_are_left_out(
     timed: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scaling.main(["--models", "500M", "7B", "--gpus", "2", "2"])
-    assert "left out: 7B needs 4 GPUs" in capsys.readouterr().err
-    assert [args[args.index("--mesh") + 1] for args in timed] == ["data=2", "fsdp=2"]
+    scaling.main(["--models", "500M", "7B", "--gpus", "1", "1"])
+    assert "left out: 7B needs 2 GPUs" in capsys.readouterr().err
+    assert [args[args.index("--mesh") + 1] for args in timed] == ["data=1", "data=1"]
 
 
 def test_another_programs_points(timed: list[list[str]], tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_another_programs_points(timed: list[list[str]], tmp_path: Path) -> None
     ("flags", "sentence"),
     [
         ("--gpus 8", "--gpus asks for 8, and 4 are here"),
-        ("--models 7B --gpus 1 2", "no model fits on 1, 2: 7B needs 4 GPUs"),
+        ("--models 7B --gpus 1", "no model fits on 1: 7B needs 2 GPUs"),
         ("--models 6B", "--models are 500M, 1B, 3B, 7B, got 6B"),
         ("--missing", "--missing is for --json"),
         ("--repeats 0", "--repeats must be at least 1, got 0"),

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from e88_jax import LanguageModel, e88_recurrence
+from e88_jax.mixers.base import Dtype
 from e88_jax.naive import rms_ratio
 from experiments.harness.config import OptimizerConfig
 from experiments.harness.mesh import placement
@@ -19,6 +20,7 @@ from experiments.harness.step import (
     TrainState,
     compile_train_step,
     init_state,
+    make_gradient,
     make_sharded,
     shapes_of,
 )
@@ -132,7 +134,7 @@ def test_gradient_of_a_model(how: str) -> None:
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2"])
+@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "heads=2"])
 def test_a_training_step(mesh: str) -> None:
     """Two passes of the trainer's step equal those on one GPU."""
     config = lm_config(
@@ -156,3 +158,30 @@ def test_a_training_step(mesh: str) -> None:
             state, metrics = step(state, batch)
         results.append((metrics.loss, metrics.grad_norm, where.on_one_device(state.params)))
     assert_close(*jax.device_get(results))
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "heads=2"])
+def test_gradients_in_bfloat16(mesh: str) -> None:
+    """One pass, whose gradients are summed in bfloat16, is as far from float32 as on one GPU."""
+    errors = []
+    with jax.default_matmul_precision("highest"):
+        exact = gradient_of("data=1", "float32")
+        for text in (mesh, "data=1"):
+            ratios = jax.tree.map(rms_ratio, gradient_of(text, "bfloat16"), exact)
+            errors.append(np.array(jax.tree.leaves(ratios)))
+    np.testing.assert_array_less(errors[0], 1.5 * errors[1] + 2**-9)
+    assert max(errors[0]) > 2**-9
+
+
+def gradient_of(mesh: str, dtype: Dtype) -> Any:
+    config = lm_config(
+        dim=64, n_heads=4, n_state=32, depth=2, dtype=dtype, implementation="mosaic_gpu"
+    )
+    where, model = placement(mesh, 4, config), LanguageModel(config, rngs=nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    params = jax.device_put(params, where.by_name(params))
+    windows = np.random.default_rng(0).integers(0, 256, (1, 4, 65), dtype=np.uint8)
+    batch = where.put(Batch(windows[..., :-1], windows[..., 1:], None, restart=True))
+    gradient = jax.jit(make_gradient(nnx.graphdef(model), BITS_PER_BYTE, where))
+    (_, _, grads), _ = gradient(params, batch._replace(restart=None), None)
+    return jax.device_get(grads)

@@ -13,7 +13,7 @@ from flax import nnx
 
 import experiments.harness.step
 from e88_jax import E88Config, LanguageModel, LMConfig, LSTMConfig, Mamba2Config
-from e88_jax.mixers.base import Execution, Remat
+from e88_jax.mixers.base import Dtype, Execution, Remat
 from e88_jax.naive import rms_ratio
 from experiments.harness.mesh import ROWS
 from experiments.harness.optimizer import make_optimizer
@@ -207,3 +207,24 @@ def test_sums_in_bfloat16_lose_as_much_as_a_gradient_in_it(mesh: str):
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     ratios = jax.tree.leaves(jax.tree.map(rms_ratio, grads, expected))
     assert 2**-12 < max(ratios) < 2**-8
+
+
+def test_a_layers_sums_over_heads_in_bfloat16_lose_no_more_than_the_layer():
+    """Against the float32 gradient, as on one device in bfloat16."""
+    errors = []
+    for mesh in ("heads=2", "data=1"):
+        grads = [gradient_of(mesh, dtype) for dtype in ("bfloat16", "float32")]
+        errors.append(np.array(jax.tree.leaves(jax.tree.map(rms_ratio, *grads))))
+    np.testing.assert_array_less(errors[0], 1.5 * errors[1])
+    assert max(errors[0]) > 2**-9
+
+
+def gradient_of(mesh: str, dtype: Dtype) -> Any:
+    config = lm_config(dim=16, n_heads=2, n_state=4, dtype=dtype)
+    model, where = LanguageModel(config, rngs=nnx.Rngs(0)), for_rows(4, mesh)
+    params = nnx.state(model, nnx.Param)
+    params = jax.device_put(params, where.by_name(params))
+    gradient = jax.jit(make_gradient(nnx.graphdef(model), BITS_PER_BYTE, where))
+    batch = where.put(batch_of(windows_of((1, 4, 10))))._replace(restart=None)
+    (_, _, grads), _ = gradient(params, batch, None)
+    return jax.device_get(grads)

@@ -2,14 +2,18 @@
 
 import csv
 import io
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from experiments.trials import controls, plot, report
+from experiments.trials.suites import SUITES
 
 PROTOCOL = {"length": 8, "batch_size": 4}
 
@@ -131,6 +135,12 @@ def test_plots_have_a_point_for_each_length_read(
     (image,) = plot.write(tmp_path, lines, "Suite")
     assert image.name == "accuracy_16x1_float32.png"
     assert drawn == {"8": [8, 16, 32], "3 to 8": [8, 32]}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_colors_of_a_suite_are_told_apart(suite: str) -> None:
+    colors = [to_rgb(plot.COLORS[model]) for model in SUITES[suite].models]
+    assert min(math.dist(a, b) for a, b in itertools.combinations(colors, 2)) > 0.25
 
 
 def test_csv_has_a_row_for_each_run_and_reading() -> None:
