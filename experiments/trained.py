@@ -9,14 +9,16 @@ from experiments.cli.errors import UsageError
 from experiments.harness import run_directory
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.config import TrainConfig
+from experiments.harness.mesh import fewest
 from experiments.harness.optimizer import make_optimizer
-from experiments.harness.step import TrainState, init_state
+from experiments.harness.step import TrainState, init_state, shapes_of
 
 
 def load_trained(
     directory: Path, kind: type[TrainConfig], *, latest: bool
 ) -> tuple[LanguageModel, int]:
-    """The model of the run in `directory`, and the step of its checkpoint.
+    """The model of the run in `directory`, and the step of its checkpoint. A model that one device
+    cannot hold is divided over all.
 
     Args:
         directory: of the run.
@@ -29,12 +31,14 @@ def load_trained(
     config = run_directory.load_config(directory, kind)
     optimizer = make_optimizer(config.optimizer, config.steps)
 
-    def build() -> tuple[LanguageModel, TrainState]:
-        model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-        shape, context = config.batch.carry_shape, config.batch.seq_len
-        return model, init_state(model, optimizer, shape, context)
+    def build() -> LanguageModel:
+        return LanguageModel(config.model, rngs=nnx.Rngs(0))
 
-    model, like = nnx.eval_shape(build)
+    def make() -> TrainState:
+        return init_state(build(), optimizer, config.batch.carry_shape, config.batch.seq_len)
+
+    graphdef = nnx.graphdef(nnx.eval_shape(build))
+    like = shapes_of(make, fewest(config.model))
     metric = run_directory.load_metric(directory)
     checkpoints = Checkpoints(directory / "checkpoints", metric, keep=None)
     restored = checkpoints.restore_latest(like) if latest else checkpoints.restore_best(like)
@@ -42,5 +46,4 @@ def load_trained(
     if restored is None:
         raise UsageError(f"{directory} holds no checkpoint yet.")
     step, state, _ = restored
-    nnx.update(model, optimizer.eval_params(state.optimizer, state.params))
-    return model, step
+    return nnx.merge(graphdef, optimizer.eval_params(state.optimizer, state.params)), step

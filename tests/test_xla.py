@@ -17,6 +17,9 @@ def test_options_of_xla_are_for_gpus_and_give_way_to_the_users(
         assert untuned == GPU_OPTIONS | {"xla_gpu_autotune_level": "0"}
         gathering = xla_options(gathered_bytes=1000)
         assert gathering == GPU_OPTIONS | {"xla_gpu_all_gather_combine_threshold_bytes": "1000"}
+        changed = xla_options(divides_rows=False).items() - GPU_OPTIONS.items()
+        early = "xla_gpu_experimental_collective_start_as_early_as_possible"
+        assert changed == {(early, False)}
         first, *others = GPU_OPTIONS
         monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/dev/null --{first}=true")
         assert xla_options() == {name: GPU_OPTIONS[name] for name in others}

@@ -178,11 +178,6 @@ class Placement:
         arrays = jax.tree.map(on_devices, arrays, self.of_rows(arrays))
         return arrays._replace(restart=np.bool_(batch.restart))
 
-    def on_one_device(self, tree: Any) -> Any:
-        """The arrays of a tree whole, on one device of each process."""
-        copies = jax.jit(lambda tree: tree, out_shardings=self.everywhere)(tree)
-        return jax.tree.map(lambda x: x.addressable_data(0), copies)
-
     def __str__(self) -> str:
         sizes, devices = self.sizes, self.mesh.devices.flat
         parts = [f"{sizes.n_devices} x {devices[0].device_kind}"]
@@ -215,6 +210,14 @@ def alone() -> Placement:
     """JAX's default device, without a run."""
     device = cast(Any, jax.config).jax_default_device or jax.devices()[0]
     return Placement.of(MeshSizes(), [device])
+
+
+def fewest(model: LMConfig) -> Placement:
+    """JAX's default device, or all devices if it cannot hold weights and optimizer state, with a
+    warning: they are divided over `fsdp` then."""
+    devices = jax.devices()
+    sizes = automatic(len(devices), model, devices)
+    return alone() if sizes.fsdp == 1 else Placement.of(sizes, devices)
 
 
 def placement(

@@ -223,13 +223,15 @@ def jit_train_step(
     `state`."""
     everywhere: Any = state.updates.sharding
     where = Placement(everywhere.mesh)
-    gathers = where.sizes.fsdp > 1
-    gathered_bytes = _layer_bytes(graphdef, state.params) // where.sizes.heads if gathers else None
+    sizes, gathered_bytes = where.sizes, None
+    if sizes.fsdp > 1:
+        gathered_bytes = _layer_bytes(graphdef, state.params) // sizes.heads
+    divides_rows = sizes.n_parts > 1 or sizes.heads == 1
     return jax.jit(
         make_train_step(graphdef, optimizer, clip_norm, metric, where),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
-        compiler_options=xla_options(gathered_bytes=gathered_bytes),
+        compiler_options=xla_options(gathered_bytes=gathered_bytes, divides_rows=divides_rows),
     )
 
 

@@ -68,7 +68,7 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
                 value = evaluate(optimizer.eval_params(state.optimizer, state.params))
         run.ended_step(state, value)
 
-    weights = where.on_one_device(optimizer.eval_params(state.optimizer, state.params))
+    weights = optimizer.eval_params(state.optimizer, state.params)
     task.finish(nnx.merge(graphdef, weights), run)
     run.finished()
 

@@ -18,8 +18,11 @@ import pytest
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from e88_jax.sampling import generate
 from experiments import sample, train_byte_lm
 from experiments.cli.errors import UsageError
+from experiments.harness import mesh
+from experiments.harness.mesh_sizes import MeshSizes
 from experiments.tasks.bytes import ByteLMConfig
 from experiments.trained import load_trained
 
@@ -206,7 +209,7 @@ def test_steps_that_are_not_finite_stop_the_run(corpus: Path, tmp_path: Path):
         ("--out taken --resume --dim 32", "another configuration, --dim 16 (not 32)"),
         ("--out taken --resume --data short.txt", "another configuration, --data"),
         ("--mesh data=3,fsdp=2", "--batch-size 8 does not divide into the 6 parts"),
-        ("--mesh fsdp=8 --dim 20", "--dim 20 does not divide over fsdp=8: fsdp=5 or 10"),
+        ("--mesh fsdp=8 --dim 20", "dim 20 does not divide over fsdp=8: fsdp=5 or 10"),
     ],
 )
 def test_mistakes_get_one_sentence(
@@ -294,6 +297,17 @@ def test_resumed_on_another_mesh(whole: Path, tmp_path: Path):
     assert "4 x cpu (data=2,fsdp=2)" in done.stderr
     for after, before in zip(parameters(tmp_path / "run"), parameters(whole), strict=True):
         np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_one_device_cannot_hold(whole: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its weights stay divided, and it writes the same."""
+    texts = []
+    for sizes in (MeshSizes(), MeshSizes(fsdp=4)):
+        monkeypatch.setattr(mesh, "automatic", lambda *_, sizes=sizes: sizes)
+        model, _ = load_trained(whole, ByteLMConfig, latest=True)
+        assert model.embed.embedding[...].sharding.num_devices == sizes.n_devices
+        texts.append(generate(model, "def ", 40, key=jax.random.key(0)))
+    np.testing.assert_array_equal(*texts)
 
 
 def test_a_reader_that_stops_reading(whole: Path):

@@ -176,18 +176,31 @@ def test_weights_of_matmuls_are_gathered_in_the_compute_dtype(remat: Remat):
     assert {x.rpartition("x")[2] for x in divided} == {"bf16", "f32"}
 
 
-@pytest.mark.parametrize(("mesh", "gathered"), [("data=4", None), ("fsdp=4", 4 * 692)])
-def test_a_layers_weights_are_gathered_at_once(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, mesh: str, gathered: int | None
+@pytest.mark.parametrize(
+    ("mesh", "gathered", "divides_rows"),
+    [
+        ("data=4", None, True),
+        ("fsdp=4", 4 * 692, True),
+        ("fsdp=2,heads=2", 2 * 692, True),
+        ("heads=2", None, False),
+        ("data=1", None, True),
+    ],
+)
+def test_options_of_a_mesh(
+    model: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    mesh: str,
+    gathered: int | None,
+    divides_rows: bool,
 ):
-    """A layer of 692 parameters: 384 for q, k and v, 128 for the gate, 128 for the output, 32 for
-    the decay, 20 in vectors."""
+    """A layer's weights are gathered at once: 692 parameters, 384 for q, k and v, 128 for the gate,
+    128 for the output, 32 for the decay, 20 in vectors."""
     asked = list[Any]()
     monkeypatch.setattr(
         experiments.harness.step, "xla_options", lambda **options: asked.append(options) or {}
     )
     program_on(mesh, model, windows_of((1, 4, 10)))
-    assert asked == [{"gathered_bytes": gathered}]
+    assert asked == [{"gathered_bytes": gathered, "divides_rows": divides_rows}]
 
 
 @pytest.mark.parametrize("mesh", ["data=4", "fsdp=4", "data=2,fsdp=2"])
