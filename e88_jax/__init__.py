@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from e88_jax import documents as documents
     from e88_jax import hardware as hardware
     from e88_jax import head_mix as head_mix
+    from e88_jax import head_parallel as head_parallel
     from e88_jax import implementations as implementations
     from e88_jax import interop as interop
     from e88_jax import mixers as mixers
