@@ -165,17 +165,30 @@ class Placement:
         axes = _mesh_axes(x)
         return axes.index(FSDP) if FSDP in axes and self.mesh.shape[FSDP] > 1 else None
 
-    def put(self, batch: Batch) -> Batch:
-        """The batch on the devices: by row if their number divides it, else replicated. Each
-        process has the whole batch, and puts what its devices hold."""
+    def rows_here(self, rows: int) -> slice:
+        """Those of a batch's rows that this process's devices hold, which are neighbours as the
+        devices of a process are."""
+        parts = self.by_row.addressable_devices_indices_map((1, rows)).values()
+        ends = [part[1].indices(rows)[:2] for part in parts if part is not None]
+        return slice(min(start for start, _ in ends), max(stop for _, stop in ends))
 
-        def on_devices(x: Any, where: Any) -> jax.Array:
+    def put(self, batch: Batch, rows: int | None = None) -> Batch:
+        """The batch on the devices: by row if their number divides it, else replicated.
+
+        Args:
+            batch: all of it, or `rows_here`.
+            rows: of all of it; None if it is given.
+        """
+
+        def on_devices(x: Any) -> jax.Array:
+            passes, here, *sizes = x.shape
+            shape = passes, here if rows is None else rows, *sizes
+            where = self.of_rows(jax.ShapeDtypeStruct(shape, x.dtype))
             if self.mesh.is_multi_process:
-                return jax.make_array_from_callback(x.shape, where, np.asarray(x).__getitem__)
+                return jax.make_array_from_process_local_data(where, np.asarray(x), shape)
             return jax.device_put(x, where)
 
-        arrays = batch._replace(restart=None)
-        arrays = jax.tree.map(on_devices, arrays, self.of_rows(arrays))
+        arrays = jax.tree.map(on_devices, batch._replace(restart=None))
         return arrays._replace(restart=np.bool_(batch.restart))
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from e88_jax.model import LanguageModel
 from experiments.cli.errors import UsageError
-from experiments.tasks.base import Batch, Task
+from experiments.tasks.base import Batch, Task, rows_of
 
 from . import devices
 from .config import TrainConfig
@@ -37,9 +37,13 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
     graphdef, metric = build(config, task), task.metric
     optimizer = make_optimizer(config.optimizer, config.steps)
     carry_shape, seq_len = config.batch.carry_shape, config.batch.seq_len
+    rows = where.rows_here(config.batch.batch_size)
 
     def make() -> TrainState:
         return init_state(_model(config), optimizer, carry_shape, seq_len)
+
+    def put(batch: Batch) -> Batch:
+        return where.put(batch, config.batch.batch_size)
 
     like, stateful = shapes_of(make, where), config.batch.stateful
     evaluate = make_evaluate(graphdef, task.validation(), where, metric, stateful=stateful)
@@ -54,13 +58,14 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
             config.optimizer.clip_norm,
             metric,
             state,
-            where.put(task[run.step]),
+            put(rows_of(task, run.step, rows)),
         )
-    batches = prefetch(task, run.step)
+    batches = prefetch(task, run.step, rows)
     while run.step < config.steps:
         with run.reading(state):
             batch = next(batches)
-        state, metrics = train_step(state, where.put(batch))
+        batch = put(batch)
+        state, metrics = train_step(state, batch)
         run.stepped(metrics, batch.inputs.size)
         value = None
         if run.evaluates:
@@ -96,8 +101,9 @@ def _model(config: TrainConfig) -> LanguageModel:
     return LanguageModel(config.model, rngs=nnx.Rngs(config.batch.seed))
 
 
-def prefetch(task: Task, start: int) -> Iterator[Batch]:
-    """The batches from step `start` on, read ahead of the training loop."""
+def prefetch(task: Task, start: int, rows: slice) -> Iterator[Batch]:
+    """These rows of the batches from step `start` on, read ahead of the training loop."""
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     steps = grain.MapDataset.range(start, 1 << 62)  # without end
-    return iter(steps.map(task.__getitem__).to_iter_dataset(ahead))
+    read = steps.map(lambda step: rows_of(task, step, rows))
+    return iter(read.to_iter_dataset(ahead))

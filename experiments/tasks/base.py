@@ -4,7 +4,15 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import (
+    TYPE_CHECKING,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    runtime_checkable,
+)
 
 import numpy as np
 
@@ -100,6 +108,28 @@ class Task(Protocol):
     def finish(self, model: "LanguageModel", run: "Run") -> None:
         """Called with the trained model after the last step."""
         ...
+
+
+@runtime_checkable
+class ReadsRows(Protocol):
+    """A task that can read some rows of a batch alone, for a process that needs no others."""
+
+    def read_rows(self, step: int, rows: slice) -> Batch:
+        """These rows of `task[step]`."""
+        ...
+
+
+def rows_of(task: Task, step: int, rows: slice) -> Batch:
+    """These rows of `task[step]`."""
+    if isinstance(task, ReadsRows):
+        return task.read_rows(step, rows)
+    whole = task[step]
+
+    def some(x: "np.ndarray | Array | None") -> "np.ndarray | Array | None":
+        return None if x is None else x[:, rows]
+
+    inputs, targets = whole.inputs[:, rows], whole.targets[:, rows]
+    return Batch(inputs, targets, some(whole.weights), whole.restart, some(whole.positions))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -94,6 +94,9 @@ class Bytes:
     def __getitem__(self, step: int) -> Batch:
         return self._windows[step]
 
+    def read_rows(self, step: int, rows: slice) -> Batch:
+        return self._windows.read_rows(step, rows)
+
     def validation(self) -> list[Batch]:
         rows, seq_len = self._batch.batch_size, self._batch.seq_len
         return validation_batches(self._validation, rows, seq_len, self._config.eval_bytes)
@@ -150,9 +153,13 @@ class RandomWindows:
     seed: int
 
     def __getitem__(self, step: int) -> Batch:
+        return self.read_rows(step, slice(None))
+
+    def read_rows(self, step: int, rows: slice) -> Batch:
+        """These rows of a step's batch."""
         rng = np.random.default_rng((self.seed, step))
         starts = rng.integers(len(self.corpus) - self.seq_len, size=self.shape)
-        return _read(self.corpus, starts, self.seq_len, restart=True)
+        return _read(self.corpus, starts[:, rows], self.seq_len, restart=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +178,13 @@ class ConsecutiveWindows:
         return (len(self.corpus) // (passes * rows) - 1) // self.seq_len
 
     def __getitem__(self, step: int) -> Batch:
-        passes, rows = self.shape
-        window = step % self.per_row
-        stretch = len(self.corpus) // (passes * rows)
-        starts = stretch * np.arange(passes * rows).reshape(self.shape) + window * self.seq_len
+        return self.read_rows(step, slice(None))
+
+    def read_rows(self, step: int, rows: slice) -> Batch:
+        """These rows of a step's batch."""
+        n = self.shape[0] * self.shape[1]
+        window, stretch = step % self.per_row, len(self.corpus) // n
+        starts = stretch * np.arange(n).reshape(self.shape)[:, rows] + window * self.seq_len
         return _read(self.corpus, starts, self.seq_len, restart=window == 0)
 
 

@@ -152,6 +152,11 @@ def test_rows_are_divided_where_they_can_be() -> None:
         assert where.put(Batch(tokens, tokens, None, restart=True)).weights is None
 
 
+@pytest.mark.parametrize("mesh", ["data=4", "data=2,heads=2", "heads=2"])
+def test_a_process_that_is_alone_has_all_rows(mesh: str) -> None:
+    assert placement(mesh, 8, CONFIG).rows_here(8) == slice(0, 8)
+
+
 def test_axes_have_names() -> None:
     """Each of these sizes is that of one kind of axis; of heads there are three."""
     kinds = {40: "dim", 7: "heads", 10: "heads", 5: "heads", 24: "hidden"}

@@ -15,7 +15,7 @@ from experiments.harness.config import BatchConfig
 from experiments.harness.train import prefetch
 from experiments.tasks import bytes as bytes_
 from experiments.tasks import corpus as corpus_
-from experiments.tasks.base import Batch, DataError
+from experiments.tasks.base import Batch, DataError, rows_of
 from experiments.tasks.bytes import Bytes, BytesConfig
 from experiments.tasks.corpus import Corpus, split
 
@@ -121,9 +121,26 @@ def task(corpus: Corpus, *, seq_len: int, stateful: bool = False) -> Bytes:
 def test_prefetch_begins_at_any_step(corpus: Corpus, stateful: bool):
     stream = task(corpus, seq_len=8, stateful=stateful)
     for start in (0, 5):
-        batches = prefetch(stream, start)
+        batches = prefetch(stream, start, slice(0, 2))
         for step in range(start, start + 4):
             np.testing.assert_array_equal(windows_of(next(batches)), windows_of(stream[step]))
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_process_reads_its_rows_alone(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, stateful: bool
+):
+    stream, read = task(corpus, seq_len=8, stateful=stateful), list[int]()
+    whole = windows_of(stream[3])
+    of_corpus = Corpus.read
+    monkeypatch.setattr(
+        Corpus, "read", lambda self, start, n: read.append(start) or of_corpus(self, start, n)
+    )
+    np.testing.assert_array_equal(windows_of(rows_of(stream, 3, slice(1, 2))), whole[:, 1:])
+    assert len(read) == 1
+    batch = next(prefetch(stream, 3, slice(1, 2)))
+    assert batch.restart == stream[3].restart
+    np.testing.assert_array_equal(windows_of(batch), whole[:, 1:])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +153,7 @@ def test_prefetch_begins_at_any_step(corpus: Corpus, stateful: bool):
 def test_the_prefetch_thread_passes_on_that_a_file_cannot_be_read(
     corpus: Corpus, tmp_path: Path, removed: bool, sentence: str
 ):
-    batches = prefetch(task(corpus, seq_len=19), 0)
+    batches = prefetch(task(corpus, seq_len=19), 0, slice(0, 2))
     for _ in range(3):
         next(batches)
     if removed:
