@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import train_step
-from benchmarks.measure.flags import require_writable
+from benchmarks.measure.flags import parse_with_preset, require_writable
 from benchmarks.measure.gpu_profile import COMMUNICATION
 from benchmarks.recorded import percent
 from experiments import cli, markdown
 from experiments.cli import require
 from experiments.cli.errors import UsageError, warn
 from experiments.harness.launch import visible_gpus
-from experiments.harness.mesh_sizes import MeshSizes
+from experiments.harness.mesh_sizes import MeshSizes, check_model
 
 
-class Batch(NamedTuple):
+class Load(NamedTuple):
     """What each GPU computes on, the same on every number of GPUs."""
 
     rows: int
@@ -29,36 +29,43 @@ class Batch(NamedTuple):
     """Mesh axes to time, one at a time."""
     min_gpus: int = 1
     """Fewest GPUs whose memory holds weights and optimizer state."""
-    max_gpus: int = 1 << 30
-    """Most GPUs that the heads divide over."""
 
 
 class Model(NamedTuple):
-    """A model and its batches."""
+    """A model and what is timed of it."""
 
     flags: str
-    batches: tuple[Batch, ...]
+    loads: tuple[Load, ...]
 
     @property
     def min_gpus(self) -> int:
-        return min(batch.min_gpus for batch in self.batches)
+        return min(load.min_gpus for load in self.loads)
+
+    def divides(self, axis: str, n: int) -> bool:
+        """Whether it can be divided so, by its dim or heads."""
+        config = parse_with_preset(train_step.BenchmarkConfig, self.flags.split()).model
+        try:
+            check_model(MeshSizes(**{axis: n}), config)
+        except UsageError:
+            return False
+        return True
 
 
-ROWS, LONG_ROW = ("data", "fsdp"), Batch(1, 8192, ("heads",))
+ROWS, LONG_ROW = ("data", "fsdp"), Load(1, 8192, ("heads",))
 MODELS = {
-    "500M": Model("--preset h72n32-500m", (Batch(16, 2048, ROWS), LONG_ROW)),
-    "1B": Model("--preset h96n32-1b", (Batch(8, 2048, ROWS), LONG_ROW)),
+    "500M": Model("--preset h72n32-500m", (Load(16, 2048, ROWS), LONG_ROW)),
+    "1B": Model("--preset h96n32-1b", (Load(8, 2048, ROWS), LONG_ROW)),
     # Models of `python -m e88_jax.sizing 3B --gpu h100`, likewise 7B, of n_state 32.
     "3B": Model(
         "--dim 4416 --n-heads 136 --n-state 32 --depth 31 --remat layer",
-        (Batch(4, 2048, ROWS), LONG_ROW),
+        (Load(4, 2048, ROWS), LONG_ROW),
     ),
     "7B": Model(
         "--dim 5440 --n-heads 170 --n-state 32 --depth 47 --remat layer",
         (
-            Batch(4, 2048, ("fsdp",), min_gpus=4),
-            Batch(8, 2048, ("fsdp",), min_gpus=4),
-            LONG_ROW._replace(min_gpus=2, max_gpus=2),
+            Load(4, 2048, ("fsdp",), min_gpus=4),
+            Load(8, 2048, ("fsdp",), min_gpus=4),
+            LONG_ROW._replace(min_gpus=2),
         ),
     ),
 }
@@ -168,14 +175,15 @@ def points_of(config: ScalingConfig, n_here: int) -> list[Point]:
     for name in dict.fromkeys(config.models):
         model = MODELS[name]
         of_model = [
-            Point(name, batch.rows, batch.seq_len, axis, n)
-            for batch in model.batches
+            Point(name, load.rows, load.seq_len, axis, n)
+            for load in model.loads
             for n in gpus
-            if batch.min_gpus <= n <= batch.max_gpus
-            for axis in (batch.axes if n > 1 else ("data",))
+            if n >= load.min_gpus
+            for axis in (load.axes if n > 1 else ("data",))
+            if model.divides(axis, n)
         ]
         if not of_model:
-            too_large.append(f"{name} needs {model.min_gpus} GPUs")
+            too_large.append(f"{name} needs {model.min_gpus} GPUs or more, which divide it")
         points += of_model
     if not points:
         raise UsageError(f"no model fits on {', '.join(map(str, gpus))}: {', '.join(too_large)}.")

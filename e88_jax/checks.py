@@ -57,18 +57,17 @@ def require_int(name: str, value: Any, minimum: int = 1, maximum: int = LARGEST_
     return number
 
 
-def require_divisor(name: str, size: int, **n: int) -> None:
+def require_divisor(name: str, size: int, axis: str, parts: int) -> None:
     """Raises:
-    ValueError: the size of this name is no multiple of `n`, a number given by its own name; the
-        message has the nearest that would do.
+    ValueError: the size of this name is no multiple of the parts along an axis of devices; the
+        message has the nearest numbers of them that would do.
     """
-    ((of, parts),) = n.items()
     if size % parts == 0:
         return
     below = max(n for n in range(1, parts) if size % n == 0)
     above = next((n for n in range(parts, size + 1) if size % n == 0), None)
-    nearest = f"{of}={below}" if above is None else f"{of}={below} or {above}"
-    raise ValueError(f"{name} {size} does not divide over {of}={parts}: {nearest} would do.")
+    nearest = f"{axis}={below}" if above is None else f"{axis}={below} or {above}"
+    raise ValueError(f"{name} {size} does not divide over {axis}={parts}: {nearest} would do.")
 
 
 def require_number(name: str, value: Any) -> float:

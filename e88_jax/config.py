@@ -213,7 +213,7 @@ class E88Config:
                 f"head_mix {self.head_mix} weights the heads against each other, so that they do "
                 f"not divide over heads={n}: concat, per_head and sum do."
             )
-        require_divisor("n_heads", self.n_heads, heads=n)
+        require_divisor("n_heads", self.n_heads, "heads", n)
         return dataclasses.replace(self, n_heads=self.n_heads // n)
 
 
@@ -311,7 +311,7 @@ class LMConfig:
         layers = tuple(cast(DividesHeads, x).divided(n, self.dim) for x in self.layers)
         hidden = self.channel_mixer_dim
         if hidden is not None:
-            require_divisor("channel_mixer_dim", hidden, heads=n)
+            require_divisor("channel_mixer_dim", hidden, "heads", n)
             hidden //= n
         return dataclasses.replace(self, layers=layers, channel_mixer_dim=hidden)
 

@@ -97,14 +97,14 @@ def _mesh_axes(part: Any) -> set[str]:
 
 
 def copied(x: Array, axis: str) -> Array:
-    """x, which all devices of a mesh axis have alike, for each to compute a part of a sum from: its
-    gradient is the sum of theirs. Inside `jax.shard_map` with `check_vma=False`."""
+    """Identity on what all devices of a mesh axis have alike; the gradient is summed over them.
+    Inside `jax.shard_map` with `check_vma=False`."""
     return cast(Array, _copied(axis, x))
 
 
 def summed(x: Array, axis: str) -> Array:
-    """The sum over the devices of a mesh axis, from which all compute alike: its gradient is that
-    of each part. Inside `jax.shard_map` with `check_vma=False`."""
+    """Sum over the devices of a mesh axis, which go on alike; the gradient passes unchanged. Inside
+    `jax.shard_map` with `check_vma=False`."""
     return cast(Array, _summed(axis, x))
 
 
@@ -117,8 +117,8 @@ def _same(axis: str, x: Array) -> Array:
 
 
 def _with_gradient(function: Any, gradient: Any) -> Any:
-    """The function, whose own gradient would take a psum's for a psum, as if each device went on
-    from the sum by itself."""
+    """The function with this one for its gradient. JAX's own gradient of a psum is a psum, as if
+    each device went on from the sum by itself."""
     custom = cast(Any, jax.custom_vjp(function, nondiff_argnums=(0,)))
 
     def forward(axis: str, x: Array) -> tuple[Array, None]:

@@ -32,10 +32,13 @@ from e88_jax.mixers.base import MixerConfig, MixerState, Remat
 from e88_jax.mixers.call import check_state
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide_dtype
 from e88_jax.projection import AnyProjection, Projection
-from e88_jax.typed import Variables, checkpoint, einsum, split
+from e88_jax.typed import Variables, checkpoint, einsum, named, split
 
 LMState = tuple[MixerState, ...]
 """The state of each layer, first layer first."""
+
+
+_SUM = "sum over devices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +51,13 @@ class Parts:
     """The mesh axis of a surrounding `jax.shard_map` that they are along; None for one device."""
 
     def enter(self, x: Array) -> Array:
-        """The input of a part."""
+        """Input of a part."""
         return x if self.axis is None else copied(x.astype(self.dtype), self.axis)
 
     def leave(self, y: Array) -> Array:
-        """The output, of a part's."""
-        return y if self.axis is None else summed(y, self.axis)
+        """Output of the layer, of a part's. `remat` keeps it, as the backward pass would wait for
+        the sum again."""
+        return y if self.axis is None else named(summed(y, self.axis), _SUM)
 
 
 class ChannelMixer(nnx.Module):
@@ -100,7 +104,7 @@ class Block(nnx.Module):
         self.parts = Parts(compute_dtype(config.execution.dtype))
 
     def divide_over(self, axis: str) -> None:
-        """Makes it one of the parts of a block over a mesh axis, as `head_parallel.merge` says."""
+        """Turns the block into a device's part along a mesh axis, as `head_parallel.merge` says."""
         self.parts = dataclasses.replace(self.parts, axis=axis)
         for _, param in nnx.iter_graph(self.mixer):
             if isinstance(param, nnx.Param) and "heads" not in names_of(cast(Any, param)):
@@ -123,9 +127,12 @@ class Block(nnx.Module):
         return x, state
 
 
+_save = jax.checkpoint_policies
 _REMAT_POLICIES = {
-    "recurrence": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "layer": jax.checkpoint_policies.nothing_saveable,
+    "recurrence": _save.save_from_both_policies(
+        _save.dots_with_no_batch_dims_saveable, _save.save_only_these_names(_SUM)
+    ),
+    "layer": _save.save_only_these_names(_SUM),
 }
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name  # pyright: ignore[reportUnknownVariableType]
 
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nnx.Module)
@@ -26,6 +27,11 @@ def jit(function: F, **options: Any) -> F:
 def checkpoint(function: F, **options: Any) -> F:
     """`jax.checkpoint`, which keeps the function's type."""
     return cast(F, jax.checkpoint(function, **options))  # pyright: ignore
+
+
+def named(x: Array, name: str) -> Array:
+    """`jax.ad_checkpoint.checkpoint_name`: x, which policies of `checkpoint` know by this name."""
+    return checkpoint_name(x, name)
 
 
 def shapes_of(function: Callable[..., T], *arguments: Any) -> T:

@@ -92,7 +92,7 @@ def gradients(config: LMConfig) -> Gradients:
         return loss_of(nnx.merge(graphdef, params))
 
     def of_a_device(params: Any) -> Any:
-        return loss_of(head_parallel.merge(config, params, "heads", 2))
+        return loss_of(head_parallel.merge(config, params, "heads"))
 
     with nnx.logical_axis_rules(RULES):
         specs = nnx.get_partition_spec(params)
@@ -123,12 +123,13 @@ COLLECTIVE = re.compile(
 )
 
 
+@pytest.mark.parametrize("remat", ["none", "recurrence", "layer"])
 @pytest.mark.parametrize("hidden", [None, 12])
 @pytest.mark.parametrize("name", ["default", "gated_deltanet", "mamba2", "attention"])
-def test_a_sum_for_each_mixer_and_pass(name: str, hidden: int | None) -> None:
-    """Of outputs forward, of gradients of inputs backward, in the compute dtype; what else is
-    summed is the gradient of vectors that heads share."""
-    config = config_of(name, "bfloat16", hidden=hidden)
+def test_a_sum_for_each_mixer_and_pass(name: str, hidden: int | None, remat: Remat) -> None:
+    """Outputs are summed forward, gradients of inputs backward, in the compute dtype, once with any
+    remat; what else is summed is the gradient of vectors that heads share."""
+    config = config_of(name, "bfloat16", remat, hidden)
     both = gradients(config)
     text = both.divided.lower(both.params).as_text()
     found = Counter(COLLECTIVE.findall(text))
@@ -156,7 +157,7 @@ def test_the_state_is_that_of_a_devices_heads() -> None:
         (dataclasses.replace(E88, head_mix="weighted_sum"), 2, r"head_mix weighted_sum weights"),
         (dataclasses.replace(E88, head_mix="input_weighted"), 2, r"head_mix input_weighted"),
         (GatedDeltaNetConfig(n_heads=3), 2, r"n_heads 3 .* heads=1 or 3 would do\."),
-        (Mamba2Config(head_dim=4), 2, r"n_groups 1 .* heads=1 would do\."),
+        (Mamba2Config(head_dim=4), 2, r"n_groups 1 does not divide over heads=2: a multiple of 2"),
         (AttentionConfig(n_heads=3), 2, r"n_heads 3 does not divide over heads=2"),
         (AttentionConfig(n_heads=4, n_kv_heads=1), 2, r"n_kv_heads 1 does not divide"),
         (LSTMConfig(width=8), 2, r"lstm layers have no heads to divide over heads=2"),

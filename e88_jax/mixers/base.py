@@ -144,7 +144,8 @@ class EstimatesMemory(Protocol):
 
 @runtime_checkable
 class DividesHeads(Protocol):
-    """A mixer's configuration whose heads can be divided over devices."""
+    """A mixer's configuration whose heads can be divided over devices. The type of the layer's
+    states has `AXES`, such as `E88State.AXES`, for states that are carried from step to step."""
 
     def divided(self, n: int, dim: int) -> Self:
         """The layer of a device that has one of n parts of the heads. The sum of such layers'

@@ -119,7 +119,7 @@ class GatedDeltaNetConfig:
 
     def divided(self, n: int, dim: int) -> Self:
         """The layer of a device that has one of n parts of the heads, as `DividesHeads` has it."""
-        require_divisor("n_heads", self.n_heads, heads=n)
+        require_divisor("n_heads", self.n_heads, "heads", n)
         values = None if self.n_value_heads is None else self.n_value_heads // n
         return dataclasses.replace(self, n_heads=self.n_heads // n, n_value_heads=values)
 
@@ -213,7 +213,10 @@ class Mamba2Config:
     def divided(self, n: int, dim: int) -> Self:
         """The layer of a device that has one of n parts of the heads, as `DividesHeads` has it; its
         groups are whole, as B, C and the norm are those of all heads of a group."""
-        require_divisor("n_groups", self.n_groups, heads=n)
+        if self.n_groups % n:
+            raise ValueError(
+                f"n_groups {self.n_groups} does not divide over heads={n}: a multiple of {n} would."
+            )
         groups = self.n_groups // n
         return dataclasses.replace(self, expand=self.d_inner(dim) / n / dim, n_groups=groups)
 
@@ -298,8 +301,8 @@ class AttentionConfig:
 
     def divided(self, n: int, dim: int) -> Self:
         """The layer of a device that has one of n parts of the heads, as `DividesHeads` has it."""
-        require_divisor("n_heads", self.n_heads, heads=n)
-        require_divisor("n_kv_heads", self.kv_heads, heads=n)
+        require_divisor("n_heads", self.n_heads, "heads", n)
+        require_divisor("n_kv_heads", self.kv_heads, "heads", n)
         keys = None if self.n_kv_heads is None else self.n_kv_heads // n
         return dataclasses.replace(self, n_heads=self.n_heads // n, n_kv_heads=keys)
 

@@ -27,6 +27,9 @@ class LSTMState(NamedTuple):
     cell: Array
     """Cells of the units, `[B, width]`."""
 
+    AXES = ("b", "b")
+    """Names of the first axes of each array: b the batch."""
+
 
 export.register_namedtuple_serialization(LSTMState, serialized_name="e88_jax.LSTMState")
 
@@ -34,7 +37,7 @@ UNROLL = 8
 """Steps of one turn of XLA's loop on a GPU, at most: a turn's launches take longer than a step of a
 small layer. On a CPU they gain nothing."""
 
-_STATE_AXES = LSTMState("b", "b")  # pyright: ignore[reportArgumentType]
+_STATE_AXES = LSTMState(*LSTMState.AXES)  # pyright: ignore[reportArgumentType]
 
 
 class LSTMMixer(nnx.Module):

@@ -133,8 +133,8 @@ class TrainConfig:
     """GPU for --params, such as h100 or rtx4090; by default the one in this machine."""
     mesh: str = AUTO
     """Devices to train on, such as data=2,fsdp=4: rows are divided over all eight, weights and
-    optimizer state over the four of fsdp. auto takes all devices that divide the rows, and divides
-    the weights if one device cannot hold them."""
+    optimizer state over the four of fsdp; heads=2 divides the heads of each layer. auto takes all
+    devices that divide the rows, and divides the weights if one device cannot hold them."""
     launch: LaunchConfig = LaunchConfig()  # noqa: RUF009  (frozen)
     task: TaskConfig
     batch: BatchConfig = BatchConfig()

@@ -116,8 +116,8 @@ class Placement:
         weights. A gradient through it is that of the parts."""
         model = nnx.merge(graphdef, params)
         params = self._gather(params, model.dtype)
-        if (n := self.sizes.heads) > 1:
-            return head_parallel.merge(model.config, params, HEADS, n)
+        if self.sizes.heads > 1:
+            return head_parallel.merge(model.config, params, HEADS)
         return nnx.merge(graphdef, params)
 
     def _gather(self, params: Any, dtype: Any) -> Any:
@@ -165,9 +165,14 @@ class Placement:
         axes = _mesh_axes(x)
         return axes.index(FSDP) if FSDP in axes and self.mesh.shape[FSDP] > 1 else None
 
+    def for_sampling(self, weights: Any) -> Any:
+        """Weights on one device of each process, or, if they are divided, as they are."""
+        if self.sizes.n_devices > self.sizes.data:
+            return weights
+        return jax.tree.map(lambda x: x.addressable_data(0), weights)
+
     def rows_here(self, rows: int) -> slice:
-        """Those of a batch's rows that this process's devices hold, which are neighbours as the
-        devices of a process are."""
+        """Rows of a batch that this process's devices hold: neighbours, as its devices are."""
         parts = self.by_row.addressable_devices_indices_map((1, rows)).values()
         ends = [part[1].indices(rows)[:2] for part in parts if part is not None]
         return slice(min(start for start, _ in ends), max(stop for _, stop in ends))
@@ -226,11 +231,15 @@ def alone() -> Placement:
 
 
 def fewest(model: LMConfig) -> Placement:
-    """JAX's default device, or all devices if it cannot hold weights and optimizer state, with a
-    warning: they are divided over `fsdp` then."""
+    """JAX's default device, or if it cannot hold a checkpoint of the model all devices, which the
+    weights are divided over, with a warning."""
     devices = jax.devices()
-    sizes = automatic(len(devices), model, devices)
-    return alone() if sizes.fsdp == 1 else Placement.of(sizes, devices)
+    too_large = _too_large(model, devices[0])
+    sizes = MeshSizes(fsdp=_most_parts(model, len(devices)))
+    if too_large is None or sizes.fsdp == 1:
+        return alone()
+    warn(f"{too_large}: they are divided over {sizes.fsdp} devices.")
+    return Placement.of(sizes, devices[: sizes.fsdp])
 
 
 def placement(
@@ -281,15 +290,28 @@ def automatic(rows: int, model: LMConfig, devices: Sequence[Any]) -> MeshSizes:
             f"{n} of {len(devices)} devices are used, as a batch of {rows} does not divide over "
             f"all: {nearest_multiples(rows, len(devices))} would use all."
         )
-    needed = BYTES_PER_PARAMETER * model.count_params()
-    memory = (devices[0].memory_stats() or {}).get("bytes_limit")
-    if memory is None or needed <= SHARE_OF_MEMORY * memory:
+    too_large = _too_large(model, devices[0])
+    if too_large is None:
         return MeshSizes(data=n)
-    fsdp = max(x for x in range(1, n + 1) if n % x == model.dim % x == 0)
+    fsdp = _most_parts(model, n)
     sizes = MeshSizes(n // fsdp, fsdp)
     if fsdp > 1:
-        warn(
-            f"weights, gradients and AdamW's moments take {needed / 1e9:.1f} GB, and a device has "
-            f"{memory / 1e9:.1f} GB: they are divided over {fsdp} devices, as by --mesh {sizes}."
-        )
+        warn(f"{too_large}: they are divided over {fsdp} devices, as by --mesh {sizes}.")
     return sizes
+
+
+def _too_large(model: LMConfig, device: Any) -> str | None:
+    """Sentence on what a device cannot hold; None if it can, or its memory is unknown."""
+    needed = BYTES_PER_PARAMETER * model.count_params()
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    if memory is None or needed <= SHARE_OF_MEMORY * memory:
+        return None
+    return (
+        f"weights, gradients and AdamW's moments take {needed / 1e9:.1f} GB, and a device has "
+        f"{memory / 1e9:.1f} GB"
+    )
+
+
+def _most_parts(model: LMConfig, n: int) -> int:
+    """The largest divisor of n that divides the model's dim."""
+    return max(x for x in range(1, n + 1) if n % x == model.dim % x == 0)

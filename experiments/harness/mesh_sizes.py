@@ -72,7 +72,7 @@ def check_model(sizes: MeshSizes | None, model: LMConfig) -> None:
     if sizes is None:
         return
     try:
-        require_divisor("dim", model.dim, fsdp=sizes.fsdp)
+        require_divisor("dim", model.dim, "fsdp", sizes.fsdp)
         if sizes.heads > 1:
             model.divided(sizes.heads)
     except ValueError as error:

@@ -73,7 +73,7 @@ def train(config: TrainConfig, task: Task, run: Run) -> None:
                 value = evaluate(optimizer.eval_params(state.optimizer, state.params))
         run.ended_step(state, value)
 
-    weights = optimizer.eval_params(state.optimizer, state.params)
+    weights = where.for_sampling(optimizer.eval_params(state.optimizer, state.params))
     task.finish(nnx.merge(graphdef, weights), run)
     run.finished()
 
@@ -102,7 +102,7 @@ def _model(config: TrainConfig) -> LanguageModel:
 
 
 def prefetch(task: Task, start: int, rows: slice) -> Iterator[Batch]:
-    """These rows of the batches from step `start` on, read ahead of the training loop."""
+    """Batches from step `start` on, of each these rows, read ahead of the training loop."""
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     steps = grain.MapDataset.range(start, 1 << 62)  # without end
     read = steps.map(lambda step: rows_of(task, step, rows))

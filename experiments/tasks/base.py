@@ -115,12 +115,12 @@ class ReadsRows(Protocol):
     """A task that can read some rows of a batch alone, for a process that needs no others."""
 
     def read_rows(self, step: int, rows: slice) -> Batch:
-        """These rows of `task[step]`."""
+        """Part of `task[step]`: its rows in this slice."""
         ...
 
 
 def rows_of(task: Task, step: int, rows: slice) -> Batch:
-    """These rows of `task[step]`."""
+    """Part of `task[step]`: its rows in this slice."""
     if isinstance(task, ReadsRows):
         return task.read_rows(step, rows)
     whole = task[step]

@@ -156,7 +156,7 @@ class RandomWindows:
         return self.read_rows(step, slice(None))
 
     def read_rows(self, step: int, rows: slice) -> Batch:
-        """These rows of a step's batch."""
+        """Part of a step's batch: its rows in this slice."""
         rng = np.random.default_rng((self.seed, step))
         starts = rng.integers(len(self.corpus) - self.seq_len, size=self.shape)
         return _read(self.corpus, starts[:, rows], self.seq_len, restart=True)
@@ -181,7 +181,7 @@ class ConsecutiveWindows:
         return self.read_rows(step, slice(None))
 
     def read_rows(self, step: int, rows: slice) -> Batch:
-        """These rows of a step's batch."""
+        """Part of a step's batch: its rows in this slice."""
         n = self.shape[0] * self.shape[1]
         window, stretch = step % self.per_row, len(self.corpus) // n
         starts = stretch * np.arange(n).reshape(self.shape)[:, rows] + window * self.seq_len

@@ -120,7 +120,7 @@ def test_models_that_need_more_gpus_are_left_out(
     timed: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     scaling.main(["--models", "500M", "7B", "--gpus", "1", "1"])
-    assert "left out: 7B needs 2 GPUs" in capsys.readouterr().err
+    assert "left out: 7B needs 2 GPUs or more" in capsys.readouterr().err
     assert [args[args.index("--mesh") + 1] for args in timed] == ["data=1", "data=1"]
 
 
@@ -137,6 +137,7 @@ def test_another_programs_points(timed: list[list[str]], tmp_path: Path) -> None
     [
         ("--gpus 8", "--gpus asks for 8, and 4 are here"),
         ("--models 7B --gpus 1", "no model fits on 1: 7B needs 2 GPUs"),
+        ("--models 7B --gpus 3", "no model fits on 3: 7B needs 2 GPUs or more, which divide it"),
         ("--models 6B", "--models are 500M, 1B, 3B, 7B, got 6B"),
         ("--missing", "--missing is for --json"),
         ("--repeats 0", "--repeats must be at least 1, got 0"),

@@ -22,7 +22,6 @@ from e88_jax.sampling import generate
 from experiments import sample, train_byte_lm
 from experiments.cli.errors import UsageError
 from experiments.harness import mesh
-from experiments.harness.mesh_sizes import MeshSizes
 from experiments.tasks.bytes import ByteLMConfig
 from experiments.trained import load_trained
 
@@ -299,15 +298,18 @@ def test_resumed_on_another_mesh(whole: Path, tmp_path: Path):
         np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-4)
 
 
-def test_a_model_that_one_device_cannot_hold(whole: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its weights stay divided, and it writes the same."""
+def test_a_model_that_one_device_cannot_hold(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Weights are divided over all devices, with a warning, and write the same."""
     texts = []
-    for sizes in (MeshSizes(), MeshSizes(fsdp=4)):
-        monkeypatch.setattr(mesh, "automatic", lambda *_, sizes=sizes: sizes)
+    for n, too_large in ((1, None), (4, "it is")):
+        monkeypatch.setattr(mesh, "_too_large", lambda *_, too_large=too_large: too_large)
         model, _ = load_trained(whole, ByteLMConfig, latest=True)
-        assert model.embed.embedding[...].sharding.num_devices == sizes.n_devices
+        assert model.embed.embedding[...].sharding.num_devices == n
         texts.append(generate(model, "def ", 40, key=jax.random.key(0)))
     np.testing.assert_array_equal(*texts)
+    assert capsys.readouterr().err == "warning: it is: they are divided over 4 devices.\n"
 
 
 def test_a_reader_that_stops_reading(whole: Path):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from e88_jax import LanguageModel, e88_recurrence
 from e88_jax.mixers.base import Dtype
 from e88_jax.naive import rms_ratio
+from e88_jax.sampling import generate
 from experiments.harness.config import OptimizerConfig
 from experiments.harness.mesh import placement
 from experiments.harness.optimizer import make_optimizer
@@ -158,6 +159,20 @@ def test_a_training_step(mesh: str) -> None:
             state, metrics = step(state, batch)
         results.append((metrics.loss, metrics.grad_norm, state.params))
     assert_close(*jax.device_get(results))
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2", "heads=2"])
+def test_a_sample_of_divided_weights(mesh: str) -> None:
+    """It is that of one GPU."""
+    config = lm_config(dim=64, n_heads=4, n_state=32, depth=2, dtype="float32")
+    model, texts = LanguageModel(config, rngs=nnx.Rngs(0)), []
+    for text in (mesh, "data=1"):
+        where, params = placement(text, 4, config), nnx.state(model, nnx.Param)
+        params = jax.device_put(params, where.by_name(params))
+        with jax.default_matmul_precision("highest"):
+            divided = nnx.merge(nnx.graphdef(model), where.for_sampling(params))
+            texts.append(generate(divided, "def ", 20, key=jax.random.key(0), temperature=0.0))
+    np.testing.assert_array_equal(*texts)
 
 
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "heads=2"])
