@@ -40,13 +40,8 @@ def multiply(x: Array, matrix: Array) -> Array:
     return (rows @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-def from_dim(shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """Names of the axes of a kernel `[dim, *shape]` whose outputs are heads, `[H, ...]`."""
-    return "dim", "heads", *[None] * (len(shape) - 1)
-
-
-TO_DIM = "heads", None, "dim"
-"""Names of the axes of a kernel `[H, V, dim]`."""
+FROM_DIM, TO_DIM = ("dim", "heads", None), ("heads", None, "dim")
+"""Names of the axes of a kernel `[dim, H, columns]`, and of `[H, V, dim]`."""
 
 
 class Projection(nnx.Module):
@@ -195,7 +190,7 @@ class ProjectionGroup(nnx.Module):
         self.matmuls = tuple(tuple(shapes.items()) for shapes in matmuls)
         for shapes in matmuls:
             for name, shape in shapes.items():
-                init, axes = TORCH_LINEAR, from_dim(shape)
+                init, axes = TORCH_LINEAR, FROM_DIM[: 1 + len(shape)]
                 projection = Projection(
                     (dim,), shape, dtype=dtype, kernel_init=init, rngs=rngs, axes=axes
                 )
@@ -268,7 +263,7 @@ class InputProjections(nnx.Module):
         xavier = initializers.xavier_uniform()
 
         def linear(*out: int, init: Initializer = xavier) -> Projection:
-            axes = from_dim(out)
+            axes = FROM_DIM[: 1 + len(out)]
             return Projection((dim,), out, dtype=dtype, kernel_init=init, rngs=rngs, axes=axes)
 
         def tied(

@@ -15,7 +15,7 @@ from e88_jax.mixers.base import Execution
 from e88_jax.mixers.baselines import AttentionConfig
 from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide, wide_dtype
-from e88_jax.projection import TO_DIM, AnyProjection, Projection, from_dim
+from e88_jax.projection import FROM_DIM, TO_DIM, AnyProjection, Projection
 from e88_jax.typed import einsum
 from pallas_kernels import target
 
@@ -43,8 +43,6 @@ class AttentionState(NamedTuple):
 
 
 export.register_namedtuple_serialization(AttentionState, serialized_name="e88_jax.AttentionState")
-
-_STATE_AXES = AttentionState(*AttentionState.AXES)  # pyright: ignore[reportArgumentType]
 
 
 class _Places(NamedTuple):
@@ -108,23 +106,19 @@ class AttentionMixer(nnx.Module):
         self.dtype = compute_dtype(execution.dtype)
         heads, head_dim = config.n_heads, config.head_dim
 
-        def linear(
-            n_in: tuple[int, ...], n_out: tuple[int, ...], axes: tuple[str | None, ...]
-        ) -> AnyProjection:
-            init, dtype = initializers.xavier_uniform(), self.dtype
-            return Projection(n_in, n_out, dtype=dtype, kernel_init=init, rngs=rngs, axes=axes)
+        def linear(n_in: tuple[int, ...], *n_out: int, axes: Any = FROM_DIM) -> AnyProjection:
+            init = initializers.xavier_uniform()
+            return Projection(n_in, n_out, dtype=self.dtype, kernel_init=init, rngs=rngs, axes=axes)
 
         def norm() -> nnx.RMSNorm | None:
             if not config.qk_norm:
                 return None
             return nnx.RMSNorm(head_dim, epsilon=NORM_EPSILON, rngs=rngs)
 
-        queries, keys = (heads, head_dim), (config.kv_heads, head_dim)
-        self.q = linear((dim,), queries, from_dim(queries))
-        self.k = linear((dim,), keys, from_dim(keys))
-        self.v = linear((dim,), keys, from_dim(keys))
+        self.q = linear((dim,), heads, head_dim)
+        self.k, self.v = (linear((dim,), config.kv_heads, head_dim) for _ in range(2))
         self.q_norm, self.k_norm = norm(), norm()
-        self.output = linear(queries, (dim,), TO_DIM)
+        self.output = linear((heads, head_dim), dim, axes=TO_DIM)
 
     def init_state(self, batch: int, context: int | None = None) -> AttentionState:
         """The state before the first token: zeros.
@@ -192,7 +186,7 @@ class AttentionMixer(nnx.Module):
         """
         arguments = x, state, segment_ids, lengths
         return call_checked(
-            type(self)._mix, self, self.dim, _STATE_AXES, *arguments, takes_no_state=True
+            type(self)._mix, self, self.dim, AttentionState, *arguments, takes_no_state=True
         )
 
     def _mix(

@@ -17,7 +17,7 @@ def call_checked(
     compute: Callable[..., tuple[Array, Any]],
     mixer: Any,
     dim: int,
-    state_axes: Any,
+    state_type: Any,
     x: Array,
     state: Any,
     segment_ids: Array | None,
@@ -32,8 +32,8 @@ def call_checked(
         compute: a method of the mixer's class.
         mixer: a `Mixer`.
         dim: width of x.
-        state_axes: names of the first axes of the state's arrays, as a tree prefix of the state:
-            "b" is the batch, "b h" the batch and the heads.
+        state_type: type of the mixer's states, whose AXES are the names of the first axes of each
+            array: "b" is the batch, "b h" the batch and the heads. Or "b", for any state.
         x, state, segment_ids, lengths: as `Mixer.__call__` takes them.
         takes_no_state: whether `compute` takes None for the state; else it gets `init_state(B)`.
 
@@ -66,6 +66,7 @@ def call_checked(
 
     if explicit_mesh((*arguments, params_of(mixer))) is None:
         return compute_of_live(mixer, *arguments)
+    state_axes = state_type if isinstance(state_type, str) else state_type(*state_type.AXES)
     axes = "b t", None if state is None else state_axes, "b t", "b"
     return call_with_automatic_axes(compute_of_live, mixer, arguments, axes, ("b t", state_axes))
 

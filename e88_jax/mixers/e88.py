@@ -36,8 +36,6 @@ class E88State(NamedTuple):
 
 export.register_namedtuple_serialization(E88State, serialized_name="e88_jax.E88State")
 
-_STATE_AXES = E88State(*E88State.AXES)  # pyright: ignore[reportArgumentType]
-
 
 class E88Mixer(nnx.Module):
     """One E88 layer; `y, state = mixer(x, state, segment_ids)`.
@@ -127,7 +125,7 @@ class E88Mixer(nnx.Module):
                 go with it.
         """
         arguments = x, state, segment_ids, lengths
-        return call_checked(type(self)._mix, self, self.dim, _STATE_AXES, *arguments)
+        return call_checked(type(self)._mix, self, self.dim, E88State, *arguments)
 
     def _mix(
         self, x: Array, state: E88State, segment_ids: Array | None, lengths: Array | None

@@ -57,8 +57,6 @@ export.register_namedtuple_serialization(
     GatedDeltaNetState, serialized_name="e88_jax.GatedDeltaNetState"
 )
 
-_STATE_AXES = GatedDeltaNetState(*GatedDeltaNetState.AXES)  # pyright: ignore
-
 
 class GatedDeltaNetMixer(nnx.Module):
     """One Gated DeltaNet layer (`docs/references.md`); `y, state = mixer(x, state, segment_ids)`.
@@ -141,7 +139,7 @@ class GatedDeltaNetMixer(nnx.Module):
     ) -> tuple[Array, GatedDeltaNetState]:
         """Mixes over time; arguments, results and errors are those of `Mixer.__call__`."""
         arguments = x, state, segment_ids, lengths
-        return call_checked(type(self)._mix, self, self.dim, _STATE_AXES, *arguments)
+        return call_checked(type(self)._mix, self, self.dim, GatedDeltaNetState, *arguments)
 
     def _mix(
         self,

@@ -37,8 +37,6 @@ UNROLL = 8
 """Steps of one turn of XLA's loop on a GPU, at most: a turn's launches take longer than a step of a
 small layer. On a CPU they gain nothing."""
 
-_STATE_AXES = LSTMState(*LSTMState.AXES)  # pyright: ignore[reportArgumentType]
-
 
 class LSTMMixer(nnx.Module):
     """One LSTM layer (`docs/references.md`); `y, state = mixer(x, state, segment_ids)`.
@@ -134,7 +132,7 @@ class LSTMMixer(nnx.Module):
                 go with it.
         """
         arguments = x, state, segment_ids, lengths
-        return call_checked(type(self)._mix, self, self.dim, _STATE_AXES, *arguments)
+        return call_checked(type(self)._mix, self, self.dim, LSTMState, *arguments)
 
     def _mix(
         self, x: Array, state: LSTMState, segment_ids: Array | None, lengths: Array | None

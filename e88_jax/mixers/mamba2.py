@@ -51,8 +51,6 @@ class Mamba2State(NamedTuple):
 
 export.register_namedtuple_serialization(Mamba2State, serialized_name="e88_jax.Mamba2State")
 
-_STATE_AXES = Mamba2State(*Mamba2State.AXES)  # pyright: ignore[reportArgumentType]
-
 
 class Mamba2Mixer(nnx.Module):
     """One Mamba2 layer (`docs/references.md`); `y, state = mixer(x, state, segment_ids)`.
@@ -134,7 +132,7 @@ class Mamba2Mixer(nnx.Module):
     ) -> tuple[Array, Mamba2State]:
         """Mixes over time; arguments, results and errors are those of `Mixer.__call__`."""
         arguments = x, state, segment_ids, lengths
-        return call_checked(type(self)._mix, self, self.dim, _STATE_AXES, *arguments)
+        return call_checked(type(self)._mix, self, self.dim, Mamba2State, *arguments)
 
     def _mix(
         self, u: Array, state: Mamba2State, segment_ids: Array | None, lengths: Array | None

@@ -81,7 +81,7 @@ def test_what_devices_exchange() -> None:
     ("flags", "sentence"),
     [
         ("--mesh auto", "--mesh auto takes the GPUs that are there: give numbers"),
-        ("--mesh fsdp=3 --batch-size 3", "--dim 256 does not divide over fsdp=3"),
+        ("--mesh fsdp=3 --batch-size 3", "--mesh fsdp=3: dim 256 does not divide over fsdp=3"),
         ("--seq-len 0", "--seq-len must be at least 1, got 0"),
         ("--implementation scan", "--implementation scan is a loop"),
     ],

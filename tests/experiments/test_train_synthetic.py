@@ -65,6 +65,21 @@ def test_a_run_writes_its_accuracy(whole: Path) -> None:
     assert (whole / "loss.png").exists()
 
 
+@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,heads=2"])
+def test_divided_weights_are_read_where_they_are(tmp_path: Path, mesh: str) -> None:
+    """They read as the copies of a run on four devices do."""
+    out, flags = tmp_path / "run", ["--n-heads", "2", "--n-state", "4"]
+    found = []
+    for directory, chosen in ((out, ["--mesh", mesh]), (tmp_path / "copies", [])):
+        train_synthetic.main([*COUNTER, *flags, "--out", str(directory), *chosen])
+        found.append(json.loads((directory / "lengths.json").read_text()))
+    divided, copies = found
+    assert divided.keys() == copies.keys()
+    for length, read in divided.items():
+        assert read["chance"] == copies[length]["chance"]
+        assert abs(read["accuracy"] - copies[length]["accuracy"]) < 0.01
+
+
 def test_it_resumes_bit_for_bit(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,8 @@ class Reading:
 
 
 class Reader:
-    """Programs that read lanes of weights, compiled ahead, for readings in windows.
+    """Programs that read lanes of weights, for readings in windows; compiled ahead, but for weights
+    that are divided over devices.
 
     Args:
         graphdef: of the model.
@@ -50,7 +51,7 @@ class Reader:
         batch_size: int,
     ):
         self._graphdef = graphdef
-        self._params = _shapes(params)
+        self._params, self._divided = _shapes(params), _are_divided(params)
         self._window, self._batches, self._rows = window, batches, batch_size
         self._needs_context = nnx.merge(graphdef, self._params).needs_context
         self._compiled: dict[Any, tuple[Any, dict[int, Any]]] = {}
@@ -90,17 +91,23 @@ class Reader:
         widths = {min(self._window, reading.length), reading.length % self._window} - {0}
         key = frozenset(widths), context
         if key not in self._compiled:
+            options = xla_options(autotune=False)
             start = jax.jit(
-                jax.vmap(lambda params: self._model(params).init_state(self._rows, context))
+                jax.vmap(lambda params: self._model(params).init_state(self._rows, context)),
+                compiler_options=options,
             )
             state = jax.eval_shape(start, self._params)
-            options = xla_options(autotune=False)
-            advance = jax.jit(jax.vmap(self._advance, (0, 0, None)), donate_argnums=1)
+            advance = jax.jit(
+                jax.vmap(self._advance, (0, 0, None)), donate_argnums=1, compiler_options=options
+            )
+            if self._divided:  # XLA chooses where the states are
+                self._compiled[key] = start, dict.fromkeys(widths, advance)
+                return self._compiled[key]
             compiled = {
-                n: advance.lower(self._params, state, _part(self._rows, n)).compile(options)
+                n: advance.lower(self._params, state, _part(self._rows, n)).compile()
                 for n in widths
             }
-            self._compiled[key] = start.lower(self._params).compile(options), compiled
+            self._compiled[key] = start.lower(self._params).compile(), compiled
         return self._compiled[key]
 
     def _model(self, params: Params) -> LanguageModel:
@@ -118,6 +125,11 @@ def _part(rows: int, width: int) -> Sequences:
 
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _are_divided(tree: Any) -> bool:
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, Array)]
+    return any(x.sharding.num_devices > 1 for x in arrays)
 
 
 def lengths_from(length: int, longest: int) -> list[int]:

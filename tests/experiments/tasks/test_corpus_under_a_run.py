@@ -39,16 +39,16 @@ def test_the_run_stops_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     text = tmp_path / "text.bin"
     text.write_bytes(b"The quick brown fox. " * 200)
     content = text.read_bytes()
-    read = RandomWindows.__getitem__
+    read = RandomWindows.read_rows
 
-    def cut_short(windows: RandomWindows, step: int) -> Batch:
+    def cut_short(windows: RandomWindows, step: int, rows: slice) -> Batch:
         if step == 5:
             os.truncate(text, 10)
-        return read(windows, step)
+        return read(windows, step, rows)
 
     flags = [*TINY, "--data", ".", "--out", "runs/x", "--steps", "9"]
     with monkeypatch.context() as patch:
-        patch.setattr(RandomWindows, "__getitem__", cut_short)
+        patch.setattr(RandomWindows, "read_rows", cut_short)
         patch.setattr(train, "compile_train_step", lambda *_: no_training)
         with pytest.raises(RunStopped) as stopped:
             train_byte_lm.main(flags)
