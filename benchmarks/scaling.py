@@ -20,7 +20,7 @@ from experiments.harness.mesh_sizes import MeshSizes, check_model
 
 
 class Load(NamedTuple):
-    """What each GPU computes on, the same on every number of GPUs."""
+    """Batch of a GPU, the same on every number of GPUs."""
 
     rows: int
     """Rows of a GPU; all GPUs along `heads` have the same."""
@@ -42,7 +42,7 @@ class Model(NamedTuple):
         return min(load.min_gpus for load in self.loads)
 
     def divides(self, axis: str, n: int) -> bool:
-        """Whether it can be divided so, by its dim or heads."""
+        """Whether n GPUs along this axis divide its dim or heads."""
         config = parse_with_preset(train_step.BenchmarkConfig, self.flags.split()).model
         try:
             check_model(MeshSizes(**{axis: n}), config)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import re
-from collections import Counter
 from typing import Any, NamedTuple
 
 import chex
@@ -26,6 +24,7 @@ from e88_jax import (
     head_parallel,
 )
 from e88_jax.mixers.base import Dtype, Execution, MixerConfig, Remat
+from tests.reference.collectives import collectives
 
 E88 = E88Config(n_heads=4, n_state=4)
 LAYERS: dict[str, tuple[MixerConfig, ...]] = {
@@ -116,13 +115,6 @@ def test_two_devices_compute_what_one_does(name: str, remat: Remat) -> None:
     chex.assert_trees_all_close(*jax.device_get((actual, expected)), rtol=1e-4, atol=1e-6)
 
 
-COLLECTIVE = re.compile(
-    r"stablehlo\.(all_reduce|all_gather|all_to_all|collective_permute|reduce_scatter)"
-    r".*?\}\) : \(tensor<([^>]*)>",
-    re.DOTALL,
-)
-
-
 @pytest.mark.parametrize("remat", ["none", "recurrence", "layer"])
 @pytest.mark.parametrize("hidden", [None, 12])
 @pytest.mark.parametrize("name", ["default", "gated_deltanet", "mamba2", "attention"])
@@ -131,8 +123,7 @@ def test_a_sum_for_each_mixer_and_pass(name: str, hidden: int | None, remat: Rem
     remat; what else is summed is the gradient of vectors that heads share."""
     config = config_of(name, "bfloat16", remat, hidden)
     both = gradients(config)
-    text = both.divided.lower(both.params).as_text()
-    found = Counter(COLLECTIVE.findall(text))
+    found = collectives(both.divided.lower(both.params).as_text())
     n_sums = 2 * config.depth * (1 if hidden is None else 2)
     assert found.pop(("all_reduce", "2x9x16xbf16")) == n_sums
     vectors = {"gated_deltanet": "8xf32", "attention": "4xf32"}

@@ -21,13 +21,13 @@ from experiments.harness.step import (
     TrainState,
     compile_train_step,
     init_state,
-    make_gradient,
     make_sharded,
     shapes_of,
 )
 from experiments.tasks.base import Batch
 from experiments.tasks.bytes import BITS_PER_BYTE
 from pallas_kernels import target
+from tests.experiments.harness.steps import gradient_of
 from tests.recurrence_calls import EVERY_OPTION, make_inputs, tensors
 from tests.reference.configs import lm_config
 
@@ -178,25 +178,17 @@ def test_a_sample_of_divided_weights(mesh: str) -> None:
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "heads=2"])
 def test_gradients_in_bfloat16(mesh: str) -> None:
     """One pass, whose gradients are summed in bfloat16, is as far from float32 as on one GPU."""
-    errors = []
+    windows, errors = np.random.default_rng(0).integers(0, 256, (1, 4, 65), dtype=np.uint8), []
+
+    def gradient(mesh: str, dtype: Dtype) -> Any:
+        sizes: Any = {"dim": 64, "n_heads": 4, "n_state": 32, "depth": 2}
+        config = lm_config(**sizes, dtype=dtype, implementation="mosaic_gpu")
+        return gradient_of(config, mesh, windows)[-1]
+
     with jax.default_matmul_precision("highest"):
-        exact = gradient_of("data=1", "float32")
+        exact = gradient("data=1", "float32")
         for text in (mesh, "data=1"):
-            ratios = jax.tree.map(rms_ratio, gradient_of(text, "bfloat16"), exact)
+            ratios = jax.tree.map(rms_ratio, gradient(text, "bfloat16"), exact)
             errors.append(np.array(jax.tree.leaves(ratios)))
     np.testing.assert_array_less(errors[0], 1.5 * errors[1] + 2**-9)
     assert max(errors[0]) > 2**-9
-
-
-def gradient_of(mesh: str, dtype: Dtype) -> Any:
-    config = lm_config(
-        dim=64, n_heads=4, n_state=32, depth=2, dtype=dtype, implementation="mosaic_gpu"
-    )
-    where, model = placement(mesh, 4, config), LanguageModel(config, rngs=nnx.Rngs(0))
-    params = nnx.state(model, nnx.Param)
-    params = jax.device_put(params, where.by_name(params))
-    windows = np.random.default_rng(0).integers(0, 256, (1, 4, 65), dtype=np.uint8)
-    batch = where.put(Batch(windows[..., :-1], windows[..., 1:], None, restart=True))
-    gradient = jax.jit(make_gradient(nnx.graphdef(model), BITS_PER_BYTE, where))
-    (_, _, grads), _ = gradient(params, batch._replace(restart=None), None)
-    return jax.device_get(grads)

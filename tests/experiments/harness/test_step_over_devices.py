@@ -26,7 +26,15 @@ from experiments.harness.step import (
     shardings_of,
 )
 from experiments.tasks.bytes import BITS_PER_BYTE
-from tests.experiments.harness.steps import CONFIG, batch_of, for_rows, plain, windows_of
+from tests.experiments.harness.steps import (
+    CONFIG,
+    batch_of,
+    for_rows,
+    gradient_of,
+    plain,
+    windows_of,
+)
+from tests.reference.collectives import collectives
 from tests.reference.configs import lm_config
 
 
@@ -145,11 +153,6 @@ def array(shape: tuple[int, ...], narrow: bool) -> str:
     return "x".join([*map(str, shape), "bf16" if narrow else "f32"])
 
 
-SUM = re.compile(r"stablehlo\.(all_reduce|reduce_scatter).*?\}\) : \(tensor<([^>]*)>", re.DOTALL)
-"""A sum over devices in a program before it is compiled: its kind, and an array's shape and
-dtype."""
-
-
 @pytest.mark.parametrize("n_passes", [1, 3])
 @pytest.mark.parametrize("mesh", ["data=4", "fsdp=4", "data=2,fsdp=2"])
 def test_gradients_of_matmuls_are_summed_in_the_compute_dtype(mesh: str, n_passes: int):
@@ -162,7 +165,8 @@ def test_gradients_of_matmuls_are_summed_in_the_compute_dtype(mesh: str, n_passe
             expected["reduce_scatter", array(x.shape, of_matmul(x))] += 1
         if part == x.shape or "data" in mesh:
             expected["all_reduce", array(part, of_matmul(x) and n_passes == 1)] += 1
-    assert Counter(SUM.findall(program)) == expected
+    found = collectives(program)
+    assert {x: n for x, n in found.items() if x[0] != "all_gather"} == expected
     assert {of_matmul(x) for x in params if len(x.shape) > 1} == {True, False}
 
 
@@ -170,10 +174,10 @@ def test_gradients_of_matmuls_are_summed_in_the_compute_dtype(mesh: str, n_passe
 def test_weights_of_matmuls_are_gathered_in_the_compute_dtype(remat: Remat):
     """The embedding, which is also added to a float32 stream, and the LSTM's in float32."""
     params, program = lowered_gradient("fsdp=4", remat=remat)
-    gathered = re.findall(r"stablehlo\.all_gather.*? : \(tensor<([^>]*)>", program)
+    gathered = {x: n for (kind, x), n in collectives(program).items() if kind == "all_gather"}
     parts = [(x, x.sharding.shard_shape(x.shape)) for x in params]
     divided = [array(part, of_matmul(x)) for x, part in parts if part != x.shape]
-    assert Counter(gathered) == Counter(divided)
+    assert gathered == Counter(divided)
     assert {x.rpartition("x")[2] for x in divided} == {"bf16", "f32"}
 
 
@@ -208,16 +212,9 @@ def test_options_of_a_mesh(
 def test_sums_in_bfloat16_lose_as_much_as_a_gradient_in_it(mesh: str):
     """Against the float32 sum of the same four gradients. A rounding to bfloat16 changes a number
     by up to 2^-9 of it, and sums of four are rounded up to three times."""
-    config = lm_config(dim=16, n_heads=2, n_state=4, dtype="bfloat16")
-    model, where = LanguageModel(config, rngs=nnx.Rngs(0)), for_rows(4, mesh)
-    params, windows = nnx.state(model, nnx.Param), windows_of((1, 4, 10))
-    results = []
-    for there, shape in ((where, (1, 4, 10)), (for_rows(1), (4, 1, 10))):
-        gradient = jax.jit(make_gradient(nnx.graphdef(model), BITS_PER_BYTE, there))
-        batch = there.put(batch_of(windows.reshape(shape)))._replace(restart=None)
-        here = jax.device_put(params, there.by_name(params))
-        results.append(jax.device_get(gradient(here, batch, None)[0]))
-    (loss, _, grads), (expected_loss, _, expected) = results
+    config, windows = config_in("bfloat16"), windows_of((1, 4, 10))
+    loss, _, grads = gradient_of(config, mesh, windows)
+    expected_loss, _, expected = gradient_of(config, "data=1", windows.reshape(4, 1, 10))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     ratios = jax.tree.leaves(jax.tree.map(rms_ratio, grads, expected))
     assert 2**-12 < max(ratios) < 2**-8
@@ -227,18 +224,13 @@ def test_a_layers_sums_over_heads_in_bfloat16_lose_no_more_than_the_layer():
     """Against the float32 gradient, as on one device in bfloat16."""
     errors = []
     for mesh in ("heads=2", "data=1"):
-        grads = [gradient_of(mesh, dtype) for dtype in ("bfloat16", "float32")]
+        windows = windows_of((1, 4, 10))
+        dtypes: tuple[Dtype, ...] = "bfloat16", "float32"
+        grads = [gradient_of(config_in(dtype), mesh, windows)[-1] for dtype in dtypes]
         errors.append(np.array(jax.tree.leaves(jax.tree.map(rms_ratio, *grads))))
     np.testing.assert_array_less(errors[0], 1.5 * errors[1])
     assert max(errors[0]) > 2**-9
 
 
-def gradient_of(mesh: str, dtype: Dtype) -> Any:
-    config = lm_config(dim=16, n_heads=2, n_state=4, dtype=dtype)
-    model, where = LanguageModel(config, rngs=nnx.Rngs(0)), for_rows(4, mesh)
-    params = nnx.state(model, nnx.Param)
-    params = jax.device_put(params, where.by_name(params))
-    gradient = jax.jit(make_gradient(nnx.graphdef(model), BITS_PER_BYTE, where))
-    batch = where.put(batch_of(windows_of((1, 4, 10))))._replace(restart=None)
-    (_, _, grads), _ = gradient(params, batch, None)
-    return jax.device_get(grads)
+def config_in(dtype: Dtype) -> LMConfig:
+    return lm_config(dim=16, n_heads=2, n_state=4, dtype=dtype)
