@@ -68,7 +68,6 @@ def _call(config: DecodeConfig) -> Callable[..., tuple[Array, Array]]:
             inline(emit, group, *(ref.at[row] for ref in refs), arg_types=types)
 
         columns = config.columns
-        updated = jax.new_ref(state)
         out = jax.ShapeDtypeStruct((state.shape[0], columns.n_heads * columns.n_value), x.dtype)
         run: Any = pl.kernel(
             body,
@@ -79,7 +78,13 @@ def _call(config: DecodeConfig) -> Callable[..., tuple[Array, Array]]:
             ),
             name="e88_decode_layer",
         )
-        return run(*inputs.values(), updated), jax.freeze(updated)
+
+        def in_place(refs: tuple[Ref, Ref]) -> None:
+            out, state = refs
+            out[...] = run(*inputs.values(), state)
+
+        # A reference made here would be a side effect, which a partitioned function cannot have.
+        return pl.run_state(in_place)((jnp.zeros(out.shape, out.dtype), state))
 
     return over_rows(
         call,
