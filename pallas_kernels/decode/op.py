@@ -68,10 +68,10 @@ def _call(config: DecodeConfig) -> Callable[..., tuple[Array, Array]]:
             inline(emit, group, *(ref.at[row] for ref in refs), arg_types=types)
 
         columns = config.columns
-        out = jax.ShapeDtypeStruct((state.shape[0], columns.n_heads * columns.n_value), x.dtype)
+        shape = state.shape[0], columns.n_heads * columns.n_value
         run: Any = pl.kernel(
             body,
-            out_type=out,
+            out_type=jax.ShapeDtypeStruct(shape, x.dtype),
             mesh=plgpu.Mesh(grid=(state.shape[0] * groups,), grid_names=("block",)),
             compiler_params=plgpu.CompilerParams(
                 unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -80,11 +80,11 @@ def _call(config: DecodeConfig) -> Callable[..., tuple[Array, Array]]:
         )
 
         def in_place(refs: tuple[Ref, Ref]) -> None:
-            out, state = refs
-            out[...] = run(*inputs.values(), state)
+            out_ref, state_ref = refs
+            out_ref[...] = run(*inputs.values(), state_ref)
 
         # A reference made here would be a side effect, which a partitioned function cannot have.
-        return pl.run_state(in_place)((jnp.zeros(out.shape, out.dtype), state))
+        return pl.run_state(in_place)((jnp.zeros(shape, x.dtype), state))
 
     return over_rows(
         call,
