@@ -20,6 +20,7 @@ from tests.experiments.test_train_byte_lm import EXPERIMENTS, TINY, records
 FLAGS = [*TINY, "--steps", "200", "--eval-every", "100"]
 ENDED_SECONDS = 60
 """In which the death of a process ends the others."""
+DEVICES = "--xla_force_host_platform_device_count"
 
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -34,15 +35,15 @@ class Ended(NamedTuple):
 
 
 class Processes:
-    """The two processes of a run, of two CPU devices each."""
+    """The two processes of a run, of one CPU device each or more."""
 
-    def __init__(self, cwd: Path, flags: Sequence[str]):
+    def __init__(self, cwd: Path, flags: Sequence[str], devices: int = 2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         launch = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
         command = [sys.executable, str(EXPERIMENTS / "train_byte_lm.py"), *flags, *launch]
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        environment = os.environ | {"XLA_FLAGS": f"{DEVICES}={devices}"}
         self.processes = [
             subprocess.Popen(
                 [*command, "--process", str(index)],
@@ -145,13 +146,18 @@ def test_killed_stopped_and_continued(whole: Path, tmp_path: Path) -> None:
     assert records(tmp_path / "run") == records(whole / "run")
 
 
-def test_continued_by_one_process(whole: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def unfinished(whole: Path, tmp_path: Path) -> Path:
+    """The directory of that run without its last 25 steps."""
     shutil.copytree(whole, tmp_path / "whole")
-    run = tmp_path / "whole" / "run"
-    shutil.rmtree(run / "checkpoints" / "200")
+    shutil.rmtree(tmp_path / "whole" / "run" / "checkpoints" / "200")
+    return tmp_path / "whole" / "run"
+
+
+def test_continued_by_one_process(whole: Path, unfinished: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXPERIMENTS / "train_byte_lm.py"), "--out", "run", "--resume"],
-        cwd=tmp_path / "whole",
+        cwd=unfinished.parent,
         capture_output=True,
         text=True,
         timeout=120,
@@ -161,7 +167,21 @@ def test_continued_by_one_process(whole: Path, tmp_path: Path) -> None:
     assert "4 x cpu of 2 processes, not " in done.stderr
     assert "will not continue bit for bit" in done.stderr
     assert "continuing from step 175, equal but for rounding" in done.stdout
-    for after, before in zip(records(run), records(whole / "run"), strict=True):
+    assert_close(unfinished, whole / "run")
+
+
+def test_continued_with_a_head_on_each_process(whole: Path, unfinished: Path) -> None:
+    flags = ["--out", "run", "--resume", "--mesh", "heads=2"]
+    first, second = Processes(unfinished.parent, flags, devices=1).end()
+    assert (first.code, second.code) == (0, 0), (first.stderr, second.stderr)
+    assert "2 x cpu of 2 processes (heads=2)" in first.stdout
+    assert "continuing from step 175, equal but for rounding" in first.stdout
+    assert_close(unfinished, whole / "run")
+
+
+def assert_close(run: Path, other: Path) -> None:
+    """The metrics of both are equal but for rounding."""
+    for after, before in zip(records(run), records(other), strict=True):
         assert after.pop("kind") == before.pop("kind")
         assert after == pytest.approx(before, rel=1e-3)
 
