@@ -214,8 +214,12 @@ def efficiencies(points: Mapping[str, Any]) -> dict[Point, float]:
 
 def _how(numbers: Mapping[str, Any]) -> tuple[Any, ...]:
     """The kind of GPU, versions and commit, which points that are compared have in common."""
-    kind = re.sub(r"^\d+ x | \(.*", "", numbers["devices"])
-    return kind, numbers["versions"], numbers["commit"]
+    return kind_of(numbers), numbers["versions"], numbers["commit"]
+
+
+def kind_of(numbers: Mapping[str, Any]) -> str:
+    """The kind of GPU."""
+    return re.sub(r"^\d+ x | \(.*", "", numbers["devices"])
 
 
 def table(points: Mapping[str, Any]) -> markdown.Table:
@@ -228,6 +232,7 @@ def table(points: Mapping[str, Any]) -> markdown.Table:
             rows.append([point.model, str(point.sizes), batch, numbers["error"], *[""] * 6])
             continue
         exchanged = numbers["part_ms"][COMMUNICATION]
+        steps = [1e3 * seconds for seconds in numbers["step_seconds"]]
         rows.append(
             [
                 f"{point.model} ({numbers['parameters'] / 1e6:,.0f}M)",
@@ -236,14 +241,14 @@ def table(points: Mapping[str, Any]) -> markdown.Table:
                 f"{numbers['tokens_per_second']:,.0f}",
                 f"{compared[point]:.3f}" if point in compared else "",
                 percent(numbers["mfu"]) if "mfu" in numbers else "",  # of GPUs that are known
-                f"{1e3 * statistics.median(numbers['step_seconds']):.0f}",
+                f"{statistics.median(steps):.0f} ({min(steps):.0f} to {max(steps):.0f})",
                 f"{exchanged:.0f} ({numbers['communication_alone_ms']:.0f})",
                 f"{numbers['peak_bytes_in_use'] / 1e9:.0f}",
                 f"{numbers['compile_seconds']:.0f}",
             ]
         )
     header = ["model", "mesh", "rows x tokens of a GPU", "tokens/s", "efficiency", "MFU"]
-    header += ["step, ms", "communication (alone), ms", "memory of a GPU, GB", "compile, s"]
+    header += ["step (range), ms", "communication (alone), ms", "memory of a GPU, GB", "compile, s"]
     return header, rows
 
 

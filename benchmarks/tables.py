@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import expressivity_tables, gpu_tables, sizing_tables
+from benchmarks import expressivity_tables, gpu_tables, scaling, sizing_tables
 from benchmarks.recorded import (
     N_STATE,
     ROOT,
@@ -31,6 +31,7 @@ from experiments import markdown
 
 PAGES = (
     "README.md",
+    "docs/distributed.md",
     "docs/expressivity.md",
     "docs/gpus.md",
     "docs/performance.md",
@@ -41,6 +42,7 @@ DECODE = "benchmarks/results/decode_h100.json"
 RECURRENCE = "benchmarks/results/recurrence_h100.json"
 STEP_CPU = "benchmarks/results/train_step_cpu.json"
 STEP_MIXERS = "benchmarks/results/mixers_h100.json"
+SCALING = "benchmarks/results/scaling_h200.json"
 RUN = "experiments/results/h72n32-500m_h100"
 
 
@@ -242,6 +244,17 @@ def headline() -> str:
     return f"{provenance(decoded)}, bfloat16:\n\n{table}"
 
 
+def over_gpus() -> str:
+    """Training steps over the GPUs of a host."""
+    points: Record = read(SCALING)["points"]
+    (about,) = {provenance({**x, "devices": scaling.kind_of(x)}) for x in points.values()}
+    timed = [scaling.Point.of(name) for name in points]
+    models = " ".join(dict.fromkeys(point.model for point in timed))
+    gpus = " ".join(map(str, sorted({point.n for point in timed})))
+    command = f"python -m benchmarks.scaling --models {models} --gpus {gpus} --json {SCALING}"
+    return block(about, command, markdown.table(*scaling.table(points)))
+
+
 def n_state() -> str:
     result = read(N_STATE)
     config, measured = result["config"], result["results"]
@@ -288,6 +301,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "mixers": mixers,
     "n-state": n_state,
+    "over-gpus": over_gpus,
     "recurrence": recurrence,
     "recurrence-sizes": recurrence_sizes,
     "train-step": train_step,

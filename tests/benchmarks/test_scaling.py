@@ -68,7 +68,7 @@ def test_points(timed: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFi
     assert all({"--profile", "--mesh"} <= set(args) for args in timed)
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("| 500M") and "data=4" in line)
-    assert "| 16 x 2048 | 3,700 | 0.925 | 40 % | 300 | 30 (4) | 60 | 20 |" in row
+    assert "| 16 x 2048 | 3,700 | 0.925 | 40 % | 300 (200 to 400) | 30 (4) | 60 | 20 |" in row
     assert "| 500M | fsdp=4 | 16 x 2048 | out of memory |  |  |  |  |  |  |" in lines
     assert scaling.lines_of(points) == {
         "500M, 16 x 2048, data": pytest.approx({1: 1, 2: 0.95, 4: 0.925}),
