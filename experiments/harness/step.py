@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from e88_jax.model import LanguageModel, LMState
 from e88_jax.xla import xla_options
+from experiments.cli.errors import UsageError
 from experiments.tasks.base import Batch, Metric
 
 from .mesh import Placement, alone
@@ -95,7 +96,17 @@ def init_state(
 
 def shardings_of(state: TrainState, where: Placement) -> TrainState:
     """The sharding of each array: weights and optimizer state by the names of their axes, the carry
-    by row and head, the rest replicated."""
+    by row and head, the rest replicated.
+
+    Raises:
+        UsageError: heads are divided, and a layer's states do not name their axes.
+    """
+    for i, layer in enumerate(state.carry or ()):
+        if where.sizes.heads > 1 and not hasattr(layer, "AXES"):
+            raise UsageError(
+                f"--stateful with heads={where.sizes.heads} must know which axes of a state are "
+                f"heads: {type(layer).__name__}, the state of layer {i}, has no AXES."
+            )
     weights = where.by_name(state.params), where.by_name(state.optimizer)
     scalars: list[Any] = [where.everywhere] * 3
     return TrainState(*weights, where.of_rows(state.carry), *scalars)

@@ -16,9 +16,11 @@ import experiments.harness.step
 from e88_jax import E88Config, LanguageModel, LMConfig, LSTMConfig, Mamba2Config
 from e88_jax.mixers.base import Dtype, Execution, Remat
 from e88_jax.naive import rms_ratio
-from experiments.harness.mesh import ROWS
+from experiments.cli.errors import UsageError
+from experiments.harness.mesh import ROWS, placement
 from experiments.harness.optimizer import make_optimizer
 from experiments.harness.step import (
+    TrainState,
     compile_train_step,
     init_state,
     make_evaluate,
@@ -234,3 +236,11 @@ def test_a_layers_sums_over_heads_in_bfloat16_lose_no_more_than_the_layer():
 
 def config_in(dtype: Dtype) -> LMConfig:
     return lm_config(dim=16, n_heads=2, n_state=4, dtype=dtype)
+
+
+def test_states_without_names_of_their_axes():
+    config = lm_config(n_heads=2)
+    state = TrainState({}, (), ((jnp.zeros((1, 2, 4)),),), *(jnp.zeros(()) for _ in range(3)))
+    shardings_of(state, placement("fsdp=2", 2, config))
+    with pytest.raises(UsageError, match=r"heads=2 .* tuple, the state of layer 0, has no AXES"):
+        shardings_of(state, placement("heads=2", 2, config))
