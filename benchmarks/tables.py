@@ -247,7 +247,8 @@ def headline() -> str:
 def over_gpus() -> str:
     """Training steps over the GPUs of a host."""
     points: Record = read(SCALING)["points"]
-    (about,) = {provenance({**x, "devices": scaling.kind_of(x)}) for x in points.values()}
+    measured = [x for x in points.values() if "error" not in x]
+    (about,) = {provenance({**x, "devices": scaling.kind_of(x)}) for x in measured}
     timed = [scaling.Point.of(name) for name in points]
     models = " ".join(dict.fromkeys(point.model for point in timed))
     gpus = " ".join(map(str, sorted({point.n for point in timed})))

@@ -80,6 +80,15 @@ def test_provenance_says_what_the_file_has():
     assert tables.provenance(of_versions) == "2 x X, JAX 1.2"
 
 
+def test_a_point_that_failed_is_in_the_table(monkeypatch: pytest.MonkeyPatch):
+    record = tables.read(tables.SCALING)
+    points = {**record["points"], "7B, 8 x 2048 a GPU, fsdp=4": {"error": "out of memory"}}
+    monkeypatch.setattr(tables, "read", lambda _: {"points": points})
+    text = tables.over_gpus()
+    assert "--models 1B 7B --gpus 1 2 4 " in text
+    assert rows_of(text)[-1][:4] == ["7B", "fsdp=4", "8 x 2048", "out of memory"]
+
+
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of one page, with one table."""

@@ -37,11 +37,8 @@ def plain(**flags: object) -> OptimizerConfig:
 
 def gradient_of(config: LMConfig, mesh: str, windows: np.ndarray) -> Any:
     """Loss, score and gradient of the step on windows `[passes, rows, T + 1]`, on the host."""
-    model, where = (
-        LanguageModel(config, rngs=nnx.Rngs(0)),
-        placement(mesh, windows.shape[1], config),
-    )
-    params = nnx.state(model, nnx.Param)
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    where, params = placement(mesh, windows.shape[1], config), nnx.state(model, nnx.Param)
     params = jax.device_put(params, where.by_name(params))
     gradient = jax.jit(make_gradient(nnx.graphdef(model), BITS_PER_BYTE, where))
     means, _ = gradient(params, where.put(batch_of(windows))._replace(restart=None), None)
