@@ -25,7 +25,7 @@ from e88_jax.sizing import find_preset, training_memory
 from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
-from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig
+from experiments.harness.config import DEFAULT_MODEL, OptimizerConfig, check_chunks
 from experiments.harness.mesh_sizes import check_model, parse_mesh
 from pallas_kernels import target
 
@@ -54,6 +54,7 @@ class PlanConfig:
         require(self, "batch_size", "seq_len", "kernels", minimum=1)
         if parse_mesh(self.mesh, self.batch_size) is None:
             raise ValueError(f"--mesh {self.mesh} takes the GPUs that are there: give numbers.")
+        check_chunks(self.seq_len, self.model)
 
 
 class Exchange(NamedTuple):

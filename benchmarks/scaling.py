@@ -29,6 +29,8 @@ class Load(NamedTuple):
     """Mesh axes to time, one at a time."""
     min_gpus: int = 1
     """Fewest GPUs whose memory holds weights and optimizer state."""
+    time_chunks: tuple[int, ...] = (1,)
+    """Chunks of time that each is timed with."""
 
 
 class Model(NamedTuple):
@@ -51,7 +53,7 @@ class Model(NamedTuple):
         return True
 
 
-ROWS, LONG_ROW = ("data", "fsdp"), Load(1, 8192, ("heads",))
+ROWS, LONG_ROW = ("data", "fsdp"), Load(1, 8192, ("heads",), time_chunks=(1, 2))
 MODELS = {
     "500M": Model("--preset h72n32-500m", (Load(16, 2048, ROWS), LONG_ROW)),
     "1B": Model("--preset h96n32-1b", (Load(8, 2048, ROWS), LONG_ROW)),
@@ -113,14 +115,22 @@ class Point(NamedTuple):
     axis: str
     n: int
     """GPUs."""
+    time_chunks: int = 1
 
     def __str__(self) -> str:
         """The name in files."""
-        return f"{self.model}, {self.rows} x {self.seq_len} a GPU, {self.sizes}"
+        chunks = "" if self.time_chunks == 1 else f", {self.time_chunks} chunks"
+        return f"{self.model}, {self.rows} x {self.seq_len} a GPU, {self.sizes}{chunks}"
 
     @property
     def sizes(self) -> MeshSizes:
         return MeshSizes(**{self.axis: self.n})
+
+    @property
+    def batch(self) -> str:
+        """Rows, tokens and chunks in tables."""
+        chunks = "" if self.time_chunks == 1 else f", {self.time_chunks} chunks"
+        return f"{self.rows} x {self.seq_len}{chunks}"
 
     @property
     def on_one_gpu(self) -> "Point":
@@ -134,11 +144,13 @@ class Point(NamedTuple):
         Raises:
             ValueError: there is no such point.
         """
-        match = re.fullmatch(r"([^,]+), (\d+) x (\d+) a GPU, (data|fsdp|heads)=(\d+)", name)
+        axes = "|".join(MeshSizes._fields)
+        pattern = rf"([^,]+), (\d+) x (\d+) a GPU, ({axes})=(\d+)(?:, (\d+) chunks)?"
+        match = re.fullmatch(pattern, name)
         if match is None:
             raise ValueError(f"{name!r} is no point of scaling.py.")
-        model, rows, seq_len, axis, n = match.groups()
-        return cls(model, int(rows), int(seq_len), axis, int(n))
+        model, rows, seq_len, axis, n, chunks = match.groups()
+        return cls(model, int(rows), int(seq_len), axis, int(n), int(chunks or 1))
 
 
 def main(args: Sequence[str]) -> None:
@@ -175,12 +187,13 @@ def points_of(config: ScalingConfig, n_here: int) -> list[Point]:
     for name in dict.fromkeys(config.models):
         model = MODELS[name]
         of_model = [
-            Point(name, load.rows, load.seq_len, axis, n)
+            Point(name, load.rows, load.seq_len, axis, n, chunks)
             for load in model.loads
             for n in gpus
             if n >= load.min_gpus
             for axis in (load.axes if n > 1 else ("data",))
             if model.divides(axis, n)
+            for chunks in load.time_chunks
         ]
         if not of_model:
             too_large.append(f"{name} needs {model.min_gpus} GPUs or more, which divide it")
@@ -197,6 +210,7 @@ def flags_of(point: Point, repeats: int) -> list[str]:
     rows = str(point.rows * point.sizes.n_parts)
     flags = [*MODELS[point.model].flags.split(), "--seq-len", str(point.seq_len)]
     flags += ["--batch-size", rows, "--mesh", str(point.sizes)]
+    flags += ["--time-chunks", str(point.time_chunks)]
     return [*flags, "--repeats", str(repeats), "--profile"]
 
 
@@ -227,9 +241,9 @@ def table(points: Mapping[str, Any]) -> markdown.Table:
     compared, rows = efficiencies(points), list[list[str]]()
     for name, numbers in points.items():
         point = Point.of(name)
-        batch = f"{point.rows} x {point.seq_len}"
         if "error" in numbers:
-            rows.append([point.model, str(point.sizes), batch, numbers["error"], *[""] * 6])
+            failed = point.model, str(point.sizes), point.batch, numbers["error"]
+            rows.append([*failed, *[""] * 6])
             continue
         exchanged = numbers["part_ms"][COMMUNICATION]
         steps = [1e3 * seconds for seconds in numbers["step_seconds"]]
@@ -237,7 +251,7 @@ def table(points: Mapping[str, Any]) -> markdown.Table:
             [
                 f"{point.model} ({numbers['parameters'] / 1e6:,.0f}M)",
                 str(point.sizes),
-                batch,
+                point.batch,
                 f"{numbers['tokens_per_second']:,.0f}",
                 f"{compared[point]:.3f}" if point in compared else "",
                 percent(numbers["mfu"]) if "mfu" in numbers else "",  # of GPUs that are known
@@ -257,7 +271,7 @@ def lines_of(points: Mapping[str, Any]) -> dict[str, dict[int, float]]:
     lines: dict[str, dict[int, float]] = {}
     for point, efficiency in efficiencies(points).items():
         if point.n > 1:
-            label = f"{point.model}, {point.rows} x {point.seq_len}, {point.axis}"
+            label = f"{point.model}, {point.batch}, {point.axis}"
             lines.setdefault(label, {1: 1.0})[point.n] = efficiency
     return lines
 

@@ -24,7 +24,12 @@ from e88_jax.config import LMConfig
 from experiments import cli
 from experiments.cli import require
 from experiments.cli.errors import UsageError
-from experiments.harness.config import DEFAULT_MODEL, BatchConfig, OptimizerConfig
+from experiments.harness.config import (
+    DEFAULT_MODEL,
+    BatchConfig,
+    OptimizerConfig,
+    check_chunks,
+)
 from experiments.harness.mesh_sizes import AUTO, parse_mesh
 from experiments.harness.run_directory import commit, versions
 from pallas_kernels import target
@@ -120,6 +125,7 @@ class BenchmarkConfig:
         if self.missing and (self.grid is None or self.json is None):
             raise ValueError("--missing is for --grid with --json.")
         parse_mesh(self.mesh, self.batch.batch_size)
+        check_chunks(self.batch.seq_len, self.model)
 
 
 def main(args: Sequence[str]) -> None:

@@ -223,7 +223,8 @@ class LMConfig:
 
     Raises:
         TypeError: a field of another type.
-        ValueError: a size below 1, or no layers, or more of them than `depth`.
+        ValueError: a size below 1, no layers, or more of them than `depth`, or layers of several
+            configurations with chunks of time.
     """
 
     dim: int
@@ -264,6 +265,11 @@ class LMConfig:
         if not 1 <= len(self.layers) <= self.depth:
             raise ValueError(
                 f"layers must be from 1 to the depth, {self.depth}, got {len(self.layers)}."
+            )
+        if self.execution.time_chunks > 1 and len(set(self.layers)) > 1:
+            raise ValueError(
+                f"time_chunks {self.execution.time_chunks} needs layers of one configuration, got "
+                f"{len(set(self.layers))}."
             )
 
     @property

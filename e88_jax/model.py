@@ -1,12 +1,14 @@
 """The language model: embedding, mixers with residual connections, tied logits."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, export
 from jax.nn import initializers
 
 from e88_jax.checks import (
@@ -31,8 +33,9 @@ from e88_jax.meshes import (
 from e88_jax.mixers.base import MixerConfig, MixerState, Remat
 from e88_jax.mixers.call import check_state
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide_dtype
-from e88_jax.projection import AnyProjection, Projection
-from e88_jax.typed import Variables, checkpoint, einsum, named, split
+from e88_jax.projection import MATMUL, AnyProjection, Projection
+from e88_jax.typed import F, Variables, checkpoint, einsum, named, split
+from e88_jax.wavefront import Rows, cut, joined, stacked, wavefront
 
 LMState = tuple[MixerState, ...]
 """The state of each layer, first layer first."""
@@ -129,18 +132,21 @@ class Block(nnx.Module):
 
 _save = jax.checkpoint_policies
 _REMAT_POLICIES = {
-    "recurrence": _save.save_from_both_policies(
-        _save.dots_with_no_batch_dims_saveable, _save.save_only_these_names(_SUM)
-    ),
+    "recurrence": _save.save_only_these_names(MATMUL, _SUM),
     "layer": _save.save_only_these_names(_SUM),
 }
 
 
-def _run(block: Block, remat: Remat, *inputs: Any) -> tuple[Array, MixerState]:
-    """`block(*inputs)`, recomputed in the backward pass as `remat` says.
+def _recomputed(run: F, remat: Remat) -> F:
+    """`run`, recomputed in the backward pass as `remat` says.
 
     Not by `nnx.remat`, which fails where the model was made outside of a loop and is called inside.
     """
+    return run if remat == "none" else checkpoint(run, policy=_REMAT_POLICIES[remat])
+
+
+def _run(block: Block, remat: Remat, *inputs: Any) -> tuple[Array, MixerState]:
+    """`block(*inputs)`."""
     if remat == "none":
         return block(*inputs)
     graphdef, params = split(block)
@@ -148,7 +154,27 @@ def _run(block: Block, remat: Remat, *inputs: Any) -> tuple[Array, MixerState]:
     def run(params: Variables, *inputs: Any) -> tuple[Array, MixerState]:
         return nnx.merge(graphdef, params)(*inputs)
 
-    return checkpoint(run, policy=_REMAT_POLICIES[remat])(params, *inputs)
+    return _recomputed(run, remat)(params, *inputs)
+
+
+def _run_side_by_side(
+    run: Callable[..., tuple[Array, MixerState]],
+    remat: Remat,
+    blocks: Sequence[Block],
+    *inputs: Any,
+) -> tuple[Array, MixerState]:
+    """`run(block, *inputs)` of blocks that differ in their weights alone, each with its part of
+    every input along axis 0."""
+    graphdefs, params = zip(*map(split, blocks), strict=True)
+
+    def run_one(params: Variables, *inputs: Any) -> tuple[Array, MixerState]:
+        return run(nnx.merge(graphdefs[0], params), *inputs)
+
+    def run_all(params: Sequence[Variables], *inputs: Any) -> tuple[Array, MixerState]:
+        # Stacked in here, so that `remat` keeps no copies of the weights.
+        return jax.vmap(run_one)(stacked(params), *inputs)
+
+    return _recomputed(run_all, remat)(params, *inputs)
 
 
 class LanguageModel(nnx.Module):
@@ -282,13 +308,9 @@ class LanguageModel(nnx.Module):
             # The embedding of an id out of range is NaN.
             tokens = jnp.where(live_steps(lengths, tokens.shape[1]), tokens, 0)
         x = self.embed(tokens)
-        layer_states = [None] * len(self.blocks) if state is None else state
-        new_state: list[MixerState] = []
-        for block, layer_state in zip(self.blocks, layer_states, strict=True):
-            x, layer_state = _run(
-                block, self.config.execution.remat, x, layer_state, segment_ids, lengths
-            )
-            new_state.append(layer_state)
+        n_chunks = self._n_chunks(tokens.shape[1])
+        run = self._run_layers if n_chunks == 1 else partial(self._run_wavefront, n_chunks)
+        x, new_state = run(x, state, segment_ids, lengths)
         if positions is not None:
             x = jnp.take_along_axis(x, positions[:, :, None], axis=1)
         dtype = self.dtype
@@ -298,7 +320,52 @@ class LanguageModel(nnx.Module):
             self.embed.embedding[...].astype(dtype),
             preferred_element_type=wide_dtype(dtype),
         )
-        return logits, tuple(new_state)
+        return logits, new_state
+
+    def _run_layers(
+        self, x: Array, state: LMState | None, segment_ids: Array | None, lengths: Array | None
+    ) -> tuple[Array, LMState]:
+        """All layers, one after the other."""
+        layer_states = [None] * len(self.blocks) if state is None else state
+        new_state: list[MixerState] = []
+        for block, layer_state in zip(self.blocks, layer_states, strict=True):
+            x, layer_state = _run(
+                block, self.config.execution.remat, x, layer_state, segment_ids, lengths
+            )
+            new_state.append(layer_state)
+        return x, tuple(new_state)
+
+    def _n_chunks(self, time: int) -> int:
+        """Chunks of a sequence of so many tokens."""
+        n = self.config.execution.time_chunks
+        return n if n > 1 and not export.is_symbolic_dim(time) and time % n == 0 else 1
+
+    def _run_wavefront(
+        self,
+        n_chunks: int,
+        x: Array,
+        state: LMState | None,
+        segment_ids: Array | None,
+        lengths: Array | None,
+    ) -> tuple[Array, LMState]:
+        """`_run_layers` by a wavefront over chunks of time."""
+        if len({split(block)[0] for block in self.blocks}) > 1:
+            raise ValueError("time_chunks needs layers that differ in their weights alone.")
+        batch, time, _ = x.shape
+        initial = self.init_state(batch, time)
+
+        def run(block: Block, x: Array, state: MixerState, rows: Rows) -> tuple[Array, MixerState]:
+            fresh = block.mixer.init_state(batch, time)
+            return block(x, rows.before(state, fresh), rows.segment_ids, rows.lengths)
+
+        x, new_state = wavefront(
+            partial(_run_side_by_side, run, self.config.execution.remat),
+            self.blocks,
+            cut(x, n_chunks),
+            initial if state is None else state,
+            Rows.cut(segment_ids, lengths, n_chunks, time // n_chunks),
+        )
+        return joined(x), new_state
 
     def for_inference(self) -> "LanguageModel":
         """The model laid out for decoding; this one stays as it is.

@@ -19,7 +19,7 @@ from jax.nn.initializers import Initializer
 from e88_jax.config import E88Config
 from e88_jax.meshes import named_axes, with_automatic_axes
 from e88_jax.precision import wide
-from e88_jax.typed import jit
+from e88_jax.typed import jit, named
 from pallas_kernels import target
 
 TORCH_LINEAR = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -30,6 +30,10 @@ COLUMNS_MULTIPLE = 16
 GPU's memory, which the columns of a head would straddle otherwise."""
 
 
+MATMUL = "matmul"
+"""The name of every matmul's output in policies of `jax.checkpoint`."""
+
+
 def multiply(x: Array, matrix: Array) -> Array:
     """`x @ matrix` over the last axis, as one matmul of two matrices.
 
@@ -37,7 +41,7 @@ def multiply(x: Array, matrix: Array) -> Array:
     into other layouts and takes three times as long; from `[B * T, dim]` it is one matmul.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return (rows @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
+    return named(rows @ matrix, MATMUL).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 FROM_DIM, TO_DIM = ("dim", "heads", None), ("heads", None, "dim")

@@ -132,6 +132,21 @@ def test_a_sum_for_each_mixer_and_pass(name: str, hidden: int | None, remat: Rem
     assert found == shared
 
 
+@pytest.mark.parametrize("remat", ["none", "recurrence"])
+def test_chunks_of_time(remat: Remat) -> None:
+    """A sum for each wave and pass, of all layers that run in it."""
+    config = dataclasses.replace(config_of("default", remat=remat, hidden=None), depth=2)
+    execution = dataclasses.replace(config.execution, time_chunks=3)
+    both = gradients(dataclasses.replace(config, execution=execution))
+    expected = gradients(config).whole(both.params)
+    chex.assert_trees_all_close(
+        *jax.device_get((both.divided(both.params), expected)), rtol=1e-4, atol=1e-6
+    )
+    waves = {f"{n}x2x3x16xf32": 2 * 2 for n in (1, 2)}
+    found = collectives(both.divided.lower(both.params).as_text())
+    assert found == {("all_reduce", of): n for of, n in waves.items()}
+
+
 def test_the_state_is_that_of_a_devices_heads() -> None:
     config = config_of("default")
     divided = config.divided(2)

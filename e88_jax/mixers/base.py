@@ -43,7 +43,7 @@ class Execution:
 
     Raises:
         TypeError: a field of another type.
-        ValueError: an interval below 1, or an unknown choice.
+        ValueError: a number below 1, or an unknown choice.
     """
 
     dtype: Dtype | None = None
@@ -56,13 +56,18 @@ class Execution:
     remat: Remat = "none"
     """Recomputed in the backward pass instead of kept: nothing, everything but matmuls (the
     recurrence with its saved states among it), or whole layers."""
+    time_chunks: int = 1
+    """Chunks that sequences are cut into where the number divides their length: a layer then runs a
+    chunk beside the layer below it, which runs the next chunk, so that the recurrence has so many
+    times as many rows, of fewer steps. For a GPU with fewer rows times heads than it has SMs; all
+    layers must be of one configuration."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         choices = (None, *get_args(Implementation))
         check_fields(self, require_choice, "dtype", choices=(None, *get_args(Dtype)))
         check_fields(self, require_choice, "implementation", choices=choices)
-        check_fields(self, require_int, "saved_state_interval")
+        check_fields(self, require_int, "saved_state_interval", "time_chunks")
         check_fields(self, require_choice, "remat", choices=get_args(Remat))
 
 

@@ -16,7 +16,7 @@ from experiments.cli.names import flag_of
 from experiments.tasks.base import Task, TaskConfig
 
 from .launch import LaunchConfig
-from .mesh_sizes import AUTO, parse_mesh
+from .mesh_sizes import AUTO, nearest_multiples, parse_mesh
 
 # The backward pass recomputes less with more saved states, whose memory is small at this size.
 DEFAULT_MODEL = LMConfig(
@@ -69,6 +69,17 @@ class BatchConfig:
     def carry_shape(self) -> tuple[int, int] | None:
         """Passes and rows whose state is carried from step to step; None unless stateful."""
         return self.shape if self.stateful else None
+
+
+def check_chunks(seq_len: int, model: LMConfig) -> None:
+    """Raises ValueError, with the nearest lengths that would do, if windows of so many tokens do
+    not divide into the model's chunks of time, so that it would not use them."""
+    n = model.execution.time_chunks
+    if seq_len % n:
+        raise ValueError(
+            f"--seq-len {seq_len} does not divide into --time-chunks {n}: "
+            f"{nearest_multiples(seq_len, n)} would."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +165,7 @@ class TrainConfig:
                 "most that the trainer takes: choose a smaller --dim, --depth or mixer."
             )
         parse_mesh(self.mesh, self.batch.batch_size)
+        check_chunks(self.batch.seq_len, self.model)
 
     def open_task(self) -> Task:
         """The task; of a resumed run, with the data of the run in `out`.

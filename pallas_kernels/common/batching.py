@@ -1,7 +1,7 @@
 """Kernel calls under `jax.vmap` and in sharded programs.
 
-Rows of the batch and heads are independent: a mapped axis is folded into the batch, and each device
-runs the kernel on its shard of the batch and of the heads. No call can be differentiated here; the
+Rows of the batch and heads are independent: each device runs the kernel on its shard of the batch
+and of the heads, with mapped axes folded into the batch. No call can be differentiated here; the
 ops join forward and backward calls by `jax.custom_vjp`.
 """
 
@@ -44,8 +44,7 @@ def over_rows(
         no_derivative: the error when it is differentiated.
     """
     # The interpreter has side effects, which a partitioned function cannot have.
-    call = _fold_mapped(_partitioned(call, arguments, results) if partition else call)
-    call = jax.custom_jvp(call)
+    call = jax.custom_jvp(_over_mapped(call, arguments, results, partition, 0))
 
     @call.defjvp
     def _(*_: Any) -> Any:
@@ -54,41 +53,70 @@ def over_rows(
     return call
 
 
-def _fold_mapped(call: Callable[..., ArrayTree]) -> Any:
-    """Returns `call` with the axis of `jax.vmap` folded into axis 0 of every array, the batch."""
-    folded = custom_vmap(call)
+_MAPPED = "mapped"
+"""The names of axes of `jax.vmap` begin so."""
 
-    @folded.def_vmap
-    def _(axis_size: int, in_batched: Any, *arguments: ArrayTree) -> tuple[ArrayTree, Any]:
-        def fold(x: Array, batched: bool) -> Array:
-            x = x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
 
-        results = folded(*jax.tree.map(fold, arguments, tuple(in_batched)))
-        results = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), results)
-        return results, jax.tree.map(lambda _: True, results)
+def _over_mapped(
+    call: Callable[..., ArrayTree],
+    arguments: AxesTree,
+    results: Callable[..., AxesTree],
+    partition: bool,
+    n: int,
+) -> Any:
+    """`call` of arrays that have n axes of `jax.vmap` before the batch. Each device folds those of
+    its shard into the batch: whole arrays could not be folded with the batch sharded."""
+    folded = _fold(call, n) if n else call
+    function = custom_vmap(_partitioned(folded, arguments, results, n) if partition else folded)
+
+    @function.def_vmap
+    def _(axis_size: int, in_batched: Any, *arrays: ArrayTree) -> tuple[ArrayTree, Any]:
+        def map_all(x: Array, batched: bool) -> Array:
+            return x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+
+        arrays = jax.tree.map(map_all, arrays, tuple(in_batched))
+        made = _over_mapped(call, arguments, results, partition, n + 1)(*arrays)
+        return made, jax.tree.map(lambda _: True, made)
+
+    return function
+
+
+def _fold(call: Callable[..., ArrayTree], n: int) -> Callable[..., ArrayTree]:
+    """Returns `call` with the first n axes of every array folded into the next, the batch."""
+
+    def folded(*arrays: ArrayTree) -> ArrayTree:
+        mapped = jax.tree.leaves(arrays)[0].shape[:n]
+        results = call(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[n + 1 :]), arrays))
+        return jax.tree.map(lambda x: x.reshape(*mapped, -1, *x.shape[1:]), results)
 
     return folded
 
 
 def _partitioned(
-    call: Callable[..., ArrayTree], arguments: AxesTree, results: Callable[..., AxesTree]
+    call: Callable[..., ArrayTree],
+    arguments: AxesTree,
+    results: Callable[..., AxesTree],
+    n_mapped: int,
 ) -> Callable[..., ArrayTree]:
-    """Returns `call`, run by each device on its shard of the batch and the heads."""
+    """Returns `call`, of arrays with n_mapped axes before their own, run by each device on its
+    shard."""
 
     def partitioned(*arrays: ArrayTree) -> ArrayTree:
-        argument_axes = jax.tree.map(
+        given = jax.tree.map(
             lambda x, axes: None if x is None else axes,
             arrays,
             arguments,
             is_leaf=lambda x: x is None,
         )
-        result_axes = results(*argument_axes)
+        mapped = "".join(f"{_MAPPED}{i} " for i in range(n_mapped))
+        argument_axes, result_axes = jax.tree.map(
+            lambda names: mapped + names, (given, results(*given))
+        )
 
         def partition(mesh: Mesh, shapes: Any, result_shapes: Any) -> Any:
             first, names = (jax.tree.leaves(x)[0] for x in (shapes, argument_axes))
             spec = dict(zip(names.split(), first.sharding.spec, strict=True))
-            sharded = {name: spec[name] for name in ("b", "h") if name in spec}
+            sharded = {name: part for name, part in spec.items() if _can_be_sharded(name)}
 
             def shardings(axes: AxesTree) -> Any:
                 return jax.tree.map(functools.partial(_sharding, mesh, sharded), axes)
@@ -136,10 +164,15 @@ _forget_varying.def_abstract_eval(lambda x: type(x)(x.shape, x.dtype))
 mlir.register_lowering(_forget_varying, lambda _, x: [x])
 
 
+def _can_be_sharded(name: str) -> bool:
+    """Whether an axis is the batch, the heads or mapped."""
+    return name in ("b", "h") or name.startswith(_MAPPED)
+
+
 def _others(*trees: AxesTree) -> tuple[str, ...]:
-    """The axes other than batch and heads, in order of appearance."""
+    """The axes that cannot be sharded, in order of appearance."""
     names = dict.fromkeys(name for axes in jax.tree.leaves(trees) for name in axes.split())
-    return tuple(name for name in names if name not in ("b", "h"))
+    return tuple(name for name in names if not _can_be_sharded(name))
 
 
 def _sharding(mesh: Mesh, sharded: Mapping[str, Any], axes: str) -> NamedSharding:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from e88_jax import LanguageModel, e88_recurrence
+from e88_jax import LanguageModel, LMConfig, e88_recurrence
 from e88_jax.mixers.base import Dtype
 from e88_jax.naive import rms_ratio
 from e88_jax.sampling import generate
@@ -52,6 +52,10 @@ def op_and_gradient(arrays: Any, ids: Any, lengths: Any) -> Any:
         arrays,
     )
     return results, pullback(results)[0]
+
+
+def graphdef_of(config: LMConfig) -> Any:
+    return nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
 
 
 def assert_close(actual: Any, expected: Any) -> None:
@@ -104,21 +108,27 @@ def test_op_inside_shard_map(axis: str, check_vma: bool) -> None:
     assert_close(jax.jit(f)(*arguments), expected)
 
 
+@pytest.mark.parametrize("time_chunks", [1, 4])
 @pytest.mark.parametrize("how", [*MESHES, "shard_map"])
-def test_gradient_of_a_model(how: str) -> None:
-    config = lm_config(dim=64, n_heads=4, n_state=32, depth=2, dtype="float32")
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model)
+def test_gradient_of_a_model(how: str, time_chunks: int) -> None:
+    sizes: Any = {"dim": 64, "n_heads": 4, "n_state": 32, "depth": 2, "dtype": "float32"}
+    params = nnx.state(LanguageModel(lm_config(**sizes), rngs=nnx.Rngs(0)))
     tokens = np.random.default_rng(0).integers(0, 256, (4, 65)).astype(np.int32)
 
-    def loss(params: Any, tokens: Any) -> Any:
-        logits, _ = nnx.merge(graphdef, params)(tokens[:, :-1])
-        labels = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1])
-        return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1))
+    def gradient_by(time_chunks: int) -> Any:
+        config = lm_config(**sizes, implementation="mosaic_gpu", time_chunks=time_chunks)
+        graphdef = graphdef_of(config)
 
-    gradient = jax.value_and_grad(loss)
+        def loss(params: Any, tokens: Any) -> Any:
+            logits, _ = nnx.merge(graphdef, params)(tokens[:, :-1])
+            labels = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1])
+            return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1))
+
+        return jax.value_and_grad(loss)
+
+    gradient = gradient_by(time_chunks)
     with jax.default_matmul_precision("highest"):
-        expected = jax.jit(gradient)(params, tokens)
+        expected = jax.jit(gradient_by(1))(params, tokens)
         mesh = MESHES["explicit" if how == "explicit" else "automatic"]()
         if how == "shard_map":
 
@@ -135,21 +145,22 @@ def test_gradient_of_a_model(how: str) -> None:
     assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("time_chunks", [1, 4])
 @pytest.mark.parametrize("mesh", ["data=2", "fsdp=2", "heads=2"])
-def test_a_training_step(mesh: str) -> None:
-    """Two passes of the trainer's step equal those on one GPU."""
-    config = lm_config(
-        dim=64, n_heads=4, n_state=32, depth=2, dtype="float32", implementation="mosaic_gpu"
-    )
+def test_a_training_step(mesh: str, time_chunks: int) -> None:
+    """Two passes of the trainer's step equal those on one GPU, without chunks of time."""
+    sizes: Any = {"dim": 64, "n_heads": 4, "n_state": 32, "depth": 2, "dtype": "float32"}
     optimizer = make_optimizer(OptimizerConfig(), steps=20)
     windows = np.random.default_rng(0).integers(0, 256, (2, 4, 65), dtype=np.uint8)
     results = []
 
-    def make() -> TrainState:
-        return init_state(LanguageModel(config, rngs=nnx.Rngs(0)), optimizer, None)
+    for text, chunks in ((mesh, time_chunks), ("data=1", 1)):
+        config = lm_config(**sizes, implementation="mosaic_gpu", time_chunks=chunks)
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
-    for text in (mesh, "data=1"):
+        def make(config: LMConfig = config) -> TrainState:
+            return init_state(LanguageModel(config, rngs=nnx.Rngs(0)), optimizer, None)
+
+        graphdef = graphdef_of(config)
         where = placement(text, 4, config)
         with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
             state = make_sharded(make, shapes_of(make, where))
