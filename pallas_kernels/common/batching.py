@@ -43,42 +43,37 @@ def over_rows(
         partition: whether it can be sharded.
         no_derivative: the error when it is differentiated.
     """
-    # The interpreter has side effects, which a partitioned function cannot have.
-    call = jax.custom_jvp(_over_mapped(call, arguments, results, partition, 0))
 
-    @call.defjvp
+    @functools.cache
+    def over_mapped(n: int) -> Any:
+        """`call` of arrays that have n axes of `jax.vmap` before the batch: one function for all
+        calls, so that calls alike are compiled once."""
+        # Each device folds the axes of its shard: whole arrays could not be with rows sharded.
+        folded = _fold(call, n) if n else call
+        # The interpreter has side effects, which a partitioned function cannot have.
+        function = custom_vmap(_partitioned(folded, arguments, results, n) if partition else folded)
+
+        @function.def_vmap
+        def _(axis_size: int, in_batched: Any, *arrays: ArrayTree) -> tuple[ArrayTree, Any]:
+            def map_all(x: Array, batched: bool) -> Array:
+                return x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+
+            made = over_mapped(n + 1)(*jax.tree.map(map_all, arrays, tuple(in_batched)))
+            return made, jax.tree.map(lambda _: True, made)
+
+        return function
+
+    differentiated = jax.custom_jvp(over_mapped(0))
+
+    @differentiated.defjvp
     def _(*_: Any) -> Any:
         raise NotImplementedError(no_derivative)
 
-    return call
+    return differentiated
 
 
 _MAPPED = "mapped"
 """The names of axes of `jax.vmap` begin so."""
-
-
-def _over_mapped(
-    call: Callable[..., ArrayTree],
-    arguments: AxesTree,
-    results: Callable[..., AxesTree],
-    partition: bool,
-    n: int,
-) -> Any:
-    """`call` of arrays that have n axes of `jax.vmap` before the batch. Each device folds those of
-    its shard into the batch: whole arrays could not be folded with the batch sharded."""
-    folded = _fold(call, n) if n else call
-    function = custom_vmap(_partitioned(folded, arguments, results, n) if partition else folded)
-
-    @function.def_vmap
-    def _(axis_size: int, in_batched: Any, *arrays: ArrayTree) -> tuple[ArrayTree, Any]:
-        def map_all(x: Array, batched: bool) -> Array:
-            return x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-
-        arrays = jax.tree.map(map_all, arrays, tuple(in_batched))
-        made = _over_mapped(call, arguments, results, partition, n + 1)(*arrays)
-        return made, jax.tree.map(lambda _: True, made)
-
-    return function
 
 
 def _fold(call: Callable[..., ArrayTree], n: int) -> Callable[..., ArrayTree]:

@@ -76,6 +76,20 @@ def test_mapped_and_sharded_nothing_is_exchanged(spec: P) -> None:
     assert last.is_equivalent_to(shardings[2], 4)
 
 
+def test_mapped_calls_alike_are_traced_once() -> None:
+    """Else the kernels of each are compiled again."""
+    traced = list[tuple[int, ...]]()
+
+    def call(x: Array) -> Array:
+        traced.append(x.shape)
+        return x + 1
+
+    mapped = jax.vmap(over_rows(call, ("b t",), lambda *_: "b t", partition=True))
+    text = jax.jit(lambda x: mapped(mapped(mapped(x)))).lower(jnp.zeros((3, 2, 5))).as_text()
+    assert text.count("custom_call @CustomSPMDPartitioning") == 3
+    assert traced.count((6, 5)) == 1
+
+
 def test_no_derivative() -> None:
     with pytest.raises(NotImplementedError, match="differentiates once"):
         jax.grad(lambda x: jnp.sum(CALL(x, *arrays()[1:])[0]))(arrays()[0])
