@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import expressivity_tables, gpu_tables, scaling, sizing_tables
 from benchmarks.recorded import (
@@ -245,15 +246,22 @@ def headline() -> str:
 
 
 def over_gpus() -> str:
-    """Training steps over the GPUs of a host."""
-    points: Record = read(SCALING)["points"]
-    measured = [x for x in points.values() if "error" not in x]
-    (about,) = {provenance({**x, "devices": scaling.kind_of(x)}) for x in measured}
-    timed = [scaling.Point.of(name) for name in points]
-    models = " ".join(dict.fromkeys(point.model for point in timed))
-    gpus = " ".join(map(str, sorted({point.n for point in timed})))
-    command = f"python -m benchmarks.scaling --models {models} --gpus {gpus} --json {SCALING}"
-    return block(about, command, markdown.table(*scaling.table(points)))
+    """Training steps over the GPUs of a host: a table for each commit. Points that failed have none
+    and stand below the point before."""
+    groups: dict[str, dict[str, Any]] = {}
+    about = ""
+    for name, numbers in read(SCALING)["points"].items():
+        if "error" not in numbers:
+            about = provenance({**numbers, "devices": scaling.kind_of(numbers)})
+        groups.setdefault(about, {})[name] = numbers
+    blocks: list[str] = []
+    for about, points in groups.items():
+        timed = [scaling.Point.of(name) for name in points]
+        models = " ".join(dict.fromkeys(point.model for point in timed))
+        gpus = " ".join(map(str, sorted({point.n for point in timed})))
+        command = f"python -m benchmarks.scaling --models {models} --gpus {gpus} --json {SCALING}"
+        blocks.append(block(about, command, markdown.table(*scaling.table(points))))
+    return "\n\n".join(blocks)
 
 
 def n_state() -> str:

@@ -132,7 +132,10 @@ class Block(nnx.Module):
 
 _save = jax.checkpoint_policies
 _REMAT_POLICIES = {
-    "recurrence": _save.save_only_these_names(MATMUL, _SUM),
+    # By name where blocks run side by side, as theirs have a batch axis.
+    "recurrence": _save.save_from_both_policies(
+        _save.dots_with_no_batch_dims_saveable, _save.save_only_these_names(MATMUL, _SUM)
+    ),
     "layer": _save.save_only_these_names(_SUM),
 }
 

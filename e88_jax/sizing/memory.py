@@ -61,7 +61,7 @@ class TrainingMemory:
     parameters: int
     optimizer: int
     gradients: int
-    """Gradients; those of matmuls' weights are in the compute dtype."""
+    """Gradients; those of matmuls' weights are in the compute dtype, for each chunk of time."""
     activations: int
     """Arrays that the backward pass reads, without saved states but with copies of weights in the
     compute dtype."""
@@ -95,7 +95,8 @@ def training_memory(
     not counted.
 
     Args:
-        config: the model. Of its execution only `remat` and `saved_state_interval` are read.
+        config: the model. Of its execution `remat`, `saved_state_interval` and `time_chunks` are
+            read.
         batch: sequences.
         length: tokens of each.
         dtype: compute dtype, and that of the gradients of matmuls' weights; parameters and
@@ -114,7 +115,7 @@ def training_memory(
     batch, length = require_int("batch", batch), require_int("length", length)
     moments = require_int("moments", moments, minimum=0)
     narrow, tokens, n_params = _bytes_of(dtype), batch * length, config.count_params()
-    remat = config.execution.remat
+    remat, n_chunks = config.execution.remat, config.execution.time_chunks
     by_layer: dict[MixerConfig, Activations] = {}
     for mixer in set(config.layers):
         name = implementation(mixer) if callable(implementation) else implementation
@@ -134,14 +135,14 @@ def training_memory(
             kept += tokens * (_FLOAT * config.dim + matmuls)
             recomputed = tokens * (layer.matmuls + layer.others - matmuls) + states
         working = max(working, recomputed + tokens * layer.working)
-    # The weights once more: cast to bfloat16, or joined in float32.
-    copies = narrow * n_params if remat == "none" else 0
+    # The weights once more: cast to bfloat16, or joined in float32; for each chunk of time.
+    copies = narrow * n_params * n_chunks if remat == "none" else 0
     working += tokens * (3 * narrow + _FLOAT) * config.dim
     working += 2 * _FLOAT * tokens * config.vocab_size
     return TrainingMemory(
         parameters=_FLOAT * n_params,
         optimizer=_FLOAT * moments * n_params,
-        gradients=narrow * n_params,
+        gradients=narrow * n_params * n_chunks,
         activations=copies + kept,
         saved_states=saved_states,
         working=working,

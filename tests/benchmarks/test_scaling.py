@@ -60,11 +60,16 @@ def test_points(timed: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFi
     points = json.loads(path.read_text())["points"]
     of_500m = ["data=1", "data=2", "fsdp=2", "data=4", "fsdp=4"]
     names = [f"500M, 16 x 2048 a GPU, {mesh}" for mesh in of_500m]
-    names += [f"500M, 1 x 8192 a GPU, {mesh}" for mesh in ("data=1", "heads=2", "heads=4")]
+    long = "1 x 8192 a GPU"
+    for mesh in ("data=1", "heads=2", "heads=4"):
+        names += [f"500M, {long}, {mesh}", f"500M, {long}, {mesh}, 2 chunks"]
     names += [f"7B, {rows} x 2048 a GPU, fsdp=4" for rows in (4, 8)]
-    assert list(points) == [*names, "7B, 1 x 8192 a GPU, heads=2"]
+    names += [f"7B, {long}, heads=2", f"7B, {long}, heads=2, 2 chunks"]
+    assert list(points) == names
     rows = [args[args.index("--batch-size") + 1] for args in timed]
-    assert rows == ["16", "32", "32", "64", "64", *["1"] * 3, "16", "32", "1"]
+    assert rows == ["16", "32", "32", "64", "64", *["1"] * 6, "16", "32", "1", "1"]
+    chunks = [args[args.index("--time-chunks") + 1] for args in timed]
+    assert chunks == ["2" if name.endswith(", 2 chunks") else "1" for name in names]
     assert all({"--profile", "--mesh"} <= set(args) for args in timed)
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("| 500M") and "data=4" in line)
@@ -74,6 +79,7 @@ def test_points(timed: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFi
         "500M, 16 x 2048, data": pytest.approx({1: 1, 2: 0.95, 4: 0.925}),
         "500M, 16 x 2048, fsdp": pytest.approx({1: 1, 2: 0.95}),
         "500M, 1 x 8192, heads": pytest.approx({1: 1, 2: 0.95, 4: 0.925}),
+        "500M, 1 x 8192, 2 chunks, heads": pytest.approx({1: 1, 2: 0.95, 4: 0.925}),
     }
     assert image.read_bytes().startswith(b"\x89PNG")
     timed.clear()
@@ -121,7 +127,7 @@ def test_models_that_need_more_gpus_are_left_out(
 ) -> None:
     scaling.main(["--models", "500M", "7B", "--gpus", "1", "1"])
     assert "left out: 7B needs 2 GPUs or more" in capsys.readouterr().err
-    assert [args[args.index("--mesh") + 1] for args in timed] == ["data=1", "data=1"]
+    assert [args[args.index("--mesh") + 1] for args in timed] == ["data=1"] * 3
 
 
 def test_another_programs_points(timed: list[list[str]], tmp_path: Path) -> None:

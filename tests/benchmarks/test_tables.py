@@ -80,13 +80,23 @@ def test_provenance_says_what_the_file_has():
     assert tables.provenance(of_versions) == "2 x X, JAX 1.2"
 
 
-def test_a_point_that_failed_is_in_the_table(monkeypatch: pytest.MonkeyPatch):
-    record = tables.read(tables.SCALING)
-    points = {**record["points"], "7B, 8 x 2048 a GPU, fsdp=4": {"error": "out of memory"}}
-    monkeypatch.setattr(tables, "read", lambda _: {"points": points})
-    text = tables.over_gpus()
-    assert "--models 1B 7B --gpus 1 2 4 " in text
-    assert rows_of(text)[-1][:4] == ["7B", "fsdp=4", "8 x 2048", "out of memory"]
+def test_a_table_of_each_commit_and_points_that_failed(monkeypatch: pytest.MonkeyPatch):
+    points = tables.read(tables.SCALING)["points"]
+    name, numbers = next(x for x in points.items() if ", data=1" in x[0])
+    earlier = {**numbers, "commit": "abc"}
+    record = {
+        name: numbers,
+        "7B, 8 x 2048 a GPU, fsdp=4": {"error": "out of memory"},
+        "3B, 4 x 2048 a GPU, data=1": earlier,
+    }
+    monkeypatch.setattr(tables, "read", lambda _: {"points": record})
+    first, second = tables.over_gpus().split("\n\nNVIDIA")
+    model = name.partition(",")[0]
+    assert f"--models {model} 7B --gpus 1 4 " in first
+    assert rows_of(first)[-1][:4] == ["7B", "fsdp=4", "8 x 2048", "out of memory"]
+    assert "commit abc" in second
+    assert "--models 3B --gpus 1 " in second
+    assert len(rows_of(second)) == 1
 
 
 @pytest.fixture

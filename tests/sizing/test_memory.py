@@ -116,6 +116,16 @@ def test_what_remat_keeps_of_each_token() -> None:
     assert recurrence.saved_states == layer.saved_states == 0
 
 
+def test_each_chunk_of_time_has_weights_and_gradients_of_its_own() -> None:
+    one, three = small(), small(time_chunks=3)
+    of_weights = 2 * one.parameters // 4
+    assert three.activations - one.activations == 2 * of_weights
+    assert three.gradients == 3 * one.gradients == 3 * of_weights
+    layer, of_three = small(remat="layer"), small(remat="layer", time_chunks=3)
+    assert of_three.activations == layer.activations
+    assert of_three.gradients == 3 * layer.gradients
+
+
 def test_logits_and_their_gradient() -> None:
     more = small(vocab_size=300).working - small(vocab_size=256).working
     assert more == 2 * 4 * 200 * (300 - 256)

@@ -88,6 +88,11 @@ def test_what_does_not_go_together() -> None:
     model = lm_config(dim=1_000_000, depth=100, n_heads=1000, n_state=32)
     with pytest.raises(ValueError, match="has 16,100,357,200,000 parameters, and 10,000,000,000"):
         ByteLMConfig(model=model)
+    model = lm_config(time_chunks=3)
+    with pytest.raises(
+        ValueError, match="--seq-len 256 does not divide into --time-chunks 3: 255 o"
+    ):
+        ByteLMConfig(model=model)
     with pytest.raises(ValueError, match="--prompt must have at least one byte"):
         BytesConfig(prompt="")
 
@@ -201,6 +206,7 @@ def test_what_may_change_on_resume() -> None:
         **{("model", "execution", "implementation"): "scan"},
         **{("model", "execution", "dtype"): "float32"},
         **{("model", "execution", "saved_state_interval"): 8},
+        **{("model", "execution", "time_chunks"): 2},
     }
     for keys, to in may.items():
         check_resumable(CONFIG, with_values(*keys, to=to))
