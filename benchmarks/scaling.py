@@ -119,8 +119,7 @@ class Point(NamedTuple):
 
     def __str__(self) -> str:
         """The name in files."""
-        chunks = "" if self.time_chunks == 1 else f", {self.time_chunks} chunks"
-        return f"{self.model}, {self.rows} x {self.seq_len} a GPU, {self.sizes}{chunks}"
+        return f"{self.model}, {self.rows} x {self.seq_len} a GPU, {self.sizes}{self._chunks}"
 
     @property
     def sizes(self) -> MeshSizes:
@@ -129,8 +128,11 @@ class Point(NamedTuple):
     @property
     def batch(self) -> str:
         """Rows, tokens and chunks in tables."""
-        chunks = "" if self.time_chunks == 1 else f", {self.time_chunks} chunks"
-        return f"{self.rows} x {self.seq_len}{chunks}"
+        return f"{self.rows} x {self.seq_len}{self._chunks}"
+
+    @property
+    def _chunks(self) -> str:
+        return "" if self.time_chunks == 1 else f", {self.time_chunks} chunks"
 
     @property
     def on_one_gpu(self) -> "Point":

@@ -246,8 +246,8 @@ def headline() -> str:
 
 
 def over_gpus() -> str:
-    """Training steps over the GPUs of a host: a table for each commit. Points that failed have none
-    and stand below the point before."""
+    """Training steps over the GPUs of a host: a table for each kind of GPU, versions, date and
+    commit. Points that failed have none and stand below the point before."""
     groups: dict[str, dict[str, Any]] = {}
     about = ""
     for name, numbers in read(SCALING)["points"].items():

@@ -284,18 +284,17 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - began
 
     def run(n: int) -> list[float]:
-        """Seconds of n steps after those untimed: from the end of one to the end of the next, which
-        is queued by then, as in the training loop."""
+        """Seconds of n steps after those untimed: from the end of one to the end of the next, with
+        another queued by then, as in the training loop; so one more follows."""
         nonlocal state
         ends, queue = [], []
-        for _ in range(UNTIMED_STEPS + n):
+        for _ in range(UNTIMED_STEPS + n + 1):
             state, metrics = step(state, batch)
             queue.append(metrics)
             if len(queue) > 1:
                 jax.block_until_ready(queue.pop(0))
                 ends.append(time.perf_counter())
         jax.block_until_ready(queue)
-        ends.append(time.perf_counter())
         timed = ends[UNTIMED_STEPS - 1 :]
         return [end - begin for begin, end in itertools.pairwise(timed)]
 
@@ -329,7 +328,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any]:
         peak = gpu.bf16_tflops * where.everywhere.num_devices
         numbers["mfu"] = numbers["product_tflops"] / peak
     if config.profile:
-        kernels = profile(lambda: run(PROFILED_STEPS - UNTIMED_STEPS))
+        kernels = profile(lambda: run(PROFILED_STEPS - UNTIMED_STEPS - 1))
         numbers["part_ms"] = breakdown(kernels, PROFILED_STEPS)
         numbers["communication_alone_ms"] = alone_ms(kernels, COMMUNICATION, PROFILED_STEPS)
         numbers["kernels"] = longest(kernels, PROFILED_STEPS, LISTED_KERNELS)

@@ -31,11 +31,11 @@ from e88_jax.meshes import (
     summed,
 )
 from e88_jax.mixers.base import MixerConfig, MixerState, Remat
-from e88_jax.mixers.call import check_state
+from e88_jax.mixers.call import check_state, fresh_state
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide_dtype
 from e88_jax.projection import MATMUL, AnyProjection, Projection
 from e88_jax.typed import F, Variables, checkpoint, einsum, named, split
-from e88_jax.wavefront import Rows, cut, joined, stacked, wavefront
+from e88_jax.wavefront import ChunkInputs, cut, joined, stacked, wavefront
 
 LMState = tuple[MixerState, ...]
 """The state of each layer, first layer first."""
@@ -132,7 +132,7 @@ class Block(nnx.Module):
 
 _save = jax.checkpoint_policies
 _REMAT_POLICIES = {
-    # By name where blocks run side by side, as theirs have a batch axis.
+    # Matmuls of blocks side by side have a batch axis, and are known by name.
     "recurrence": _save.save_from_both_policies(
         _save.dots_with_no_batch_dims_saveable, _save.save_only_these_names(MATMUL, _SUM)
     ),
@@ -148,11 +148,27 @@ def _recomputed(run: F, remat: Remat) -> F:
     return run if remat == "none" else checkpoint(run, policy=_REMAT_POLICIES[remat])
 
 
+def _parameters(block: Block) -> tuple[nnx.GraphDef[Block], Variables]:
+    """`nnx.split` of a block.
+
+    Raises:
+        ValueError: it has other variables, whose changes `remat` and chunks of time would lose.
+    """
+    for path, x in nnx.iter_graph(block):
+        if isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param):
+            name = ".".join(map(str, cast("tuple[Any, ...]", path)))
+            raise ValueError(
+                f"remat and time_chunks take layers whose variables are parameters, and {name} is "
+                f"{type(x).__name__}."
+            )
+    return split(block)
+
+
 def _run(block: Block, remat: Remat, *inputs: Any) -> tuple[Array, MixerState]:
     """`block(*inputs)`."""
     if remat == "none":
         return block(*inputs)
-    graphdef, params = split(block)
+    graphdef, params = _parameters(block)
 
     def run(params: Variables, *inputs: Any) -> tuple[Array, MixerState]:
         return nnx.merge(graphdef, params)(*inputs)
@@ -168,7 +184,7 @@ def _run_side_by_side(
 ) -> tuple[Array, MixerState]:
     """`run(block, *inputs)` of blocks that differ in their weights alone, each with its part of
     every input along axis 0."""
-    graphdefs, params = zip(*map(split, blocks), strict=True)
+    graphdefs, params = zip(*map(_parameters, blocks), strict=True)
 
     def run_one(params: Variables, *inputs: Any) -> tuple[Array, MixerState]:
         return run(nnx.merge(graphdefs[0], params), *inputs)
@@ -352,21 +368,27 @@ class LanguageModel(nnx.Module):
         lengths: Array | None,
     ) -> tuple[Array, LMState]:
         """`_run_layers` by a wavefront over chunks of time."""
-        if len({split(block)[0] for block in self.blocks}) > 1:
-            raise ValueError("time_chunks needs layers that differ in their weights alone.")
+        first, *others = (_parameters(block)[0] for block in self.blocks)
+        for i, graphdef in enumerate(others, start=1):
+            if graphdef != first:
+                raise ValueError(
+                    "time_chunks needs layers that differ in their weights alone, and layer "
+                    f"{i} is not as layer 0."
+                )
         batch, time, _ = x.shape
-        initial = self.init_state(batch, time)
 
-        def run(block: Block, x: Array, state: MixerState, rows: Rows) -> tuple[Array, MixerState]:
-            fresh = block.mixer.init_state(batch, time)
-            return block(x, rows.before(state, fresh), rows.segment_ids, rows.lengths)
+        def run(
+            block: Block, x: Array, state: MixerState, inputs: ChunkInputs
+        ) -> tuple[Array, MixerState]:
+            state = inputs.starting_state(state, lambda: fresh_state(block.mixer, state, batch))
+            return block(x, state, inputs.segment_ids, inputs.lengths)
 
         x, new_state = wavefront(
             partial(_run_side_by_side, run, self.config.execution.remat),
             self.blocks,
             cut(x, n_chunks),
-            initial if state is None else state,
-            Rows.cut(segment_ids, lengths, n_chunks, time // n_chunks),
+            self.init_state(batch, time) if state is None else state,
+            ChunkInputs.cut(segment_ids, lengths, n_chunks, time // n_chunks),
         )
         return joined(x), new_state
 

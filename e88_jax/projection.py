@@ -31,7 +31,7 @@ GPU's memory, which the columns of a head would straddle otherwise."""
 
 
 MATMUL = "matmul"
-"""The name of every matmul's output in policies of `jax.checkpoint`."""
+"""The name of outputs of matmuls in policies of `jax.checkpoint`."""
 
 
 def multiply(x: Array, matrix: Array) -> Array:

@@ -12,7 +12,7 @@ Layer = TypeVar("Layer")
 Tree = TypeVar("Tree")
 
 
-class Rows(NamedTuple):
+class ChunkInputs(NamedTuple):
     """What every layer takes with its input, of each chunk along axis 0."""
 
     segment_ids: Array | None  # [n, B, T / n]
@@ -23,8 +23,8 @@ class Rows(NamedTuple):
     def cut(cls, segment_ids: Array | None, lengths: Array | None, n: int, size: int) -> Self:
         """Of `[B, T]` ids and `[B]` lengths, n chunks of so many tokens."""
         if lengths is not None:
-            starts = size * jnp.arange(n, dtype=lengths.dtype)
-            lengths = jnp.clip(lengths[None] - starts[:, None], 0, size)
+            starts = size * jnp.arange(n, dtype=jnp.int32)
+            lengths = jnp.clip(lengths.astype(jnp.int32)[None] - starts[:, None], 0, size)
         if segment_ids is None:
             return cls(None, lengths, None)
         segment_ids = cut(segment_ids, n)
@@ -33,16 +33,17 @@ class Rows(NamedTuple):
             same |= lengths[1:] == 0
         return cls(segment_ids, lengths, jnp.concatenate([jnp.ones_like(same[:1]), same]))
 
-    def before(self, state: Tree, fresh: Tree) -> Tree:
-        """The state of a layer before a chunk `[B]`, from that after the chunk before."""
+    def starting_state(self, state: Tree, init_state: Callable[[], Tree]) -> Tree:
+        """The state of a layer before a chunk (whose arrays lack axis 0 here), from that after the
+        chunk before."""
         if self.continues is None:
             return state
         kept = self.continues
 
-        def of(state: Array, fresh: Array) -> Array:
-            return jnp.where(kept.reshape(-1, *[1] * (state.ndim - 1)), state, fresh)
+        def select(state: Array, initial: Array) -> Array:
+            return jnp.where(kept.reshape(-1, *[1] * (state.ndim - 1)), state, initial)
 
-        return jax.tree.map(of, state, fresh)
+        return jax.tree.map(select, state, init_state())
 
 
 def cut(x: Array, n: int) -> Array:
@@ -58,11 +59,11 @@ def joined(x: Array) -> Array:
 
 
 def wavefront(
-    run: Callable[[Sequence[Layer], Array, Tree, Rows], tuple[Array, Tree]],
+    run: Callable[[Sequence[Layer], Array, Tree, ChunkInputs], tuple[Array, Tree]],
     layers: Sequence[Layer],
     x: Array,
     states: Sequence[Tree],
-    rows: Rows,
+    others: ChunkInputs,
 ) -> tuple[Array, tuple[Tree, ...]]:
     """Runs all layers over all chunks, in `len(layers) + n - 1` waves.
 
@@ -70,17 +71,17 @@ def wavefront(
     below and for the chunk before.
 
     Args:
-        run: from layers and, of each, input, state and rows along axis 0, to outputs and states.
+        run: from layers and, of each, input, state and others along axis 0, to outputs and states.
         layers: first layer first.
         x: input of the first layer, n chunks along axis 0.
         states: the state of each layer before the first chunk.
-        rows: of all chunks.
+        others: of all chunks.
 
     Returns:
         The output of the last layer, chunks along axis 0, and the last state of each layer.
     """
     n_layers, n_chunks = len(layers), len(x)
-    inputs, before = x[:0], _part(stacked(states[:1]), slice(0))
+    inputs, in_wave = x[:0], _part(stacked(states[:1]), slice(0))
     outputs: list[Array] = []
     final: list[Tree] = []
     for wave in range(n_layers + n_chunks - 1):
@@ -88,17 +89,17 @@ def wavefront(
         if wave < n_chunks:
             inputs = jnp.concatenate([inputs, x[wave : wave + 1]])
         if wave < n_layers:
-            before = _joined(stacked(states[wave : wave + 1]), before)
+            in_wave = _joined(stacked(states[wave : wave + 1]), in_wave)
         running = [layers[wave - chunk] for chunk in range(first, last + 1)]
-        inputs, before = run(running, inputs, before, _part(rows, slice(first, last + 1)))
+        inputs, in_wave = run(running, inputs, in_wave, _part(others, slice(first, last + 1)))
         # Outputs are the next wave's inputs one layer up, and states its states one chunk on: the
         # arrays stay as they are but for what enters at one end and leaves at the other.
         if wave >= n_layers - 1:
             outputs.append(inputs[:1])
             inputs = inputs[1:]
         if last == n_chunks - 1:
-            final.append(_part(before, -1))
-            before = _part(before, slice(-1))
+            final.append(_part(in_wave, -1))
+            in_wave = _part(in_wave, slice(-1))
     return jnp.concatenate(outputs), tuple(final)
 
 

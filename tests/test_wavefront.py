@@ -21,7 +21,7 @@ from e88_jax import (
     Mamba2Config,
 )
 from e88_jax.mixers.base import Execution, MixerConfig, Remat
-from e88_jax.wavefront import Rows, cut, joined, wavefront
+from e88_jax.wavefront import ChunkInputs, cut, joined, wavefront
 from tests.recurrence_calls import QUICK_TO_COMPILE
 
 BATCH, TIME, VOCAB, DEPTH = 2, 12, 11, 2
@@ -121,14 +121,28 @@ def test_rows_of_several_lengths_that_continue_a_state(name: str) -> None:
     check(name, 3, state=state, segment_ids=IDS, lengths=np.asarray([10, 3], np.int32))
 
 
+def test_lengths_of_any_integers() -> None:
+    for dtype in (np.uint32, np.int8):
+        chunks = ChunkInputs.cut(None, jnp.asarray([3, 100], dtype), 3, 50)
+        np.testing.assert_array_equal(chunks.lengths, [[3, 50], [0, 50], [0, 0]])
+
+
+def test_attention_that_remembers_more_than_the_sequence() -> None:
+    model, options = build(config("attention", 3)), {"segment_ids": jnp.asarray(IDS)}
+    tokens, state = jnp.asarray(TOKENS), model.init_state(BATCH, TIME + 5)
+    _, state = build(config("attention"))(tokens[:, :5], state)
+    expected = build(config("attention"))(tokens, state, **options)
+    chex.assert_trees_all_close(model(tokens, state, **options), expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("remat", get_args(Remat)[1:])
 def test_recomputation(remat: Remat) -> None:
     check("e88_options", 3, remat)
 
 
-def kept(remat: Remat, time_chunks: int) -> tuple[int, int]:
+def kept(name: str, remat: Remat, time_chunks: int) -> tuple[int, int]:
     """Floats that the forward pass leaves to the backward pass, of weights and of all else."""
-    settings = config("e88", time_chunks, remat)
+    settings = config(name, time_chunks, remat)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: build(settings)))
 
     def backward_pass(params: Any) -> Any:
@@ -142,12 +156,25 @@ def kept(remat: Remat, time_chunks: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("remat", get_args(Remat)[1:])
-def test_recomputation_keeps_what_it_does_without_chunks(remat: Remat) -> None:
+@pytest.mark.parametrize("name", ["e88", "lstm"])
+def test_recomputation_keeps_what_it_does_without_chunks(name: str, remat: Remat) -> None:
     """But for the states between chunks."""
-    weights, others = kept(remat, 1)
-    state = DEPTH * BATCH * LAYERS["e88"].state_size(12)
-    assert kept(remat, 3)[0] == weights
-    assert others <= kept(remat, 3)[1] <= others + 4 * state
+    weights, others = kept(name, remat, 1)
+    state = DEPTH * BATCH * LAYERS[name].state_size(12)
+    assert kept(name, remat, 3)[0] == weights
+    assert others <= kept(name, remat, 3)[1] <= others + 4 * state
+
+
+class Counter(nnx.BatchStat[Any]):
+    """A variable that is no parameter."""
+
+
+@pytest.mark.parametrize("changes", [{"time_chunks": 2}, {"remat": "layer"}])
+def test_variables_that_are_no_parameters(changes: dict[str, Any]) -> None:
+    model = build(config("e88", **changes))
+    setattr(model.blocks[1].mixer, "calls", Counter(jnp.zeros(())))  # noqa: B010
+    with pytest.raises(ValueError, match=r"variables are parameters, and mixer.calls is Counter"):
+        model(jnp.asarray(TOKENS))
 
 
 def test_a_length_that_does_not_divide_runs_as_one() -> None:
@@ -166,22 +193,22 @@ def test_other_layers_have_no_chunks() -> None:
         LMConfig(dim=4, depth=2, layers=layers, execution=Execution(time_chunks=2))
     model = build(config("e88", 2))
     model.blocks[1].mixer = build(config("lstm")).blocks[0].mixer
-    with pytest.raises(ValueError, match=r"differ in their weights alone"):
+    with pytest.raises(ValueError, match=r"differ in their weights alone, and layer 1 is not as"):
         model(jnp.asarray(TOKENS))
 
 
 def test_a_layer_waits_for_the_one_below_and_for_the_chunk_before() -> None:
     waves: list[list[str]] = []
 
-    def run(layers: Any, x: jax.Array, state: jax.Array, rows: Rows) -> Any:
+    def run(layers: Any, x: jax.Array, state: jax.Array, inputs: ChunkInputs) -> Any:
         """Layers write which chunks they saw, by x, and after which, by the state."""
-        assert rows.lengths is not None
-        waves.append([f"{layer}{n[0]}" for layer, n in zip(layers, rows.lengths, strict=True)])
+        assert inputs.lengths is not None
+        waves.append([f"{layer}{n[0]}" for layer, n in zip(layers, inputs.lengths, strict=True)])
         return x + jnp.asarray([10.0**layer for layer in layers])[:, None, None], state + x[:, :, 0]
 
     x = jnp.asarray([[[1.0]], [[2.0]], [[3.0]]])
-    rows = Rows(None, jnp.arange(3)[:, None], None)
-    y, states = wavefront(run, [1, 2], x, [jnp.zeros(1), jnp.full(1, 100.0)], rows)
+    inputs = ChunkInputs(None, jnp.arange(3)[:, None], None)
+    y, states = wavefront(run, [1, 2], x, [jnp.zeros(1), jnp.full(1, 100.0)], inputs)
     assert waves == [["10"], ["20", "11"], ["21", "12"], ["22"]]
     np.testing.assert_array_equal(y[:, 0, 0], [111, 112, 113])
     np.testing.assert_array_equal(states, [[6], [136]])

@@ -57,10 +57,10 @@ class Execution:
     """Recomputed in the backward pass instead of kept: nothing, everything but matmuls (the
     recurrence with its saved states among it), or whole layers."""
     time_chunks: int = 1
-    """Chunks that sequences are cut into where the number divides their length: a layer then runs a
-    chunk beside the layer below it, which runs the next chunk, so that the recurrence has so many
-    times as many rows, of fewer steps. For a GPU with fewer rows times heads than it has SMs; all
-    layers must be of one configuration."""
+    """Chunks of time that sequences are cut into where the number divides their length: a layer
+    runs a chunk beside the layer below it, which runs the next chunk. The recurrence then has n
+    times as many rows, of a part of the steps each: faster where a GPU has fewer rows times heads
+    than SMs. All layers must be of one configuration."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))

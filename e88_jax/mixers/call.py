@@ -80,14 +80,18 @@ def check_batch(batch: Any) -> None:
         require_int("batch", batch)
 
 
+def fresh_state(mixer: Any, state: Any, batch: int) -> Any:
+    """`init_state` of the mixer, of the size of a state."""
+    context_of = getattr(mixer, "context_of", None)
+    return mixer.init_state(batch, None if context_of is None else context_of(state))
+
+
 def check_state(name: str, state: Any, mixer: Any, batch: int) -> None:
     """Raises:
     TypeError: the state is of another type than the mixer's.
     ValueError: its shapes or dtypes are not the mixer's for a batch of so many rows.
     """
-    context_of = getattr(mixer, "context_of", None)
-    context = None if context_of is None else context_of(state)
-    fresh: object = shapes_of(lambda: mixer.init_state(batch, context))
+    fresh: object = shapes_of(lambda: fresh_state(mixer, state, batch))
     if not same_structure(fresh, 0):  # else it is one array
         needs = f"of type {type(fresh).__name__}, such as init_state({batch})"
         require_instance(name, state, type(fresh), needs)

@@ -14,8 +14,8 @@ from e88_jax.mixers.base import Execution
 from e88_jax.mixers.baselines import LSTMConfig
 from e88_jax.mixers.call import call_checked, check_batch
 from e88_jax.precision import compute_dtype, wide_dtype
-from e88_jax.projection import AnyProjection, Projection
-from e88_jax.typed import params_of
+from e88_jax.projection import MATMUL, AnyProjection, Projection
+from e88_jax.typed import named, params_of
 from pallas_kernels import target
 
 
@@ -141,14 +141,15 @@ class LSTMMixer(nnx.Module):
         starts = None if segment_ids is None else document_starts(segment_ids)
         live = None if lengths is None else live_steps(lengths, x.shape[1])
         cell = cast(Any, self.cell)
-        x = cell.dense_i(x)  # of all steps at once: the matmul of a step is the state's alone
+        # Of all steps at once: the matmul of a step is the state's alone.
+        x = named(cell.dense_i(x), MATMUL)
 
         def step(state: LSTMState, inputs: Any) -> tuple[LSTMState, Array]:
             x, start, live = inputs
             h, c = state
             if start is not None:
                 h, c = (jnp.where(start[:, None], 0, a) for a in (h, c))
-            i, f, g, o = jnp.split(x + cell.dense_h(h), 4, axis=-1)
+            i, f, g, o = jnp.split(x + named(cell.dense_h(h), MATMUL), 4, axis=-1)
             c = cell.gate_fn(f) * c + cell.gate_fn(i) * cell.activation_fn(g)
             h = cell.gate_fn(o) * cell.activation_fn(c)
             if live is None:

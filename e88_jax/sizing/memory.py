@@ -61,7 +61,7 @@ class TrainingMemory:
     parameters: int
     optimizer: int
     gradients: int
-    """Gradients; those of matmuls' weights are in the compute dtype, for each chunk of time."""
+    """Gradients; those of matmuls' weights are in the compute dtype, a layer's for each chunk."""
     activations: int
     """Arrays that the backward pass reads, without saved states but with copies of weights in the
     compute dtype."""
@@ -116,6 +116,9 @@ def training_memory(
     moments = require_int("moments", moments, minimum=0)
     narrow, tokens, n_params = _bytes_of(dtype), batch * length, config.count_params()
     remat, n_chunks = config.execution.remat, config.execution.time_chunks
+    if length % n_chunks:
+        n_chunks = 1
+    in_chunks = (n_chunks - 1) * (n_params - config.vocab_size * config.dim)
     by_layer: dict[MixerConfig, Activations] = {}
     for mixer in set(config.layers):
         name = implementation(mixer) if callable(implementation) else implementation
@@ -135,15 +138,16 @@ def training_memory(
             kept += tokens * (_FLOAT * config.dim + matmuls)
             recomputed = tokens * (layer.matmuls + layer.others - matmuls) + states
         working = max(working, recomputed + tokens * layer.working)
-    # The weights once more: cast to bfloat16, or joined in float32; for each chunk of time.
-    copies = narrow * n_params * n_chunks if remat == "none" else 0
+    # The weights once more, a layer's for each chunk: cast to bfloat16, or joined in float32.
+    copies = narrow * (n_params + in_chunks) if remat == "none" else 0
+    between_chunks = (n_chunks - 1) * batch * state_bytes(config)
     working += tokens * (3 * narrow + _FLOAT) * config.dim
     working += 2 * _FLOAT * tokens * config.vocab_size
     return TrainingMemory(
         parameters=_FLOAT * n_params,
         optimizer=_FLOAT * moments * n_params,
-        gradients=narrow * n_params * n_chunks,
-        activations=copies + kept,
+        gradients=narrow * (n_params + in_chunks),
+        activations=copies + kept + between_chunks,
         saved_states=saved_states,
         working=working,
     )

@@ -117,13 +117,14 @@ def test_what_remat_keeps_of_each_token() -> None:
 
 
 def test_each_chunk_of_time_has_weights_and_gradients_of_its_own() -> None:
-    one, three = small(), small(time_chunks=3)
-    of_weights = 2 * one.parameters // 4
-    assert three.activations - one.activations == 2 * of_weights
-    assert three.gradients == 3 * one.gradients == 3 * of_weights
-    layer, of_three = small(remat="layer"), small(remat="layer", time_chunks=3)
-    assert of_three.activations == layer.activations
-    assert of_three.gradients == 3 * layer.gradients
+    one, four = small(), small(time_chunks=4)
+    of_layers = 2 * (one.parameters // 4 - 256 * 64)
+    states = 2 * 4 * 5 * 3 * 16 * 16  # of rows, layers and heads, between chunks
+    assert four.activations - one.activations == 3 * (of_layers + states)
+    assert four.gradients - one.gradients == 3 * of_layers
+    layer, of_four = small(remat="layer"), small(remat="layer", time_chunks=4)
+    assert of_four.activations - layer.activations == 3 * states
+    assert small(time_chunks=3) == one  # which does not divide the length
 
 
 def test_logits_and_their_gradient() -> None:
