@@ -1,7 +1,6 @@
 """The language model: embedding, mixers with residual connections, tied logits."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -30,18 +29,16 @@ from e88_jax.meshes import (
     names_of,
     summed,
 )
-from e88_jax.mixers.base import MixerConfig, MixerState, Remat
+from e88_jax.mixers.base import MixerConfig, MixerState
 from e88_jax.mixers.call import check_state, fresh_state
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide_dtype
-from e88_jax.projection import MATMUL, AnyProjection, Projection
-from e88_jax.typed import F, Variables, checkpoint, einsum, named, split
-from e88_jax.wavefront import ChunkInputs, cut, joined, stacked, wavefront
+from e88_jax.projection import AnyProjection, Projection
+from e88_jax.recomputation import SUM, require_alike, run_layer, run_side_by_side
+from e88_jax.typed import einsum, named
+from e88_jax.wavefront import ChunkInputs, cut, joined, wavefront
 
 LMState = tuple[MixerState, ...]
 """The state of each layer, first layer first."""
-
-
-_SUM = "sum over devices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Parts:
     def leave(self, y: Array) -> Array:
         """Output of the layer, of a part's. `remat` keeps it, as the backward pass would wait for
         the sum again."""
-        return y if self.axis is None else named(summed(y, self.axis), _SUM)
+        return y if self.axis is None else named(summed(y, self.axis), SUM)
 
 
 class ChannelMixer(nnx.Module):
@@ -128,72 +125,6 @@ class Block(nnx.Module):
         if self.channel_mixer is not None:
             x += self.channel_mixer(x).astype(x.dtype)
         return x, state
-
-
-_save = jax.checkpoint_policies
-_REMAT_POLICIES = {
-    # Matmuls of blocks side by side have a batch axis, and are known by name.
-    "recurrence": _save.save_from_both_policies(
-        _save.dots_with_no_batch_dims_saveable, _save.save_only_these_names(MATMUL, _SUM)
-    ),
-    "layer": _save.save_only_these_names(_SUM),
-}
-
-
-def _recomputed(run: F, remat: Remat) -> F:
-    """`run`, recomputed in the backward pass as `remat` says.
-
-    Not by `nnx.remat`, which fails where the model was made outside of a loop and is called inside.
-    """
-    return run if remat == "none" else checkpoint(run, policy=_REMAT_POLICIES[remat])
-
-
-def _parameters(block: Block) -> tuple[nnx.GraphDef[Block], Variables]:
-    """`nnx.split` of a block.
-
-    Raises:
-        ValueError: it has other variables, whose changes `remat` and chunks of time would lose.
-    """
-    for path, x in nnx.iter_graph(block):
-        if isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param):
-            name = ".".join(map(str, cast("tuple[Any, ...]", path)))
-            raise ValueError(
-                f"remat and time_chunks take layers whose variables are parameters, and {name} is "
-                f"{type(x).__name__}."
-            )
-    return split(block)
-
-
-def _run(block: Block, remat: Remat, *inputs: Any) -> tuple[Array, MixerState]:
-    """`block(*inputs)`."""
-    if remat == "none":
-        return block(*inputs)
-    graphdef, params = _parameters(block)
-
-    def run(params: Variables, *inputs: Any) -> tuple[Array, MixerState]:
-        return nnx.merge(graphdef, params)(*inputs)
-
-    return _recomputed(run, remat)(params, *inputs)
-
-
-def _run_side_by_side(
-    run: Callable[..., tuple[Array, MixerState]],
-    remat: Remat,
-    blocks: Sequence[Block],
-    *inputs: Any,
-) -> tuple[Array, MixerState]:
-    """`run(block, *inputs)` of blocks that differ in their weights alone, each with its part of
-    every input along axis 0."""
-    graphdefs, params = zip(*map(_parameters, blocks), strict=True)
-
-    def run_one(params: Variables, *inputs: Any) -> tuple[Array, MixerState]:
-        return run(nnx.merge(graphdefs[0], params), *inputs)
-
-    def run_all(params: Sequence[Variables], *inputs: Any) -> tuple[Array, MixerState]:
-        # Stacked in here, so that `remat` keeps no copies of the weights.
-        return jax.vmap(run_one)(stacked(params), *inputs)
-
-    return _recomputed(run_all, remat)(params, *inputs)
 
 
 class LanguageModel(nnx.Module):
@@ -348,7 +279,7 @@ class LanguageModel(nnx.Module):
         layer_states = [None] * len(self.blocks) if state is None else state
         new_state: list[MixerState] = []
         for block, layer_state in zip(self.blocks, layer_states, strict=True):
-            x, layer_state = _run(
+            x, layer_state = run_layer(
                 block, self.config.execution.remat, x, layer_state, segment_ids, lengths
             )
             new_state.append(layer_state)
@@ -368,13 +299,7 @@ class LanguageModel(nnx.Module):
         lengths: Array | None,
     ) -> tuple[Array, LMState]:
         """`_run_layers` by a wavefront over chunks of time."""
-        first, *others = (_parameters(block)[0] for block in self.blocks)
-        for i, graphdef in enumerate(others, start=1):
-            if graphdef != first:
-                raise ValueError(
-                    "time_chunks needs layers that differ in their weights alone, and layer "
-                    f"{i} is not as layer 0."
-                )
+        require_alike(self.blocks)
         batch, time, _ = x.shape
 
         def run(
@@ -384,7 +309,7 @@ class LanguageModel(nnx.Module):
             return block(x, state, inputs.segment_ids, inputs.lengths)
 
         x, new_state = wavefront(
-            partial(_run_side_by_side, run, self.config.execution.remat),
+            partial(run_side_by_side, run, self.config.execution.remat),
             self.blocks,
             cut(x, n_chunks),
             self.init_state(batch, time) if state is None else state,
