@@ -247,12 +247,17 @@ def headline() -> str:
 
 def over_gpus() -> str:
     """Training steps over the GPUs of a host: a table for each kind of GPU, versions, date and
-    commit. Points that failed have none and stand below the point before."""
+    commit. Points that failed have none of these and stand with the point before."""
+    recorded: Record = read(SCALING)["points"]
+    of_point = {
+        name: provenance({**numbers, "devices": scaling.kind_of(numbers)})
+        for name, numbers in recorded.items()
+        if "error" not in numbers
+    }
     groups: dict[str, dict[str, Any]] = {}
-    about = ""
-    for name, numbers in read(SCALING)["points"].items():
-        if "error" not in numbers:
-            about = provenance({**numbers, "devices": scaling.kind_of(numbers)})
+    about = next(iter(of_point.values()))
+    for name, numbers in recorded.items():
+        about = of_point.get(name, about)
         groups.setdefault(about, {})[name] = numbers
     blocks: list[str] = []
     for about, points in groups.items():

@@ -33,7 +33,7 @@ from e88_jax.mixers.base import MixerConfig, MixerState
 from e88_jax.mixers.call import check_state, fresh_state
 from e88_jax.precision import NORM_EPSILON, compute_dtype, wide_dtype
 from e88_jax.projection import AnyProjection, Projection
-from e88_jax.recomputation import SUM, require_alike, run_layer, run_side_by_side
+from e88_jax.recomputation import SUM, run_layer, run_side_by_side, split_alike
 from e88_jax.typed import einsum, named
 from e88_jax.wavefront import ChunkInputs, cut, joined, wavefront
 
@@ -211,7 +211,9 @@ class LanguageModel(nnx.Module):
         Raises:
             TypeError: an argument of another type.
             ValueError: tokens are not `[B, T]` integers of the vocabulary, or the state, the ids,
-                the lengths or the positions do not go with them.
+                the lengths or the positions do not go with them. With `remat` or `time_chunks`, a
+                layer has variables that are no parameters; with the latter, layers differ in more
+                than their weights.
         """
         given, tokens = tokens, as_integers("tokens", tokens, "[B, T]")
         if segment_ids is not None:
@@ -299,7 +301,7 @@ class LanguageModel(nnx.Module):
         lengths: Array | None,
     ) -> tuple[Array, LMState]:
         """`_run_layers` by a wavefront over chunks of time."""
-        require_alike(self.blocks)
+        graphdef, params = split_alike(self.blocks)
         batch, time, _ = x.shape
 
         def run(
@@ -309,8 +311,8 @@ class LanguageModel(nnx.Module):
             return block(x, state, inputs.segment_ids, inputs.lengths)
 
         x, new_state = wavefront(
-            partial(run_side_by_side, run, self.config.execution.remat),
-            self.blocks,
+            partial(run_side_by_side, run, self.config.execution.remat, graphdef),
+            params,
             cut(x, n_chunks),
             self.init_state(batch, time) if state is None else state,
             ChunkInputs.cut(segment_ids, lengths, n_chunks, time // n_chunks),

@@ -53,19 +53,15 @@ def run_layer(layer: Any, remat: Remat, *inputs: Any) -> tuple[Array, MixerState
 def run_side_by_side(
     run: Callable[..., tuple[Array, MixerState]],
     remat: Remat,
-    layers: Sequence[nnx.Module],
+    graphdef: nnx.GraphDef[Any],
+    params: Sequence[Variables],
     *inputs: Any,
 ) -> tuple[Array, MixerState]:
-    """`run(layer, *inputs)` of layers that differ in their weights alone, each with its part of
-    every input along axis 0.
-
-    Raises:
-        ValueError: a layer has variables that are no parameters.
-    """
-    graphdefs, params = zip(*map(_split, layers), strict=True)
+    """`run(layer, *inputs)` of layers with these parameters, each with its part of every input
+    along axis 0."""
 
     def run_one(params: Variables, *inputs: Any) -> tuple[Array, MixerState]:
-        return run(nnx.merge(graphdefs[0], params), *inputs)
+        return run(nnx.merge(graphdef, params), *inputs)
 
     def run_all(params: Sequence[Variables], *inputs: Any) -> tuple[Array, MixerState]:
         # Stacked in here, so that `remat` keeps no copies of the weights.
@@ -74,15 +70,21 @@ def run_side_by_side(
     return _recomputed(run_all, remat)(params, *inputs)
 
 
-def require_alike(layers: Sequence[nnx.Module]) -> None:
-    """Raises ValueError if layers differ in more than their weights."""
-    first, *others = (split(layer)[0] for layer in layers)
-    for i, graphdef in enumerate(others, start=1):
-        if graphdef != first:
+def split_alike(layers: Sequence[nnx.Module]) -> tuple[nnx.GraphDef[Any], Sequence[Variables]]:
+    """The graph that layers have in common, and the parameters of each.
+
+    Raises:
+        ValueError: layers differ in more than their weights, or one has variables that are no
+            parameters.
+    """
+    graphdefs, params = zip(*map(_split, layers), strict=True)
+    for i, graphdef in enumerate(graphdefs):
+        if graphdef != graphdefs[0]:
             raise ValueError(
                 "time_chunks needs layers that differ in their weights alone, and layer "
                 f"{i} is not as layer 0."
             )
+    return graphdefs[0], params
 
 
 def _split(layer: nnx.Module) -> tuple[nnx.GraphDef[Any], Variables]:

@@ -13,7 +13,7 @@ Tree = TypeVar("Tree")
 
 
 class ChunkInputs(NamedTuple):
-    """What every layer takes with its input, of each chunk along axis 0."""
+    """Documents and lengths of the rows in each chunk, along axis 0: every layer takes them."""
 
     segment_ids: Array | None  # [n, B, T / n]
     lengths: Array | None  # [n, B]: tokens of the chunk
@@ -21,7 +21,7 @@ class ChunkInputs(NamedTuple):
 
     @classmethod
     def cut(cls, segment_ids: Array | None, lengths: Array | None, n: int, size: int) -> Self:
-        """Of `[B, T]` ids and `[B]` lengths, n chunks of so many tokens."""
+        """n chunks of `size` tokens each, from ids `[B, T]` and lengths `[B]`."""
         if lengths is not None:
             starts = size * jnp.arange(n, dtype=jnp.int32)
             lengths = jnp.clip(lengths.astype(jnp.int32)[None] - starts[:, None], 0, size)

@@ -116,7 +116,7 @@ def test_documents_by_every_kind_of_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["e88_options", "window"])
 def test_rows_of_several_lengths_that_continue_a_state(name: str) -> None:
-    """One ends in the first chunk."""
+    """One row ends in the first chunk."""
     state = results(config(name), params_of(name), None)[0][1][1]
     check(name, 3, state=state, segment_ids=IDS, lengths=np.asarray([10, 3], np.int32))
 
@@ -158,7 +158,7 @@ def kept(name: str, remat: Remat, time_chunks: int) -> tuple[int, int]:
 @pytest.mark.parametrize("remat", get_args(Remat)[1:])
 @pytest.mark.parametrize("name", ["e88", "lstm"])
 def test_recomputation_keeps_what_it_does_without_chunks(name: str, remat: Remat) -> None:
-    """But for the states between chunks."""
+    """Chunks add the states between them alone."""
     weights, others = kept(name, remat, 1)
     state = DEPTH * BATCH * LAYERS[name].state_size(12)
     assert kept(name, remat, 3)[0] == weights

@@ -21,7 +21,7 @@ if refusal := target.kernels_refusal(target.current()):
 @pytest.mark.parametrize("remat", ["none", "recurrence"])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-5), ("bfloat16", 0.03)])
 def test_loss_state_and_gradient(dtype: Dtype, bound: float, remat: Remat) -> None:
-    """Of rows of documents and lengths, with a state given, equal those without chunks."""
+    """Rows of documents and lengths, with a state given, give what they do without chunks."""
     sizes: Any = {"dim": 64, "n_heads": 4, "n_state": 32, "depth": 3, "write_gate": True}
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 256, (3, 120)), jnp.int32)
