@@ -147,17 +147,23 @@ def planned_bytes(compiled: Any) -> int:
 def memory_line(
     model: LMConfig, batch: int, length: int, planned: int, mesh: str = "data=1"
 ) -> str:
-    """The bytes of XLA's plan, for one device beside the estimate, which not every layer has."""
-    if mesh != "data=1":
-        return f"memory: {planned / 1e9:.2f} GB on each device of {mesh}"
+    """The bytes of XLA's plan beside the estimate, which not every layer has, nor part of a
+    layer's heads."""
+    sizes = parse_mesh(mesh, batch)
+    assert sizes is not None
+    planned_gb = f"memory: {planned / 1e9:.2f} GB"
+    if sizes.n_devices > 1:
+        planned_gb += f" on each device of {mesh}"
+    if sizes.heads > 1:
+        return planned_gb
     execution: Any = model.execution
-    sizes = {"dtype": execution.dtype, "implementation": execution.implementation}
+    options = {"dtype": execution.dtype, "implementation": execution.implementation}
     try:
-        estimate = training_memory(model, batch, length, **sizes)
+        estimate = training_memory(model, batch // sizes.data, length, fsdp=sizes.fsdp, **options)
         says = f"e88_jax.sizing says {estimate.total / 1e9:.2f}"
     except ValueError as error:
         says = str(error)
-    return f"memory: {planned / 1e9:.2f} GB; {says}"
+    return f"{planned_gb}; {says}"
 
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8}
@@ -273,7 +279,7 @@ def fill_in(path: Path) -> None:
     plans = json.loads(path.read_text())
     for plan in track(plans, "compiling", console=Console(stderr=True)):
         model = on_a_gpu(model_of(plan))
-        compiled = compile_for_h100(model, plan["batch"], plan["length"])
+        compiled = compile_for_h100(model, plan["batch"], plan["length"], plan["mesh"])
         plan["bytes"] = planned_bytes(compiled)
     rows = ",\n".join(f"  {json.dumps(plan)}" for plan in plans)
     path.write_text(f"[\n{rows}\n]\n")

@@ -43,6 +43,11 @@ class Model(NamedTuple):
     def min_gpus(self) -> int:
         return min(load.min_gpus for load in self.loads)
 
+    def along(self, axes: Sequence[str]) -> "Model":
+        """What is timed of it along these mesh axes."""
+        loads = [x._replace(axes=tuple(a for a in x.axes if a in axes)) for x in self.loads]
+        return self._replace(loads=tuple(load for load in loads if load.axes))
+
     def divides(self, axis: str, n: int) -> bool:
         """Whether n GPUs along this axis divide its dim or heads."""
         config = parse_with_preset(train_step.BenchmarkConfig, self.flags.split()).model
@@ -59,11 +64,11 @@ MODELS = {
     "1B": Model("--preset h96n32-1b", (Load(8, 2048, ROWS), LONG_ROW)),
     # Models of `python -m e88_jax.sizing 3B --gpu h100`, likewise 7B, of n_state 32.
     "3B": Model(
-        "--dim 4416 --n-heads 136 --n-state 32 --depth 31 --remat layer",
+        "--dim 4416 --n-heads 136 --n-state 32 --depth 31 --remat recurrence",
         (Load(4, 2048, ROWS), LONG_ROW),
     ),
     "7B": Model(
-        "--dim 5440 --n-heads 170 --n-state 32 --depth 47 --remat layer",
+        "--dim 5440 --n-heads 170 --n-state 32 --depth 47 --remat recurrence",
         (
             Load(4, 2048, ("fsdp",), min_gpus=4),
             Load(8, 2048, ("fsdp",), min_gpus=4),
@@ -88,7 +93,9 @@ class ScalingConfig:
     """Models by their parameters."""
     gpus: tuple[int, ...] = ()
     """Numbers of GPUs; none for 1, 2, 4, ... up to those that are there."""
-    repeats: int = 10
+    axes: tuple[str, ...] = MeshSizes._fields
+    """Mesh axes to time, each beside one GPU with the same rows."""
+    repeats: int = train_step.REPEATS
     """Steps timed, after two that are not."""
     missing: bool = False
     """Leave out the points that the file of --json has, but for those that failed."""
@@ -101,6 +108,9 @@ class ScalingConfig:
         require(self, "gpus", "repeats", minimum=1)
         if unknown := [name for name in self.models if name not in MODELS]:
             raise ValueError(f"--models are {', '.join(MODELS)}, got {', '.join(unknown)}.")
+        if unknown := [axis for axis in self.axes if axis not in MeshSizes._fields]:
+            axes = ", ".join(MeshSizes._fields)
+            raise ValueError(f"--axes are {axes}, got {', '.join(unknown)}.")
         if self.missing and self.json is None:
             raise ValueError("--missing is for --json.")
 
@@ -175,19 +185,22 @@ def main(args: Sequence[str]) -> None:
 
 
 def points_of(config: ScalingConfig, n_here: int) -> list[Point]:
-    """The points to time on a host with so many GPUs. Warns of models that need more.
+    """The points to time on a host with so many GPUs. Warns of models that have none.
 
     Raises:
-        UsageError: the host has no GPU, or fewer than asked for, or no model fits on these numbers.
+        UsageError: the host has no GPU, or fewer than asked for, or no point is on these numbers.
     """
     if n_here == 0:
         raise UsageError("no GPU is here that this process may use (CUDA_VISIBLE_DEVICES chooses).")
     if n_here < max(config.gpus, default=1):
         raise UsageError(f"--gpus asks for {max(config.gpus)}, and {n_here} are here.")
     gpus = tuple(dict.fromkeys(config.gpus)) or tuple(2**i for i in range(n_here.bit_length()))
-    points, too_large = list[Point](), list[str]()
+    points, left_out = list[Point](), list[str]()
     for name in dict.fromkeys(config.models):
-        model = MODELS[name]
+        model = MODELS[name].along(config.axes)
+        if not model.loads:
+            left_out.append(f"{name} is not timed along {', '.join(config.axes)}")
+            continue
         of_model = [
             Point(name, load.rows, load.seq_len, axis, n, chunks)
             for load in model.loads
@@ -198,12 +211,12 @@ def points_of(config: ScalingConfig, n_here: int) -> list[Point]:
             for chunks in load.time_chunks
         ]
         if not of_model:
-            too_large.append(f"{name} needs {model.min_gpus} GPUs or more, which divide it")
+            left_out.append(f"{name} needs {model.min_gpus} GPUs or more, which divide it")
         points += of_model
     if not points:
-        raise UsageError(f"no model fits on {', '.join(map(str, gpus))}: {', '.join(too_large)}.")
-    if too_large:
-        warn(f"left out: {', '.join(too_large)}.")
+        raise UsageError(f"no point on {', '.join(map(str, gpus))} GPUs: {', '.join(left_out)}.")
+    if left_out:
+        warn(f"left out: {', '.join(left_out)}.")
     return points
 
 

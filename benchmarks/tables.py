@@ -43,7 +43,7 @@ DECODE = "benchmarks/results/decode_h100.json"
 RECURRENCE = "benchmarks/results/recurrence_h100.json"
 STEP_CPU = "benchmarks/results/train_step_cpu.json"
 STEP_MIXERS = "benchmarks/results/mixers_h100.json"
-SCALING = "benchmarks/results/scaling_h200.json"
+SCALING = ("benchmarks/results/scaling_h200_x4.json", "benchmarks/results/scaling_h200_x2.json")
 RUN = "experiments/results/h72n32-500m_h100"
 
 
@@ -246,27 +246,32 @@ def headline() -> str:
 
 
 def over_gpus() -> str:
-    """Training steps over the GPUs of a host: a table for each kind of GPU, versions, date and
-    commit. Points that failed have none of these and stand with the point before."""
-    recorded: Record = read(SCALING)["points"]
-    of_point = {
-        name: provenance({**numbers, "devices": scaling.kind_of(numbers)})
-        for name, numbers in recorded.items()
-        if "error" not in numbers
-    }
-    groups: dict[str, dict[str, Any]] = {}
-    about = next(iter(of_point.values()))
-    for name, numbers in recorded.items():
-        about = of_point.get(name, about)
-        groups.setdefault(about, {})[name] = numbers
+    """Training steps over the GPUs of a host, by the record of each machine: a table for each kind
+    of GPU, versions, date and commit. Points that failed have none of these and stand with the
+    point before."""
     blocks: list[str] = []
-    for about, points in groups.items():
-        timed = [scaling.Point.of(name) for name in points]
-        models = " ".join(dict.fromkeys(point.model for point in timed))
-        gpus = " ".join(map(str, sorted({point.n for point in timed})))
-        command = f"python -m benchmarks.scaling --models {models} --gpus {gpus} --json {SCALING}"
-        blocks.append(block(about, command, markdown.table(*scaling.table(points))))
+    for record in SCALING:
+        recorded: Record = read(record)["points"]
+        of_point = {
+            name: provenance({**numbers, "devices": scaling.kind_of(numbers)})
+            for name, numbers in recorded.items()
+            if "error" not in numbers
+        }
+        groups: dict[str, dict[str, Any]] = {}
+        about = next(iter(of_point.values()))
+        for name, numbers in recorded.items():
+            about = of_point.get(name, about)
+            groups.setdefault(about, {})[name] = numbers
+        blocks += [_points_over_gpus(record, about, points) for about, points in groups.items()]
     return "\n\n".join(blocks)
+
+
+def _points_over_gpus(record: str, about: str, points: dict[str, Any]) -> str:
+    timed = [scaling.Point.of(name) for name in points]
+    models = " ".join(dict.fromkeys(point.model for point in timed))
+    gpus = " ".join(map(str, sorted({point.n for point in timed})))
+    command = f"python -m benchmarks.scaling --models {models} --gpus {gpus} --json {record}"
+    return block(about, command, markdown.table(*scaling.table(points)))
 
 
 def n_state() -> str:

@@ -35,6 +35,8 @@ from experiments.harness.run_directory import commit, versions
 from pallas_kernels import target
 
 UNTIMED_STEPS = 2
+REPEATS = 30
+"""Steps timed by default: an H200's swing by up to 5 % and settle within about 15."""
 PROFILED_STEPS = 3
 """Steps of a profile, the untimed ones included."""
 LISTED_KERNELS = 40
@@ -106,7 +108,7 @@ class BenchmarkConfig:
     """With --grid, leave out the points that the file of --json has, but for those that failed."""
     lengths: tuple[int, ...] = ()
     """With --grid, only these lengths."""
-    repeats: int = 10
+    repeats: int = REPEATS
     """Steps timed, after two that are not."""
     profile: bool = False
     """Also say which part of the step takes how long, on a GPU, from a profile of 3 more steps."""

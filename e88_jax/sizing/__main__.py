@@ -48,7 +48,7 @@ def _parse_config(assignments: Sequence[str]) -> LMConfig:
 
 _FOR_SOLVE = ("depth", "n_state", "gate", "rows")
 _FOR_A_BUDGET = (*_FOR_SOLVE, "vocab_size", "compare")
-_FOR_A_MODEL = ("gpu", "batch_size", "seq_len")
+_FOR_A_MODEL = ("gpu", "batch_size", "seq_len", "fsdp")
 
 
 def _refuse_what_is_not_read(options: argparse.Namespace) -> None:
@@ -67,6 +67,8 @@ def _refuse_what_is_not_read(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} does not go with {asked}.")
     if options.measure and not options.compare:
         raise ValueError("--measure goes with --compare only.")
+    if options.measure and options.fsdp != 1:
+        raise ValueError("--measure times on one GPU, so it does not go with --fsdp.")
 
 
 def _parse_value(name: str, text: str, kind: Any) -> Any:
@@ -116,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seq-len", type=int, default=2048, help="tokens of each, for memory and timing (2048)"
     )
+    parser.add_argument(
+        "--fsdp",
+        type=int,
+        default=1,
+        help="GPUs that sequences, weights and optimizer state are divided over, for the memory of "
+        "one (1)",
+    )
     parser.add_argument("--rows", type=int, default=8, help="most configurations printed (8)")
     parser.add_argument(
         "--check",
@@ -149,7 +158,7 @@ def run(options: argparse.Namespace) -> str:
     if sum([options.params is not None, options.check is not None, options.presets]) != 1:
         raise ValueError("give a budget such as 500M, or --check, or --presets.")
     _refuse_what_is_not_read(options)
-    for name in ("batch_size", "seq_len", "rows"):
+    for name in ("batch_size", "seq_len", "fsdp", "rows"):
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be at least 1, got {getattr(options, name)}.")
@@ -171,8 +180,8 @@ def run(options: argparse.Namespace) -> str:
             gate=options.gate,
         )
         configs = [solution.config for solution in found[: options.rows]]
-    batch, length = options.batch_size, options.seq_len
-    rows = [report.describe(config, gpu, batch, length) for config in configs]
+    batch, length, fsdp = options.batch_size, options.seq_len, options.fsdp
+    rows = [report.describe(config, gpu, batch, length, fsdp) for config in configs]
     if options.json:
         return json.dumps({"gpu": gpu and gpu.key, "configurations": rows}, indent=2)
     text = report.configurations_text(rows)
@@ -186,7 +195,7 @@ def _compare(options: argparse.Namespace, gpu: hardware.GPU | None) -> str:
     batch, length = options.batch_size, options.seq_len
     params, measured_on = parse_params(options.params), None
     matches = compare(params, gpu=gpu, vocab_size=options.vocab_size)
-    rows = report.comparison(matches, gpu, batch, length)
+    rows = report.comparison(matches, gpu, batch, length, options.fsdp)
     if options.measure:
         from e88_jax.sizing import measure  # imports JAX
 
@@ -205,6 +214,8 @@ def _compare(options: argparse.Namespace, gpu: hardware.GPU | None) -> str:
 
 def _about(gpu: hardware.GPU | None, options: argparse.Namespace) -> str:
     memory = f"training GB: batch {options.batch_size}, length {options.seq_len}, bfloat16, AdamW"
+    if options.fsdp > 1:
+        memory += f", of each of {options.fsdp} GPUs (--mesh fsdp={options.fsdp})"
     if gpu is None:
         return f"No GPU given. {memory}."
     how = gpu.how_n_state_is_known

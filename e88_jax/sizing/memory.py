@@ -76,6 +76,20 @@ class TrainingMemory:
         return self.parameters + self.optimizer + kept + self.working
 
 
+def require_step(batch: int, length: int, fsdp: int) -> tuple[int, int, int]:
+    """Sequences of a step, tokens of each and GPUs, as plain integers.
+
+    Raises:
+        TypeError: one is no integer.
+        ValueError: one is below 1, or the batch does not divide.
+    """
+    batch, length = require_int("batch", batch), require_int("length", length)
+    fsdp = require_int("fsdp", fsdp)
+    if batch % fsdp:
+        raise ValueError(f"a batch of {batch} does not divide over {fsdp} GPUs.")
+    return batch, length, fsdp
+
+
 def training_memory(
     config: LMConfig,
     batch: int,
@@ -84,6 +98,7 @@ def training_memory(
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     implementation: Implementation | Callable[[MixerConfig], Implementation] = "mosaic_gpu",
     moments: int = 2,
+    fsdp: int = 1,
 ) -> TrainingMemory:
     """An estimate of the memory of one training step on a GPU.
 
@@ -105,14 +120,18 @@ def training_memory(
             mixer lacks "mosaic_gpu", or its sizes are not for it, "chunked" is counted, and where
             it lacks that, "scan".
         moments: numbers that the optimizer keeps for each parameter: 2 for AdamW.
+        fsdp: GPUs that sequences, weights and optimizer state are divided over (`--mesh fsdp=4`);
+            the bytes are those of one of them.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a batch or length below 1, moments below 0, an unknown dtype or implementation,
-            or a mixer whose configuration has no `activations`.
+        ValueError: a batch, length or fsdp below 1, a batch that fsdp does not divide, moments
+            below 0, an unknown dtype or implementation, or a mixer whose configuration has no
+            `activations`.
     """
     require_instance("config", config, LMConfig)
-    batch, length = require_int("batch", batch), require_int("length", length)
+    batch, length, fsdp = require_step(batch, length, fsdp)
+    batch //= fsdp
     moments = require_int("moments", moments, minimum=0)
     narrow, tokens, n_params = _bytes_of(dtype), batch * length, config.count_params()
     remat, n_chunks = config.execution.remat, config.execution.time_chunks
@@ -138,15 +157,17 @@ def training_memory(
             kept += tokens * (_FLOAT * config.dim + matmuls)
             recomputed = tokens * (layer.matmuls + layer.others - matmuls) + states
         working = max(working, recomputed + tokens * layer.working)
-    # The weights once more, a layer's for each chunk: cast to bfloat16, or joined in float32.
-    copies = narrow * (n_params + in_chunks) if remat == "none" else 0
+    # The weights once more, a layer's for each chunk: cast to bfloat16, or joined in float32. Where
+    # they were gathered, they are kept.
+    copies = narrow * (n_params + in_chunks) if remat == "none" or fsdp > 1 else 0
     between_chunks = (n_chunks - 1) * batch * state_bytes(config)
+    of_device = -(-n_params // fsdp)
     working += tokens * (3 * narrow + _FLOAT) * config.dim
     working += 2 * _FLOAT * tokens * config.vocab_size
     return TrainingMemory(
-        parameters=_FLOAT * n_params,
-        optimizer=_FLOAT * moments * n_params,
-        gradients=narrow * (n_params + in_chunks),
+        parameters=_FLOAT * of_device,
+        optimizer=_FLOAT * moments * of_device,
+        gradients=narrow * (of_device + in_chunks),
         activations=copies + kept + between_chunks,
         saved_states=saved_states,
         working=working,

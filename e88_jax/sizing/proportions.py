@@ -10,9 +10,11 @@ from e88_jax.config import LMConfig
 from e88_jax.hardware import GPU, require_gpu
 from e88_jax.mixers.base import Remat
 from e88_jax.sizing.guide import d_inner_of, e88_layer
-from e88_jax.sizing.memory import implementation_on, training_memory
+from e88_jax.sizing.memory import implementation_on, require_step, training_memory
 from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE, takes_size
 
+GPUS_OF_A_HOST = (2, 4, 8)
+"""Numbers of GPUs that are proposed where one is too small."""
 Band = Literal[
     "severe bottleneck", "mild bottleneck", "balanced", "over-provisioned d_inner", "wasteful"
 ]
@@ -53,7 +55,12 @@ class Finding:
 
 
 def check(
-    config: LMConfig, gpu: GPU | None = None, *, batch: int = 1, length: int = 2048
+    config: LMConfig,
+    gpu: GPU | None = None,
+    *,
+    batch: int = 1,
+    length: int = 2048,
+    fsdp: int = 1,
 ) -> list[Finding]:
     """Findings by the sizing guide's anti-patterns, the kernels' limits and a GPU's memory.
 
@@ -61,16 +68,20 @@ def check(
         config: the model.
         gpu: to train it on; None for what holds on any.
         batch, length: sequences of a step and tokens of each, for the memory.
+        fsdp: GPUs of a step, as of `training_memory`.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a batch or length below 1, or a model of other layers than equal E88 layers.
+        ValueError: a batch, length or fsdp below 1, a batch that fsdp does not divide, or a model
+            of other layers than equal E88 layers.
     """
     e88_layer(config)
     require_gpu(gpu)
-    batch, length = require_int("batch", batch), require_int("length", length)
+    batch, length, fsdp = require_step(batch, length, fsdp)
     findings = _proportions(config)
-    return findings if gpu is None else findings + _limits(config, gpu, batch, length)
+    if gpu is None:
+        return findings
+    return findings + _limits(config, gpu) + _memory(config, gpu, batch, length, fsdp)
 
 
 def _proportions(config: LMConfig) -> list[Finding]:
@@ -87,7 +98,7 @@ def _proportions(config: LMConfig) -> list[Finding]:
     return [Finding(problem, f"take {heads} heads, or a dim near {d_inner}")]
 
 
-def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding]:
+def _limits(config: LMConfig, gpu: GPU) -> list[Finding]:
     layer = e88_layer(config)
     findings: list[Finding] = []
     if not gpu.has_kernels:
@@ -102,27 +113,40 @@ def _limits(config: LMConfig, gpu: GPU, batch: int, length: int) -> list[Finding
                         f"take a multiple of {SIZE_MULTIPLE} up to {MAX_SIZE}",
                     )
                 )
+    return findings
 
+
+def _memory(config: LMConfig, gpu: GPU, batch: int, length: int, fsdp: int) -> list[Finding]:
+    if config.dim % fsdp:
+        problem = f"dim {config.dim} does not divide over {fsdp} GPUs"
+        return [Finding(problem, f"take a multiple of {fsdp}")]
     implementation = functools.partial(implementation_on, gpu)
 
-    def needed_gb(remat: Remat) -> float:
+    def needed_gb(remat: Remat, n: int) -> float:
         execution = dataclasses.replace(config.execution, remat=remat)
         model = dataclasses.replace(config, execution=execution)
-        return training_memory(model, batch, length, implementation=implementation).total / 1e9
+        memory = training_memory(model, batch, length, implementation=implementation, fsdp=n)
+        return memory.total / 1e9
 
-    needed = needed_gb(config.execution.remat)
-    if needed > gpu.memory_GB:
-        remedy = "take fewer sequences, shorter ones or a smaller model"
-        choices: tuple[Remat, ...] = ("recurrence", "layer")
-        for remat in choices:
-            if needed_gb(remat) <= gpu.memory_GB:
-                remedy += f", or remat {remat!r}, which takes {needed_gb(remat):.0f} GB"
-                break
-        findings.append(
-            Finding(
-                f"training takes about {needed:.0f} GB at batch {batch} and length {length}, of "
-                f"{gpu.memory_GB} GB",
-                remedy,
-            )
-        )
-    return findings
+    own = config.execution.remat
+    needed = needed_gb(own, fsdp)
+    if needed <= gpu.memory_GB:
+        return []
+    choices: tuple[Remat, ...] = ("recurrence", "layer")
+    ways = [(remat, fsdp) for remat in choices]
+    for n in GPUS_OF_A_HOST:
+        if n > fsdp and batch % n == 0 and config.dim % n == 0:
+            ways += [(remat, n) for remat in (own, *choices)]
+    remedy = "take fewer sequences, shorter ones or a smaller model"
+    for remat, n in ways:
+        if (less := needed_gb(remat, n)) <= gpu.memory_GB:
+            how = [f"remat {remat!r}"] if remat != own else []
+            how += [f"--mesh fsdp={n}"] if n != fsdp else []
+            remedy += f", or {' and '.join(how)}, which takes {less:.0f} GB{_of_each(n)}"
+            break
+    problem = f"training takes about {needed:.0f} GB{_of_each(fsdp)} at batch {batch} and length "
+    return [Finding(f"{problem}{length}, of {gpu.memory_GB} GB", remedy)]
+
+
+def _of_each(gpus: int) -> str:
+    return "" if gpus == 1 else f" of each of {gpus} GPUs"

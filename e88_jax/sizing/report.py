@@ -15,12 +15,14 @@ from e88_jax.sizing.proportions import balance, check
 Row = dict[str, Any]
 
 
-def describe(config: LMConfig, gpu: hardware.GPU | None, batch: int, length: int) -> Row:
+def describe(
+    config: LMConfig, gpu: hardware.GPU | None, batch: int, length: int, fsdp: int = 1
+) -> Row:
     """Numbers of a model of E88 layers, for JSON."""
     layer = e88_layer(config)
-    memory = training_memory(
-        config, batch, length, implementation=functools.partial(implementation_on, gpu)
-    )
+    implementation = functools.partial(implementation_on, gpu)
+    memory = training_memory(config, batch, length, implementation=implementation, fsdp=fsdp)
+    findings = check(config, gpu, batch=batch, length=length, fsdp=fsdp)
     return {
         "dim": config.dim,
         "n_heads": layer.n_heads,
@@ -35,7 +37,7 @@ def describe(config: LMConfig, gpu: hardware.GPU | None, batch: int, length: int
         "dim_over_d_inner": round(config.dim / d_inner_of(config), 3),
         "balance": balance(config.dim, d_inner_of(config)),
         "training_bytes": memory.total,
-        "findings": [str(x) for x in check(config, gpu, batch=batch, length=length)],
+        "findings": [str(x) for x in findings],
     }
 
 
@@ -133,7 +135,7 @@ def baseline_states() -> list[str]:
 
 
 def comparison(
-    matches: Sequence[Match], gpu: hardware.GPU | None, batch: int, length: int
+    matches: Sequence[Match], gpu: hardware.GPU | None, batch: int, length: int, fsdp: int = 1
 ) -> list[Row]:
     """Numbers of models of one budget, E88 first, for JSON."""
     e88_state = matches[0].state(length)
@@ -141,7 +143,7 @@ def comparison(
     for match in matches:
         config, flops = match.config, match.config.flops_per_token()
         memory, plain = (
-            training_memory(config, batch, length, implementation=implementation).total
+            training_memory(config, batch, length, implementation=implementation, fsdp=fsdp).total
             for implementation in (functools.partial(implementation_on, gpu), "chunked")
         )
         rows.append(

@@ -96,6 +96,12 @@ def test_memory_beside_the_estimate_if_there_is_one() -> None:
     estimate = training_memory(preset, 2, 512).total / 1e9
     said = plan.memory_line(preset, 2, 512, planned=3_210_000_000)
     assert said == f"memory: 3.21 GB; e88_jax.sizing says {estimate:.2f}"
+    of_one = training_memory(preset, 4, 512, fsdp=2).total / 1e9
+    said = plan.memory_line(preset, 8, 512, planned=3_210_000_000, mesh="data=2,fsdp=2")
+    on_each = "memory: 3.21 GB on each device of"
+    assert said == f"{on_each} data=2,fsdp=2; e88_jax.sizing says {of_one:.2f}"
+    said = plan.memory_line(preset, 2, 512, planned=3_210_000_000, mesh="heads=2")
+    assert said == f"{on_each} heads=2"
     hybrid = LMConfig(dim=16, depth=4, layers=(*preset.layers, ToyConfig(width=5)))
     said = plan.memory_line(plan.on_a_gpu(hybrid), 2, 512, planned=3_210_000_000)
     assert said.startswith("memory: 3.21 GB; training memory is estimated for ")

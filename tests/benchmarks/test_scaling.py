@@ -130,6 +130,12 @@ def test_models_that_need_more_gpus_are_left_out(
     assert [args[args.index("--mesh") + 1] for args in timed] == ["data=1"] * 3
 
 
+def test_chosen_axes(timed: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    scaling.main(["--models", "500M", "7B", "--axes", "data", "--gpus", "1", "4"])
+    assert "left out: 7B is not timed along data." in capsys.readouterr().err
+    assert [args[args.index("--mesh") + 1] for args in timed] == ["data=1", "data=4"]
+
+
 def test_another_programs_points(timed: list[list[str]], tmp_path: Path) -> None:
     path = tmp_path / "grid.json"
     path.write_text('{"points": {"--preset h72n32-500m": {}}}')
@@ -142,9 +148,11 @@ def test_another_programs_points(timed: list[list[str]], tmp_path: Path) -> None
     ("flags", "sentence"),
     [
         ("--gpus 8", "--gpus asks for 8, and 4 are here"),
-        ("--models 7B --gpus 1", "no model fits on 1: 7B needs 2 GPUs"),
-        ("--models 7B --gpus 3", "no model fits on 3: 7B needs 2 GPUs or more, which divide it"),
+        ("--models 7B --gpus 1", "no point on 1 GPUs: 7B needs 2 GPUs"),
+        ("--models 7B --gpus 3", "no point on 3 GPUs: 7B needs 2 GPUs or more, which divide it"),
         ("--models 6B", "--models are 500M, 1B, 3B, 7B, got 6B"),
+        ("--axes rows", "--axes are data, fsdp, heads, got rows"),
+        ("--models 7B --axes data", "no point on 1, 2, 4 GPUs: 7B is not timed along data"),
         ("--missing", "--missing is for --json"),
         ("--repeats 0", "--repeats must be at least 1, got 0"),
         ("--plot no/such/file", "no/such/file cannot be written"),

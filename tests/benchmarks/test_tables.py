@@ -81,7 +81,7 @@ def test_provenance_says_what_the_file_has():
 
 
 def test_a_table_of_each_commit_and_points_that_failed(monkeypatch: pytest.MonkeyPatch):
-    points = tables.read(tables.SCALING)["points"]
+    points = tables.read(tables.SCALING[0])["points"]
     name, numbers = next(x for x in points.items() if ", data=1" in x[0])
     earlier = {**numbers, "commit": "abc"}
     record = {
@@ -90,6 +90,7 @@ def test_a_table_of_each_commit_and_points_that_failed(monkeypatch: pytest.Monke
         "3B, 4 x 2048 a GPU, data=1": earlier,
     }
     monkeypatch.setattr(tables, "read", lambda _: {"points": record})
+    monkeypatch.setattr(tables, "SCALING", ("one.json",))
     first, second = tables.over_gpus().split("\n\nNVIDIA")
     model = name.partition(",")[0]
     assert f"--models {model} 7B --gpus 1 4 " in first

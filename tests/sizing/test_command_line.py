@@ -49,6 +49,21 @@ def test_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
         assert abs(count / 500e6 - 1) <= 0.01
 
 
+def test_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    budget = ["7B", "--gpu", "h100", "--n-state", "32", "--rows", "1", "--batch-size", "16"]
+    one, four = (answer(capsys, *budget, *more) for more in ([], ["--fsdp", "4"]))
+    assert "bfloat16, AdamW, of each of 4 GPUs (--mesh fsdp=4)." in four
+    assert "GB of each of 4 GPUs at batch 16" in four
+    assert "and --mesh fsdp=" in one
+    (row,) = json.loads(answer(capsys, *budget, "--fsdp", "4", "--json"))["configurations"]
+    (alone,) = json.loads(answer(capsys, *budget, "--json"))["configurations"]
+    assert row["training_bytes"] < alone["training_bytes"] / 2
+    options = "500M", "--compare", "--gpu", "h100", "--json"
+    whole, part = (json.loads(answer(capsys, *options, *x)) for x in ((), ("--fsdp", "2")))
+    for model, divided in zip(whole["models"], part["models"], strict=True):
+        assert 0.45 < divided["training_bytes"] / model["training_bytes"] < 0.65
+
+
 def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(answer(capsys, *BUDGET, "--json", "--depth", "20", "--n-state", "32"))
     assert found["gpu"] == "h100"
@@ -172,6 +187,10 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
         (["--check", "dim=8", "n_heads=1", "depth=1", "--gate", "none"], ["--gate", "--check"]),
         (["--presets", "--gpu", "h100"], ["--gpu does not go with --presets"]),
         (["--presets", "--rows", "3"], ["--rows does not go with --presets"]),
+        (["--presets", "--fsdp", "2"], ["--fsdp does not go with --presets"]),
+        (["500M", "--fsdp", "0"], ["--fsdp must be at least 1, got 0"]),
+        (["500M", "--gpu", "h100", "--fsdp", "3"], ["a batch of 8 does not divide over 3 GPUs"]),
+        (["500M", "--compare", "--measure", "--fsdp", "2"], ["--measure times on one GPU"]),
         (["0"], ["1M to 10B", "0"]),
         (["nan"], ["500M", "'nan'"]),
         (["1e400"], ["500M", "'1e400'"]),

@@ -21,6 +21,7 @@ from e88_jax.sizing import (
     training_memory,
 )
 from e88_jax.sizing.memory import implementation_on
+from experiments.harness.mesh_sizes import parse_mesh
 from tests.reference.configs import lm_config
 from tests.reference.toy_mixer import ToyConfig
 
@@ -32,14 +33,18 @@ PLANS = json.loads((Path(__file__).parent / "training_memory_h100.json").read_te
 def name_of(plan: dict[str, Any]) -> str:
     options = {**plan["layer"], **plan["model"], **plan["execution"]}
     changed = " ".join(f"{name}={value}" for name, value in options.items())
-    return f"{plan['preset']} x{plan['depth']} {plan['batch']}x{plan['length']} {changed}"
+    size = f"x{plan['depth']} {plan['batch']}x{plan['length']} {plan['mesh']}"
+    return f"{plan['preset']} {size} {changed}"
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=name_of)
 def test_training_memory_is_what_xla_plans_for_an_h100(plan: dict[str, Any]) -> None:
     options = plan["execution"].items()
     of_call = {name: x for name, x in options if name in ("dtype", "implementation")}
-    estimate = training_memory(model_of(plan), plan["batch"], plan["length"], **of_call)
+    mesh = parse_mesh(plan["mesh"], plan["batch"])
+    assert mesh is not None
+    rows = plan["batch"] // mesh.data
+    estimate = training_memory(model_of(plan), rows, plan["length"], fsdp=mesh.fsdp, **of_call)
     assert 0.88 < estimate.total / plan["bytes"] < 1.12
 
 
@@ -51,7 +56,33 @@ def test_what_does_not_fit_is_told_how_it_would() -> None:
     assert "fewer sequences" in finding.change
     assert "or remat 'recurrence', which takes" in finding.change
     (finding,) = [x for x in check(config, gpu, batch=1024) if "GB" in x.problem]
-    assert "remat" not in finding.change
+    assert finding.change == "take fewer sequences, shorter ones or a smaller model"
+
+
+def test_what_does_not_fit_on_one_gpu_is_told_on_how_many_it_would() -> None:
+    e88 = E88Config(n_heads=170, n_state=32)
+    config, gpu = LMConfig(dim=5440, depth=47, layers=(e88,)), find_gpu("h100")
+    way = "or remat 'layer' and --mesh fsdp=2, which takes 66 GB of each of 2 GPUs"
+    (finding,) = check(config, gpu, batch=8)
+    assert finding.change.endswith(way)
+    (finding,) = check(config, gpu, batch=16, fsdp=4)
+    assert finding.problem.startswith("training takes about 107 GB of each of 4 GPUs at batch 16")
+    assert finding.change.endswith("or remat 'recurrence', which takes 62 GB of each of 4 GPUs")
+    assert not check(config, gpu, batch=8, fsdp=8)
+    (finding,) = check(config, gpu, batch=3)  # over 2, 4 and 8 GPUs it does not divide
+    assert "GPUs" not in finding.change
+    (finding,) = check(config, gpu, batch=3, fsdp=3)
+    assert str(finding) == "dim 5440 does not divide over 3 GPUs: take a multiple of 3."
+
+
+def test_a_batch_that_does_not_divide() -> None:
+    config = PRESETS["h96n32-1b"].config
+    with pytest.raises(ValueError, match="a batch of 8 does not divide over 3 GPUs"):
+        training_memory(config, 8, 2048, fsdp=3)
+    with pytest.raises(ValueError, match="a batch of 8 does not divide over 3 GPUs"):
+        check(config, batch=8, fsdp=3)
+    with pytest.raises(ValueError, match="fsdp must be at least 1, got 0"):
+        training_memory(config, 8, 2048, fsdp=0)
 
 
 def test_saved_states() -> None:
