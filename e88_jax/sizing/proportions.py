@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 from e88_jax.checks import require_int
 from e88_jax.config import LMConfig
@@ -132,13 +133,9 @@ def _memory(config: LMConfig, gpu: GPU, batch: int, length: int, fsdp: int) -> l
     needed = needed_gb(own, fsdp)
     if needed <= gpu.memory_GB:
         return []
-    choices: tuple[Remat, ...] = ("recurrence", "layer")
-    ways = [(remat, fsdp) for remat in choices]
-    for n in GPUS_OF_A_HOST:
-        if n > fsdp and batch % n == 0 and config.dim % n == 0:
-            ways += [(remat, n) for remat in (own, *choices)]
+    over = [n for n in GPUS_OF_A_HOST if n > fsdp and batch % n == 0 and config.dim % n == 0]
     remedy = "take fewer sequences, shorter ones or a smaller model"
-    for remat, n in ways:
+    for n, remat in itertools.product((fsdp, *over), get_args(Remat)):
         if (less := needed_gb(remat, n)) <= gpu.memory_GB:
             how = [f"remat {remat!r}"] if remat != own else []
             how += [f"--mesh fsdp={n}"] if n != fsdp else []
