@@ -107,10 +107,10 @@ def test_a_model_of_several_mixers() -> None:
     assert kinds == [E88Mixer, ToyMixer, E88Mixer]
     assert n_params(built) == config.count_params()
     tokens = jnp.asarray([[1, 2, 3, 4]])
-    logits, state = built(tokens)
-    decoder, carried = built.for_inference(), built.init_state(1)
+    logits, state = jax.jit(built)(tokens)
+    decode, carried = jax.jit(built.for_inference()), built.init_state(1)
     for t in range(4):
-        each, carried = decoder(tokens[:, t : t + 1], carried)
+        each, carried = decode(tokens[:, t : t + 1], carried)
         np.testing.assert_allclose(each[:, 0], logits[:, t], rtol=1e-4, atol=1e-5)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), carried, state

@@ -74,7 +74,7 @@ def test_many_tokens(options: dict[str, Any], calls: list[str]) -> None:
             y, state = nnx.merge(graphdef, params)(x)
             return jnp.sum(y * d_y), (y, state)
 
-        results.append(jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x))
+        results.append(jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x))
     check(*results)
     assert calls == ["activate"] * (not options.get("tie_kv"))
 
@@ -84,8 +84,8 @@ def test_a_token(options: dict[str, Any], calls: list[str]) -> None:
     """From a state, by the layer for inference; the reference is the layer as it is trained."""
     mixer, reference = build(options).for_inference(), build(options, "scan")
     x = numbers(2, 8, 10)
-    _, state = reference(x[:, :7])
-    check(mixer(x[:, 7:], state), reference(x[:, 7:], state))
+    _, state = jax.jit(reference)(x[:, :7])
+    check(jax.jit(mixer)(x[:, 7:], state), jax.jit(reference)(x[:, 7:], state))
     beyond_it = {"tie_kv", "conv_size", "value_residual", "output_norm"} & options.keys()
     has_kernel = not beyond_it and options.get("head_mix", "concat") == "concat"
     assert calls == ["decode_layer"] * has_kernel

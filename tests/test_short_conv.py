@@ -43,7 +43,7 @@ def test_against_numpy(size: int, time: int, packed: bool, x64: None) -> None:
     expected = numpy_layer.short_conv(
         torch_weight(conv), flat(x), flat(past), ids if packed else None
     )
-    y, state = conv(x, past, jnp.asarray(ids) if packed else None)
+    y, state = jax.jit(conv)(x, past, jnp.asarray(ids) if packed else None)
     assert y.shape == x.shape
     assert rms_ratio(flat(y), expected[0]) < 1e-12
     np.testing.assert_array_equal(flat(state), expected[1])
@@ -107,8 +107,8 @@ def test_the_gradient_on_a_gpu_is_that_of_the_convolution(
             return jnp.sum(y * weigh) + jnp.sum(state**2)
 
         with target.use(target.H100):
-            written_out = jax.grad(loss, argnums=(0, 1, 2))(params, x, past)
-        derived = jax.grad(loss, argnums=(0, 1, 2))(params, x, past)
+            written_out = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, x, past)
+        derived = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, x, past)
         chex.assert_trees_all_close(written_out, derived, rtol=1e-12)
 
 

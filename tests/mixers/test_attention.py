@@ -246,7 +246,8 @@ def test_errors_of_sizes_and_states() -> None:
     with pytest.raises(TypeError, match=r"context must be an integer.* got 2\.5"):
         full.init_state(3, context=2.5)  # pyright: ignore[reportArgumentType]
     for context in (1, 3, 100):
-        assert full(x, full.init_state(2, context))[1].keys.shape[1] == context
+        _, state = jax.eval_shape(full, x, full.init_state(2, context))
+        assert state.keys.shape[1] == context
     assert windowed.init_state(2, context=3).keys.shape == (2, 5, 6, 4)
     good = full.init_state(2, 7)
     wrong: list[tuple[AttentionMixer, Any, str]] = [
@@ -280,10 +281,10 @@ def test_a_model_with_one_layer_of_attention() -> None:
         model.init_state(2)
     assert model.needs_context
     state = model.init_state(2, context=12)
-    whole, _ = model(tokens)
-    parts = []
+    whole, _ = jax.jit(model)(tokens)
+    parts, step = [], jax.jit(model)
     for t in range(9):
-        logits, state = model(tokens[:, t : t + 1], state)
+        logits, state = step(tokens[:, t : t + 1], state)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(
@@ -360,27 +361,28 @@ class TestCuDNN:
         with target.use(target.H100):
             for implementation in (None, "mosaic_gpu"):
                 mixer = self.mixer(config, implementation=implementation)
-                mixer(x)
-                mixer(x[:, :4], lengths=lengths - 3)
-                mixer(x[:, :2])
+                jax.eval_shape(mixer, x)
+                jax.eval_shape(mixer, x[:, :4], lengths=lengths - 3)
+                jax.eval_shape(mixer, x[:, :2])
                 asked = [4, None, None]  # the window, if it is shorter than the call
                 assert [c for c in calls if not isinstance(c, str)] == asked
                 assert {c for c in calls if isinstance(c, str)} == {
                     "XLA computes attention: the kernel is not here"
                 }
                 calls.clear()
-            _, state = self.mixer(config)(x)
+            _, state = jax.eval_shape(self.mixer(config), x)
             calls.clear()
             for implementation in ("scan", "chunked"):
-                self.mixer(config, implementation=implementation)(x)
-            self.mixer(config, dtype="float32")(x)
+                jax.eval_shape(self.mixer(config, implementation=implementation), x)
+            jax.eval_shape(self.mixer(config, dtype="float32"), x)
             mixer = self.mixer(config)
-            mixer(x, state)
-            mixer(x, None, jnp.asarray(IDS[:, :7]))
-            mixer(x[:, :1])
+            jax.eval_shape(mixer, x, state)
+            jax.eval_shape(mixer, x, None, jnp.asarray(IDS[:, :7]))
+            jax.eval_shape(mixer, x[:, :1])
             assert calls == []
-            self.mixer(AttentionConfig(n_heads=2, head_dim=12))(x)
-            self.mixer(AttentionConfig(n_heads=2, head_dim=136))(x)
+            for head_dim in (12, 136):
+                mixer = self.mixer(AttentionConfig(n_heads=2, head_dim=head_dim))
+                jax.eval_shape(mixer, x)
             message = "XLA computes attention: the kernel needs a head_dim that is a multiple of 8 "
             assert calls == [f"{message}and at most 128, got {n}" for n in (12, 136)]
             calls.clear()

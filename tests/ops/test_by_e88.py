@@ -15,7 +15,7 @@ from e88_jax.ops import by_e88, gated_delta_rule, hopper
 from e88_jax.ops.sequential import sequential
 from e88_jax.reference import scan_recurrence
 from pallas_kernels import target
-from tests.ops.inputs import GATED_DELTA_RULE, Size, Tensors, make_call, tensors
+from tests.ops.inputs import GATED_DELTA_RULE, Size, Tensors, make_call, quick_jit, tensors
 from tests.recurrence_calls import assert_tensors_close
 
 BOUND = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 8e-3}
@@ -34,6 +34,7 @@ def by_scan(*arrays: Array | None) -> tuple[Array, Array]:
 NAMES = "q", "k", "v", "log_decay", "write_gate", "initial_state"
 
 
+@functools.partial(quick_jit, static_argnums=0)
 def results(
     function: Callable[..., tuple[Array, Array]], arrays: Tensors, cotangents: tuple[Array, Array]
 ) -> Tensors:

@@ -1,5 +1,6 @@
 """The training step: accumulation, clipping, skipping, carried state; optimizers; evaluation."""
 
+import functools
 from typing import Any
 
 import chex
@@ -22,7 +23,7 @@ from experiments.harness.step import (
     make_train_step,
     mean_loss,
 )
-from experiments.tasks.base import Metric
+from experiments.tasks.base import Batch, Metric
 from experiments.tasks.bytes import BITS_PER_BYTE
 from tests.experiments.harness.steps import CONFIG, batch_of, for_rows, plain, windows_of
 
@@ -41,7 +42,13 @@ def model() -> LanguageModel:
 
 def loss_of(model: LanguageModel, windows: np.ndarray, state: LMState | None = None) -> Any:
     """Loss of windows `[rows, T + 1]`, and the state at their end."""
-    loss, (_, state) = mean_loss(model, batch_of(windows), state)
+    graphdef, params = nnx.split(model)
+    return _loss_of(graphdef, params, batch_of(windows), state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_of(graphdef: Any, params: Any, batch: Batch, state: LMState | None) -> Any:
+    loss, (_, state) = mean_loss(nnx.merge(graphdef, params), batch, state)
     return loss, state
 
 

@@ -90,7 +90,7 @@ def test_reading_in_windows_equals_reading_at_once(name: str) -> None:
     graphdef, params = nnx.split(whole)
     task = Counter(modulus=3)
     drawn = sampler(task, 16, 20)(held_out_key(0))
-    logits, _ = whole(drawn.inputs)
+    logits, _ = jax.jit(whole)(drawn.inputs)
     expected = np.mean(np.argmax(logits, axis=-1) == drawn.targets)
     lanes = jax.tree.map(lambda x: jnp.stack([x, 0 * x]), params)
     readings = [Reading(task=task, length=n) for n in (4, 20, 8)]  # 20 is two windows and 4
