@@ -84,9 +84,9 @@ class ScalingConfig:
     and compare with one GPU: each GPU with as many rows along data and fsdp, all with the same row
     and a part of the heads along heads. Each point is a process of its own.
 
-    Efficiency is the tokens/s of a GPU over those of the same model on one GPU, which must be of
-    the same kind, versions and commit: a file holds the points of one machine. A model that one GPU
-    cannot hold has none.
+    Efficiency is the tokens/s of a GPU over those of the same model on one GPU without chunks of
+    time, which must be of the same kind, versions and commit: a file holds the points of one
+    machine. A model that one GPU cannot hold has none.
     """
 
     models: tuple[str, ...] = tuple(MODELS)
@@ -148,6 +148,11 @@ class Point(NamedTuple):
     def on_one_gpu(self) -> "Point":
         """The same on one GPU."""
         return self._replace(axis="data", n=1)
+
+    @property
+    def base(self) -> "Point":
+        """The point that it is compared with: on one GPU, without chunks."""
+        return self.on_one_gpu._replace(time_chunks=1)
 
     @classmethod
     def of(cls, name: str) -> "Point":
@@ -230,11 +235,12 @@ def flags_of(point: Point, repeats: int) -> list[str]:
 
 
 def efficiencies(points: Mapping[str, Any]) -> dict[Point, float]:
-    """Tokens/s of a GPU over those of one GPU, of the points that can be compared."""
+    """Tokens/s of a GPU over those of one GPU without chunks, of the points that can be
+    compared."""
     timed = {Point.of(name): numbers for name, numbers in points.items() if "error" not in numbers}
     found: dict[Point, float] = {}
     for point, numbers in timed.items():
-        alone = timed.get(point.on_one_gpu)
+        alone = timed.get(point.base)
         if alone is not None and _how(alone) == _how(numbers):
             rate = numbers["tokens_per_second"] / point.n
             found[point] = rate / alone["tokens_per_second"]
@@ -281,36 +287,54 @@ def table(points: Mapping[str, Any]) -> markdown.Table:
     return header, rows
 
 
-def lines_of(points: Mapping[str, Any]) -> dict[str, dict[int, float]]:
-    """Efficiency by number of GPUs, for each model and axis that was timed on several."""
+def lines_of(points: Mapping[str, Any], axes: Sequence[str]) -> dict[str, dict[int, float]]:
+    """Efficiency by number of GPUs, for each model and axis of these that was timed on several."""
+    compared = efficiencies(points)
     lines: dict[str, dict[int, float]] = {}
-    for point, efficiency in efficiencies(points).items():
-        if point.n > 1:
-            label = f"{point.model}, {point.batch}, {point.axis}"
-            lines.setdefault(label, {1: 1.0})[point.n] = efficiency
+    for point, efficiency in compared.items():
+        if point.n > 1 and point.axis in axes:
+            line = lines.setdefault(f"{point.model}, {point.batch}, {point.axis}", {})
+            line[point.n] = efficiency
+            if (alone := compared.get(point.on_one_gpu)) is not None:
+                line[1] = alone
     return lines
 
 
 def draw(points: Mapping[str, Any], path: Path) -> None:
-    """Draws `lines_of` points to a PNG, if there are any."""
-    lines = lines_of(points)
-    if not lines:
+    """Draws to a PNG how much of one GPU's speed each GPU has where it has rows of its own, and how
+    many times as fast several are that share a row, if there are such points."""
+    by_rows = lines_of(points, ROWS)
+    of_a_row = {
+        label: {n: n * efficiency for n, efficiency in line.items()}
+        for label, line in lines_of(points, LONG_ROW.axes).items()
+    }
+    panels = [
+        (lines, about)
+        for lines, about in (
+            (by_rows, "tokens/s of a GPU over those of one GPU"),
+            (of_a_row, "tokens/s over those of one GPU without chunks"),
+        )
+        if lines
+    ]
+    if not panels:
         warn(f"{path} is not drawn: no point on several GPUs can be compared with one GPU.")
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for label, values in lines.items():
-        axes.plot(*zip(*sorted(values.items()), strict=True), marker="o", label=label)
-    ticks = sorted({n for values in lines.values() for n in values})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(n) for n in ticks])
-    axes.set_xlabel("GPUs")
-    axes.set_ylabel("tokens/s of a GPU over those of one GPU")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9)
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for axes, (lines, about) in zip(
+        figure.subplots(ncols=len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for label, values in lines.items():
+            axes.plot(*zip(*sorted(values.items()), strict=True), marker="o", label=label)
+        ticks = sorted({n for values in lines.values() for n in values})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.set_xlabel("GPUs")
+        axes.set_ylabel(about)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -75,9 +75,11 @@ def test_points(timed: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFi
     row = next(line for line in lines if line.startswith("| 500M") and "data=4" in line)
     assert "| 16 x 2048 | 3,700 | 0.925 | 40 % | 300 (200 to 400) | 30 (4) | 60 | 20 |" in row
     assert "| 500M | fsdp=4 | 16 x 2048 | out of memory |  |  |  |  |  |  |" in lines
-    assert scaling.lines_of(points) == {
+    assert scaling.lines_of(points, ("data", "fsdp")) == {
         "500M, 16 x 2048, data": pytest.approx({1: 1, 2: 0.95, 4: 0.925}),
         "500M, 16 x 2048, fsdp": pytest.approx({1: 1, 2: 0.95}),
+    }
+    assert scaling.lines_of(points, ("heads",)) == {
         "500M, 1 x 8192, heads": pytest.approx({1: 1, 2: 0.95, 4: 0.925}),
         "500M, 1 x 8192, 2 chunks, heads": pytest.approx({1: 1, 2: 0.95, 4: 0.925}),
     }
@@ -94,6 +96,18 @@ def test_what_is_compared_is_of_one_kind() -> None:
     numbers[str(two)]["commit"] = "def"
     numbers[str(four)]["devices"] = "4 x another GPU"
     assert scaling.efficiencies(numbers) == {one: 1}
+    del numbers[str(one)]
+    assert scaling.efficiencies(numbers) == {}
+
+
+def test_chunks_are_compared_with_one_gpu_without() -> None:
+    one = Point("1B", 1, 8192, "data", 1)
+    chunks, two = one._replace(time_chunks=2), one._replace(axis="heads", n=2, time_chunks=2)
+    numbers = {str(x): _numbers(scaling.flags_of(x, 1)) for x in (one, chunks, two)}
+    numbers[str(chunks)]["tokens_per_second"] = 1100.0
+    assert scaling.efficiencies(numbers) == pytest.approx({one: 1, chunks: 1.1, two: 0.95})
+    (line,) = scaling.lines_of(numbers, ("heads",)).values()
+    assert line == pytest.approx({1: 1.1, 2: 0.95})
     del numbers[str(one)]
     assert scaling.efficiencies(numbers) == {}
 
