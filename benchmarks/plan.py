@@ -147,8 +147,8 @@ def planned_bytes(compiled: Any) -> int:
 def memory_line(
     model: LMConfig, batch: int, length: int, planned: int, mesh: str = "data=1"
 ) -> str:
-    """The bytes of XLA's plan beside the estimate, which not every layer has, nor part of a
-    layer's heads."""
+    """The bytes of XLA's plan beside the estimate, which is left out for mixers without one and for
+    meshes with heads."""
     sizes = parse_mesh(mesh, batch)
     assert sizes is not None
     planned_gb = f"memory: {planned / 1e9:.2f} GB"

@@ -44,7 +44,7 @@ class Model(NamedTuple):
         return min(load.min_gpus for load in self.loads)
 
     def along(self, axes: Sequence[str]) -> "Model":
-        """What is timed of it along these mesh axes."""
+        """The model with only the loads of these mesh axes."""
         loads = [x._replace(axes=tuple(a for a in x.axes if a in axes)) for x in self.loads]
         return self._replace(loads=tuple(load for load in loads if load.axes))
 
@@ -62,7 +62,8 @@ ROWS, LONG_ROW = ("data", "fsdp"), Load(1, 8192, ("heads",), time_chunks=(1, 2))
 MODELS = {
     "500M": Model("--preset h72n32-500m", (Load(16, 2048, ROWS), LONG_ROW)),
     "1B": Model("--preset h96n32-1b", (Load(8, 2048, ROWS), LONG_ROW)),
-    # Models of `python -m e88_jax.sizing 3B --gpu h100`, likewise 7B, of n_state 32.
+    # Models of `python -m e88_jax.sizing 3B --gpu h100`, likewise 7B, of n_state 32. Of 7B 8 x 2048
+    # a GPU needs the memory of an H200.
     "3B": Model(
         "--dim 4416 --n-heads 136 --n-state 32 --depth 31 --remat recurrence",
         (Load(4, 2048, ROWS), LONG_ROW),
@@ -108,6 +109,8 @@ class ScalingConfig:
         require(self, "gpus", "repeats", minimum=1)
         if unknown := [name for name in self.models if name not in MODELS]:
             raise ValueError(f"--models are {', '.join(MODELS)}, got {', '.join(unknown)}.")
+        if not self.axes:
+            raise ValueError(f"--axes needs one of {', '.join(MeshSizes._fields)}.")
         if unknown := [axis for axis in self.axes if axis not in MeshSizes._fields]:
             axes = ", ".join(MeshSizes._fields)
             raise ValueError(f"--axes are {axes}, got {', '.join(unknown)}.")
@@ -204,7 +207,7 @@ def points_of(config: ScalingConfig, n_here: int) -> list[Point]:
     for name in dict.fromkeys(config.models):
         model = MODELS[name].along(config.axes)
         if not model.loads:
-            left_out.append(f"{name} is not timed along {', '.join(config.axes)}")
+            left_out.append(f"{name} is not timed along {' or '.join(config.axes)}")
             continue
         of_model = [
             Point(name, load.rows, load.seq_len, axis, n, chunks)
@@ -219,9 +222,9 @@ def points_of(config: ScalingConfig, n_here: int) -> list[Point]:
             left_out.append(f"{name} needs {model.min_gpus} GPUs or more, which divide it")
         points += of_model
     if not points:
-        raise UsageError(f"no point on {', '.join(map(str, gpus))} GPUs: {', '.join(left_out)}.")
+        raise UsageError(f"no point for --gpus {' '.join(map(str, gpus))}: {'; '.join(left_out)}.")
     if left_out:
-        warn(f"left out: {', '.join(left_out)}.")
+        warn(f"left out: {'; '.join(left_out)}.")
     return points
 
 

@@ -270,7 +270,9 @@ def _points_over_gpus(record: str, about: str, points: dict[str, Any]) -> str:
     timed = [scaling.Point.of(name) for name in points]
     models = " ".join(dict.fromkeys(point.model for point in timed))
     gpus = " ".join(map(str, sorted({point.n for point in timed})))
-    command = f"python -m benchmarks.scaling --models {models} --gpus {gpus} --json {record}"
+    repeats = {x["config"]["repeats"] for x in points.values() if "error" not in x}
+    command = f"python -m benchmarks.scaling --models {models} --gpus {gpus}"
+    command += f" --repeats {' '.join(map(str, sorted(repeats)))} --json {record}"
     return block(about, command, markdown.table(*scaling.table(points)))
 
 

@@ -36,7 +36,7 @@ from pallas_kernels import target
 
 UNTIMED_STEPS = 2
 REPEATS = 30
-"""Steps timed by default: an H200's swing by up to 5 % and settle within about 15."""
+"""Steps timed by default; `docs/distributed.md` says why so many."""
 PROFILED_STEPS = 3
 """Steps of a profile, the untimed ones included."""
 LISTED_KERNELS = 40

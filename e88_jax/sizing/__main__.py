@@ -183,7 +183,8 @@ def run(options: argparse.Namespace) -> str:
     batch, length, fsdp = options.batch_size, options.seq_len, options.fsdp
     rows = [report.describe(config, gpu, batch, length, fsdp) for config in configs]
     if options.json:
-        return json.dumps({"gpu": gpu and gpu.key, "configurations": rows}, indent=2)
+        numbers = {"gpu": gpu and gpu.key, "fsdp": fsdp, "configurations": rows}
+        return json.dumps(numbers, indent=2)
     text = report.configurations_text(rows)
     if options.check is not None and not rows[0]["findings"]:
         text += "\nNothing to change."
@@ -204,7 +205,7 @@ def _compare(options: argparse.Namespace, gpu: hardware.GPU | None) -> str:
             row["tokens_per_second"] = measure.tokens_per_second(match.config, batch, length)
     if options.json:
         numbers = {"budget": params, "gpu": gpu and gpu.key, "measured_on": measured_on}
-        numbers |= {"batch_size": batch, "seq_len": length, "models": rows}
+        numbers |= {"batch_size": batch, "seq_len": length, "fsdp": options.fsdp, "models": rows}
         return json.dumps(numbers, indent=2)
     about = _about(gpu, options)
     if measured_on is not None:
@@ -213,9 +214,10 @@ def _compare(options: argparse.Namespace, gpu: hardware.GPU | None) -> str:
 
 
 def _about(gpu: hardware.GPU | None, options: argparse.Namespace) -> str:
-    memory = f"training GB: batch {options.batch_size}, length {options.seq_len}, bfloat16, AdamW"
-    if options.fsdp > 1:
-        memory += f", of each of {options.fsdp} GPUs (--mesh fsdp={options.fsdp})"
+    fsdp, batch = options.fsdp, f"batch {options.batch_size}"
+    if fsdp > 1:
+        batch = f"of each of {fsdp} GPUs (--mesh fsdp={fsdp}), {batch} over all"
+    memory = f"training GB: {batch}, length {options.seq_len}, bfloat16, AdamW"
     if gpu is None:
         return f"No GPU given. {memory}."
     how = gpu.how_n_state_is_known

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from e88_jax.checks import require_choice, require_instance, require_int
+from e88_jax.checks import require_choice, require_divisor, require_instance, require_int
 from e88_jax.config import LMConfig
 from e88_jax.hardware import GPU
 from e88_jax.mixers.base import (
@@ -76,17 +76,17 @@ class TrainingMemory:
         return self.parameters + self.optimizer + kept + self.working
 
 
-def require_step(batch: int, length: int, fsdp: int) -> tuple[int, int, int]:
+def require_step(config: LMConfig, batch: int, length: int, fsdp: int) -> tuple[int, int, int]:
     """Sequences of a step, tokens of each and GPUs, as plain integers.
 
     Raises:
         TypeError: one is no integer.
-        ValueError: one is below 1, or the batch does not divide.
+        ValueError: one is below 1, or the batch or the model's dim does not divide over the GPUs.
     """
     batch, length = require_int("batch", batch), require_int("length", length)
     fsdp = require_int("fsdp", fsdp)
-    if batch % fsdp:
-        raise ValueError(f"a batch of {batch} does not divide over {fsdp} GPUs.")
+    require_divisor("batch", batch, "fsdp", fsdp)
+    require_divisor("dim", config.dim, "fsdp", fsdp)
     return batch, length, fsdp
 
 
@@ -125,12 +125,12 @@ def training_memory(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a batch, length or fsdp below 1, a batch that fsdp does not divide, moments
-            below 0, an unknown dtype or implementation, or a mixer whose configuration has no
-            `activations`.
+        ValueError: a batch, length or fsdp below 1, a batch or dim that does not divide over fsdp,
+            moments below 0, an unknown dtype or implementation, or a mixer whose configuration has
+            no `activations`.
     """
     require_instance("config", config, LMConfig)
-    batch, length, fsdp = require_step(batch, length, fsdp)
+    batch, length, fsdp = require_step(config, batch, length, fsdp)
     batch //= fsdp
     moments = require_int("moments", moments, minimum=0)
     narrow, tokens, n_params = _bytes_of(dtype), batch * length, config.count_params()
@@ -157,8 +157,8 @@ def training_memory(
             kept += tokens * (_FLOAT * config.dim + matmuls)
             recomputed = tokens * (layer.matmuls + layer.others - matmuls) + states
         working = max(working, recomputed + tokens * layer.working)
-    # The weights once more, a layer's for each chunk: cast to bfloat16, or joined in float32. Where
-    # they were gathered, they are kept.
+    # The weights once more, a layer's for each chunk: cast to bfloat16, or joined in float32.
+    # Weights gathered over `fsdp` are kept also with remat.
     copies = narrow * (n_params + in_chunks) if remat == "none" or fsdp > 1 else 0
     between_chunks = (n_chunks - 1) * batch * state_bytes(config)
     of_device = -(-n_params // fsdp)

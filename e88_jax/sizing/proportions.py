@@ -15,7 +15,8 @@ from e88_jax.sizing.memory import implementation_on, require_step, training_memo
 from pallas_kernels.limits import MAX_SIZE, SIZE_MULTIPLE, takes_size
 
 GPUS_OF_A_HOST = (2, 4, 8)
-"""Numbers of GPUs that are proposed where one is too small."""
+"""Numbers of GPUs that are proposed where one is too small: the fewest that do, with as little
+recomputed as on these."""
 Band = Literal[
     "severe bottleneck", "mild bottleneck", "balanced", "over-provisioned d_inner", "wasteful"
 ]
@@ -73,12 +74,12 @@ def check(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a batch, length or fsdp below 1, a batch that fsdp does not divide, or a model
-            of other layers than equal E88 layers.
+        ValueError: a batch, length or fsdp below 1, a batch or dim that does not divide over fsdp,
+            or a model of other layers than equal E88 layers.
     """
     e88_layer(config)
     require_gpu(gpu)
-    batch, length, fsdp = require_step(batch, length, fsdp)
+    batch, length, fsdp = require_step(config, batch, length, fsdp)
     findings = _proportions(config)
     if gpu is None:
         return findings
@@ -118,9 +119,6 @@ def _limits(config: LMConfig, gpu: GPU) -> list[Finding]:
 
 
 def _memory(config: LMConfig, gpu: GPU, batch: int, length: int, fsdp: int) -> list[Finding]:
-    if config.dim % fsdp:
-        problem = f"dim {config.dim} does not divide over {fsdp} GPUs"
-        return [Finding(problem, f"take a multiple of {fsdp}")]
     implementation = functools.partial(implementation_on, gpu)
 
     def needed_gb(remat: Remat, n: int) -> float:
@@ -138,12 +136,10 @@ def _memory(config: LMConfig, gpu: GPU, batch: int, length: int, fsdp: int) -> l
     for n, remat in itertools.product((fsdp, *over), get_args(Remat)):
         if (less := needed_gb(remat, n)) <= gpu.memory_GB:
             how = [f"remat {remat!r}"] if remat != own else []
-            how += [f"--mesh fsdp={n}"] if n != fsdp else []
-            remedy += f", or {' and '.join(how)}, which takes {less:.0f} GB{_of_each(n)}"
+            how += [f"{n} GPUs (--mesh fsdp={n})"] if n != fsdp else []
+            takes = f"which takes {less:.0f} GB" + (" of each" if n > 1 else "")
+            remedy += f", or {' over '.join(how)}, {takes}"
             break
-    problem = f"training takes about {needed:.0f} GB{_of_each(fsdp)} at batch {batch} and length "
-    return [Finding(f"{problem}{length}, of {gpu.memory_GB} GB", remedy)]
-
-
-def _of_each(gpus: int) -> str:
-    return "" if gpus == 1 else f" of each of {gpus} GPUs"
+    of_each = f" of each of {fsdp} GPUs" if fsdp > 1 else ""
+    problem = f"training takes about {needed:.0f} GB{of_each} at batch {batch} and length {length}"
+    return [Finding(f"{problem}, of {gpu.memory_GB} GB", remedy)]

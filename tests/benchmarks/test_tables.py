@@ -92,6 +92,8 @@ def test_a_table_of_each_commit_and_points_that_failed(monkeypatch: pytest.Monke
     monkeypatch.setattr(tables, "read", lambda _: {"points": record})
     monkeypatch.setattr(tables, "SCALING", ("one.json",))
     first, second = tables.over_gpus().split("\n\nNVIDIA")
+    monkeypatch.setattr(tables, "SCALING", ("one.json", "another.json"))
+    assert [tables.over_gpus().count(f"--json {x}") for x in tables.SCALING] == [2, 2]
     model = name.partition(",")[0]
     assert f"--models {model} 7B --gpus 1 4 " in first
     assert rows_of(first)[-1][:4] == ["7B", "fsdp=4", "8 x 2048", "out of memory"]

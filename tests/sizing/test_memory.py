@@ -62,25 +62,27 @@ def test_what_does_not_fit_is_told_how_it_would() -> None:
 def test_what_does_not_fit_on_one_gpu_is_told_on_how_many_it_would() -> None:
     e88 = E88Config(n_heads=170, n_state=32)
     config, gpu = LMConfig(dim=5440, depth=47, layers=(e88,)), find_gpu("h100")
-    way = "or remat 'layer' and --mesh fsdp=2, which takes 66 GB of each of 2 GPUs"
+    way = "or remat 'layer' over 2 GPUs (--mesh fsdp=2), which takes 66 GB of each"
     (finding,) = check(config, gpu, batch=8)
     assert finding.change.endswith(way)
     (finding,) = check(config, gpu, batch=16, fsdp=4)
     assert finding.problem.startswith("training takes about 107 GB of each of 4 GPUs at batch 16")
-    assert finding.change.endswith("or remat 'recurrence', which takes 62 GB of each of 4 GPUs")
+    assert finding.change.endswith("or remat 'recurrence', which takes 62 GB of each")
     assert not check(config, gpu, batch=8, fsdp=8)
     (finding,) = check(config, gpu, batch=3)  # over 2, 4 and 8 GPUs it does not divide
     assert "GPUs" not in finding.change
-    (finding,) = check(config, gpu, batch=3, fsdp=3)
-    assert str(finding) == "dim 5440 does not divide over 3 GPUs: take a multiple of 3."
 
 
-def test_a_batch_that_does_not_divide() -> None:
+def test_a_batch_or_dim_that_does_not_divide() -> None:
     config = PRESETS["h96n32-1b"].config
-    with pytest.raises(ValueError, match="a batch of 8 does not divide over 3 GPUs"):
-        training_memory(config, 8, 2048, fsdp=3)
-    with pytest.raises(ValueError, match="a batch of 8 does not divide over 3 GPUs"):
-        check(config, batch=8, fsdp=3)
+    for batch, n in ((8, 3), (10, 5)):
+        name = f"batch {batch}" if batch % n else f"dim {config.dim}"
+        for ask in (
+            lambda **x: training_memory(config, length=2048, **x),
+            lambda **x: check(config, **x),
+        ):
+            with pytest.raises(ValueError, match=f"^{name} does not divide over fsdp={n}: fsdp="):
+                ask(batch=batch, fsdp=n)
     with pytest.raises(ValueError, match="fsdp must be at least 1, got 0"):
         training_memory(config, 8, 2048, fsdp=0)
 
