@@ -100,16 +100,27 @@ def test_the_gradient_on_a_gpu_is_that_of_the_convolution(
     conv = ShortConv(CHANNELS, 3, bias=bias, silu=silu, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(conv)
     weigh = jnp.asarray(rng.normal(size=x.shape))
+
+    def loss(params: Any, x: Any, past: Any, ids: Any) -> Any:
+        y, state = nnx.merge(graphdef, params)(x, past, ids)
+        return jnp.sum(y * weigh) + jnp.sum(state**2)
+
+    def trace(ids: Any) -> Any:
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(params, x, past, ids)
+
     for ids in (None, jnp.asarray([[0, 0, 1, 1], [0, 1, 2, 2]])):
-
-        def loss(params: Any, x: Any, past: Any, ids: Any = ids) -> Any:
-            y, state = nnx.merge(graphdef, params)(x, past, ids)
-            return jnp.sum(y * weigh) + jnp.sum(state**2)
-
         with target.use(target.H100):
-            written_out = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, x, past)
-        derived = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, x, past)
+            on_a_gpu = trace(ids)
+        elsewhere = trace(ids)
+        assert n_equations(on_a_gpu) != n_equations(elsewhere)
+        written_out, derived = (
+            traced.lower().compile()(params, x, past, ids) for traced in (on_a_gpu, elsewhere)
+        )
         chex.assert_trees_all_close(written_out, derived, rtol=1e-12)
+
+
+def n_equations(traced: Any) -> int:
+    return str(traced.jaxpr).count(" = ")
 
 
 @pytest.mark.parametrize("time", [1, 128, 131, 192])
