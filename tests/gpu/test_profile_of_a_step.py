@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from benchmarks.measure.gpu_profile import ELSE, breakdown, profile
+from benchmarks.measure.gpu_profile import COMMUNICATION, ELSE, breakdown, profile
 from e88_jax.model import LanguageModel
 from pallas_kernels import target
 from tests.reference.configs import lm_config
@@ -28,6 +28,7 @@ def test_every_part_takes_time() -> None:
     jax.block_until_ready(gradient(model, tokens))
     kernels = profile(lambda: jax.block_until_ready(gradient(model, tokens)))
     ms = breakdown(kernels, steps=1)
+    assert ms.pop(COMMUNICATION) == 0  # there is one GPU in it
     assert set(ms) == {
         "recurrence forward", "recurrence backward", "matmuls", ELSE, "idle",
     }  # fmt: skip
