@@ -153,6 +153,8 @@ class RecurrenceCalls:
     sizes: list[tuple[int, int, int]] = SIZES
     n_value: int = 6
     rows: Mapping[str, int] = MappingProxyType({"batch": 3, "heads": 3})
+    compares_runs: bool = True
+    """Whether runs are compared with one another, besides with NumPy."""
     supports_vmap: bool = True
     supports_sharding: bool = True
     # float64 is for the formulas; what users run is compiled as they compile it.
@@ -191,6 +193,10 @@ class RecurrenceCalls:
     def require(self, dtype: str) -> None:
         if dtype not in self.dtypes:
             pytest.skip(f"{self.implementation} does not take {dtype}")
+
+    def require_runs(self) -> None:
+        if not self.compares_runs:
+            pytest.skip(f"{self.implementation} is compared with NumPy alone")
 
     @property
     def best_dtype(self) -> str:

@@ -129,6 +129,7 @@ class RecurrenceContract(DocumentsContract):
     # Time: splits, documents, saved states.
 
     def test_whole_run_equals_split_runs(self) -> None:
+        self.require_runs()
         inputs = self.inputs(33, EVERY_OPTION)
         whole_time = inputs.q.shape[1]
         bounds = [0, 1, 12, whole_time]
@@ -164,6 +165,7 @@ class RecurrenceContract(DocumentsContract):
             assert_tensors_close(actual, whole, BOUNDS[self.best_dtype])
 
     def test_saved_state_interval_changes_nothing(self) -> None:
+        self.require_runs()
         inputs = self.inputs(67, EVERY_OPTION)
         cotangents = make_cotangents(inputs)
         bound = 1e-13 if self.best_dtype == "float64" else 1e-6
@@ -255,6 +257,7 @@ class RecurrenceContract(DocumentsContract):
             np.testing.assert_array_equal(x, second[name], err_msg=name)
 
     def test_jit_changes_nothing(self) -> None:
+        self.require_runs()
         inputs = self.inputs(9, EVERY_OPTION)
         arrays, ids = tensors(inputs, "float32"), jax.device_put(inputs.segment_ids)
         for eager, jitted in zip(

@@ -23,6 +23,7 @@ class DocumentsContract(RecurrenceCalls):
     """Each document and each row is as if alone."""
 
     def test_packed_documents_equal_separate_runs(self) -> None:
+        self.require_runs()
         lengths = [1, 10, 10, 12]  # alike where a document may be: a program less
         starts = np.cumsum([0, *lengths])
         time = int(starts[-1])

@@ -14,14 +14,20 @@ class TestL2Normalize:
             * np.array([1e-6, 1, 1e6])[:, None, None]
         )
         expected = x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-6)
-        np.testing.assert_allclose(l2_normalize(jnp.asarray(x)), expected, rtol=1e-12)
-        chex.assert_numerical_grads(l2_normalize, (jnp.asarray(x[1:2]),), order=1, atol=1e-8)
+        f = jax.jit(l2_normalize)
+        np.testing.assert_allclose(f(x), expected, rtol=1e-12)
+        chex.assert_numerical_grads(f, (jnp.asarray(x[1:2]),), order=1, atol=1e-8)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_zero_rows(self, dtype: str) -> None:
         x = jnp.asarray([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]], dtype)
-        y, pullback = jax.vjp(l2_normalize, x)
-        (gradient,) = pullback(jnp.ones_like(y))
+
+        @jax.jit
+        def value_and_gradient(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y, pullback = jax.vjp(l2_normalize, x)
+            return y, *pullback(jnp.ones_like(y))
+
+        y, gradient = map(np.asarray, value_and_gradient(x))
         assert y.dtype == gradient.dtype == jnp.dtype(dtype)
         assert not np.any(y[0])
         np.testing.assert_allclose(y[1].astype("float32"), [0.6, 0, 0.8], rtol=4e-3)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -69,61 +69,68 @@ def config_of(
     )
 
 
-class Gradients(NamedTuple):
-    """Functions of parameters: loss and logits, and their gradient."""
+def build(config: LMConfig) -> LanguageModel:
+    return LanguageModel(config, rngs=nnx.Rngs(0))
 
-    params: Any
-    whole: Any
-    divided: Any
-    """On two devices."""
+
+def loss_of(model: LanguageModel) -> tuple[jax.Array, jax.Array]:
+    logits, _ = model(jnp.asarray(TOKENS))
+    return jnp.mean(jnp.square(logits)), logits
+
+
+gradient = functools.partial(jax.value_and_grad, has_aux=True)
 
 
 @functools.cache
-def gradients(config: LMConfig) -> Gradients:
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model)
+def whole(config: LMConfig) -> tuple[Any, Any]:
+    """Parameters; loss, logits and gradient on one device."""
+    params = jax.jit(lambda: nnx.state(build(config), nnx.Param))()
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(config)))
+    run = jax.jit(gradient(lambda params: loss_of(nnx.merge(graphdef, params))))
+    return params, jax.device_get(run(params))
 
-    def loss_of(model: LanguageModel) -> tuple[jax.Array, jax.Array]:
-        logits, _ = model(jnp.asarray(TOKENS))
-        return jnp.mean(jnp.square(logits)), logits
 
-    def whole(params: Any) -> Any:
-        return loss_of(nnx.merge(graphdef, params))
-
-    def of_a_device(params: Any) -> Any:
-        return loss_of(head_parallel.merge(config, params, "heads"))
-
+def divided(config: LMConfig) -> tuple[Any, Any]:
+    """Shapes of the parameters; the function of them that `whole` has the results of, on two
+    devices."""
+    shapes = nnx.eval_shape(lambda: nnx.state(build(config), nnx.Param))
     with nnx.logical_axis_rules(RULES):
-        specs = nnx.get_partition_spec(params)
+        specs = nnx.get_partition_spec(shapes)
     specs = jax.tree.map(lambda x: x if isinstance(x, P) else P(), specs)
-    gradient = functools.partial(jax.value_and_grad, has_aux=True)
-    divided = jax.shard_map(
-        gradient(of_a_device),
+    run = jax.shard_map(
+        gradient(lambda params: loss_of(head_parallel.merge(config, params, "heads"))),
         mesh=Mesh(np.array(jax.devices()[:2]), ("heads",)),
         in_specs=(specs,),
         out_specs=(P(), specs),
         check_vma=False,
     )
-    return Gradients(params, jax.jit(gradient(whole)), jax.jit(divided))
+    return shapes, jax.jit(run)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("remat", ["none", "recurrence", "layer"])
+def check(run: Any, config: LMConfig) -> None:
+    params, expected = whole(config)
+    chex.assert_trees_all_close(jax.device_get(run(params)), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [*((name, "none") for name in LAYERS), ("options", "recurrence"), ("options", "layer")],
+)
 def test_two_devices_compute_what_one_does(name: str, remat: Remat) -> None:
-    both = gradients(config_of(name, remat=remat))
-    actual, expected = both.divided(both.params), both.whole(both.params)
-    chex.assert_trees_all_close(*jax.device_get((actual, expected)), rtol=1e-4, atol=1e-6)
+    _, run = divided(config_of(name, remat=remat))
+    check(run, config_of(name))
 
 
-@pytest.mark.parametrize("remat", ["none", "recurrence", "layer"])
-@pytest.mark.parametrize("hidden", [None, 12])
+@pytest.mark.parametrize(
+    ("hidden", "remat"), [(12, "none"), (12, "recurrence"), (12, "layer"), (None, "layer")]
+)
 @pytest.mark.parametrize("name", ["default", "gated_deltanet", "mamba2", "attention"])
 def test_a_sum_for_each_mixer_and_pass(name: str, hidden: int | None, remat: Remat) -> None:
     """Outputs are summed forward, gradients of inputs backward, in the compute dtype, once with any
     remat; what else is summed is the gradient of vectors that heads share."""
     config = config_of(name, "bfloat16", remat, hidden)
-    both = gradients(config)
-    found = collectives(both.divided.lower(both.params).as_text())
+    params, run = divided(config)
+    found = collectives(run.lower(params).as_text())
     n_sums = 2 * config.depth * (1 if hidden is None else 2)
     assert found.pop(("all_reduce", "2x9x16xbf16")) == n_sums
     vectors = {"gated_deltanet": "8xf32", "attention": "4xf32"}
@@ -135,15 +142,12 @@ def test_a_sum_for_each_mixer_and_pass(name: str, hidden: int | None, remat: Rem
 @pytest.mark.parametrize("remat", ["none", "recurrence"])
 def test_chunks_of_time(remat: Remat) -> None:
     """A sum for each wave and pass, of all layers that run in it."""
-    config = dataclasses.replace(config_of("default", remat=remat, hidden=None), depth=2)
-    execution = dataclasses.replace(config.execution, time_chunks=3)
-    both = gradients(dataclasses.replace(config, execution=execution))
-    expected = gradients(config).whole(both.params)
-    chex.assert_trees_all_close(
-        *jax.device_get((both.divided(both.params), expected)), rtol=1e-4, atol=1e-6
-    )
+    config = dataclasses.replace(config_of("default", hidden=None), depth=2)
+    execution = Execution(dtype="float32", remat=remat, time_chunks=3)
+    params, run = divided(dataclasses.replace(config, execution=execution))
+    check(run, config)
     waves = {f"{n}x2x3x16xf32": 2 * 2 for n in (1, 2)}
-    found = collectives(both.divided.lower(both.params).as_text())
+    found = collectives(run.lower(params).as_text())
     assert found == {("all_reduce", of): n for of, n in waves.items()}
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from e88_jax import E88Config, LanguageModel, LMConfig
 from e88_jax.mixers import MIXERS
-from e88_jax.mixers.base import Execution, Remat
+from e88_jax.mixers.base import Execution, MixerConfig, Remat
 from e88_jax.mixers.baselines import (
     AttentionConfig,
     GatedDeltaNetConfig,
@@ -35,11 +35,11 @@ LAYERS = (
 )
 
 
-def config(remat: Remat = "none") -> LMConfig:
+def config(remat: Remat = "none", layers: tuple[MixerConfig, ...] = LAYERS) -> LMConfig:
     return LMConfig(
         dim=12,
-        depth=len(LAYERS) + 1,
-        layers=LAYERS,
+        depth=len(layers),
+        layers=layers,
         vocab_size=VOCAB,
         channel_mixer_dim=8,
         execution=Execution(dtype="float64", remat=remat),
@@ -60,11 +60,18 @@ def float64() -> Any:
         yield
 
 
+def params_of(config: LMConfig) -> Any:
+    """Random numbers: to draw parameters as a model does takes a large program."""
+    shapes = nnx.state(nnx.eval_shape(lambda: build(config)))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda p: 0.5 * rng.normal(size=p.shape).astype(p.dtype), shapes)
+
+
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        init = jax.jit(lambda: nnx.state(build(config())), compiler_options=QUICK_TO_COMPILE)
-        return nnx.merge(graphdef_of(config()), init())
+        params = jax.tree.map(jnp.asarray, params_of(config()))
+        return nnx.merge(graphdef_of(config()), params)
 
 
 @pytest.fixture
@@ -104,59 +111,60 @@ def test_token_by_token_equals_the_whole(model: LanguageModel, tokens: np.ndarra
 
 
 def test_split_runs_equal_the_whole(model: LanguageModel, tokens: np.ndarray) -> None:
-    state = model.init_state(BATCH, TIME)
-    whole = run(model, tokens, state)
-    first, state = run(model, tokens[:, :4], state)
-    second, state = run(model, tokens[:, 4:], state)
-    chex.assert_trees_all_close((np.concatenate([first, second], 1), state), whole, rtol=1e-9)
+    whole = run(model, tokens)
+    state, parts = model.init_state(BATCH, TIME), []
+    for t in range(0, TIME, 3):
+        logits, state = run(model, tokens[:, t : t + 3], state)
+        parts.append(logits)
+    chex.assert_trees_all_close((np.concatenate(parts, axis=1), state), whole, rtol=1e-9)
 
 
-def test_packed_documents_equal_separate_runs(model: LanguageModel, tokens: np.ndarray) -> None:
-    ids = np.asarray([[3, 3, 3, 3, 7, 7, 7, 7, 7]] * BATCH, np.int32)
-    packed, _ = run(model, tokens, None, ids)
-    fresh = model.init_state(BATCH, TIME)
-    parts = [run(model, part, fresh)[0] for part in (tokens[:, :4], tokens[:, 4:])]
-    chex.assert_trees_all_close(packed, np.concatenate(parts, axis=1), rtol=1e-10)
-
-
-def test_rows_have_lengths_of_their_own(model: LanguageModel, tokens: np.ndarray) -> None:
+def test_documents_and_rows_of_their_own_lengths(model: LanguageModel, tokens: np.ndarray) -> None:
+    """Equal separate runs, whatever is past the end of the shorter row."""
+    ids = np.asarray([[3, 3, 3, 7, 7, 7, 3, 3, 3]] * BATCH, np.int32)
     padded = tokens.copy()
-    padded[1, 5:] = VOCAB + 3
-    state = model.init_state(BATCH, TIME)
-    logits, end = run(model, padded, state, lengths=np.asarray([TIME, 5], np.int32))
-    alone, its_end = run(model, tokens[1:, :5], model.init_state(1, TIME))
-    chex.assert_trees_all_close(logits[1:, :5], alone, rtol=1e-10)
-    chex.assert_trees_all_close(jax.tree.map(lambda x: x[1:], end), its_end, rtol=1e-9)
+    padded[1, 6:] = VOCAB + 3
+    packed, end = run(model, padded, None, ids, lengths=np.asarray([TIME, 6], np.int32))
+    for document, start in enumerate(range(0, TIME, 3)):
+        fresh = model.init_state(BATCH, TIME)
+        logits, its_end = run(model, tokens[:, start : start + 3], fresh)
+        for row, last in ((0, 2), (1, 1)):
+            if document <= last:
+                chex.assert_trees_all_close(packed[row, start : start + 3], logits[row], rtol=1e-10)
+            if document == last:
+                ends = (jax.tree.map(lambda x, row=row: x[row], state) for state in (end, its_end))
+                chex.assert_trees_all_close(*ends, rtol=1e-9)
 
 
-def gradient(model: LanguageModel, tokens: np.ndarray, remat: Remat) -> Any:
-    graphdef = graphdef_of(config(remat))
+def test_recomputation_changes_no_gradient(tokens: np.ndarray) -> None:
+    """Of any parameter; none is zero. That of E88 is tested with the model."""
+    layers = LAYERS[1:-1]
+    params = params_of(config(layers=layers))
 
-    def loss(params: Any) -> Any:
-        return jnp.mean(jnp.sin(nnx.merge(graphdef, params)(tokens)[0]))
+    def gradient(remat: Remat) -> Any:
+        graphdef = graphdef_of(config(remat, layers))
 
-    params = nnx.state(model, nnx.Param)
-    gradients = jax.jit(jax.grad(loss), compiler_options=QUICK_TO_COMPILE)(params)
-    return jax.tree.map(np.asarray, gradients)
+        def loss(params: Any) -> Any:
+            return jnp.mean(jnp.sin(nnx.merge(graphdef, params)(tokens)[0]))
 
+        gradients = jax.jit(jax.grad(loss), compiler_options=QUICK_TO_COMPILE)(params)
+        return jax.tree.map(np.asarray, gradients)
 
-def test_recomputation_changes_no_gradient(model: LanguageModel, tokens: np.ndarray) -> None:
-    """Of any parameter; none is zero."""
-    kept = gradient(model, tokens, "none")
+    kept = gradient("none")
     assert all(np.any(x) for x in jax.tree.leaves(kept))
     choices: tuple[Remat, ...] = get_args(Remat)
     for remat in choices[1:]:
-        recomputed = gradient(model, tokens, remat)
-        chex.assert_trees_all_close(recomputed, kept, rtol=1e-8, atol=1e-14)
+        chex.assert_trees_all_close(gradient(remat), kept, rtol=1e-8, atol=1e-14)
 
 
 def test_it_continues_a_prompt_as_whole_passes_do(model: LanguageModel, tokens: np.ndarray) -> None:
-    drawn = generate(model, jnp.asarray(tokens[:, :4]), 5, key=jax.random.key(0), temperature=0)
+    """Of one row; the passes are of both."""
+    drawn = generate(model, jnp.asarray(tokens[:1, :4]), 5, key=jax.random.key(0), temperature=0)
     text = tokens.copy()
     text[:, 4:] = 0  # zeros to come, so that every pass is of one length
     for t in range(4, TIME):
         text[:, t] = np.argmax(run(model, text)[0][:, t - 1], axis=-1)
-    np.testing.assert_array_equal(drawn, text[:, 4:])
+    np.testing.assert_array_equal(drawn, text[:1, 4:])
 
 
 def test_a_named_implementation_is_for_every_layer(model: LanguageModel) -> None:

@@ -124,9 +124,12 @@ def test_axes_of_muon_of_flaxs_layers() -> None:
 
 def updates_of(params: Any, gradient: Any, **options: Any) -> Any:
     transform = optax.contrib.scale_by_muon(**options)
+    run = jax.jit(
+        lambda params, gradient: transform.update(gradient, transform.init(params), params)
+    )
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        updates, _ = transform.update(gradient, transform.init(params), params)
-    return updates
+        updates, _ = run(params, gradient)
+    return jax.tree.map(np.asarray, updates)
 
 
 @pytest.mark.parametrize("head_mix", ["concat", "sum"])
@@ -140,22 +143,24 @@ def test_muon_by_our_axes_is_that_of_the_matrix(head_mix: str) -> None:
     assert len(is_kernel) == 4
     rng = np.random.default_rng(0)
     axes = dict(nnx.to_flat_state(dimensions))
-    for path, param in is_kernel:
-        numbers = axes[path]
-        n_in = param.get_metadata()["n_in_axes"]
-        gradient = jnp.asarray(rng.normal(size=param.shape), jnp.float32)
-        rows = int(np.prod(param.shape[:n_in]))
-        ours = updates_of(
-            {"w": param[...]}, {"w": gradient}, weight_dimension_numbers={"w": numbers}
-        )
-        flat = {"w": gradient.reshape(rows, -1)}
-        matrix = updates_of(
-            {"w": param[...].reshape(rows, -1)}, flat, weight_dimension_numbers={"w": MATRIX}
-        )
-        np.testing.assert_allclose(
-            ours["w"].reshape(rows, -1), matrix["w"], rtol=1e-4, atol=1e-5, err_msg=str(path)
-        )
-        values = np.linalg.svd(ours["w"].reshape(rows, -1), compute_uv=False)
+    kernels = {str(path): np.asarray(param[...]) for path, param in is_kernel}
+    rows = {
+        str(path): int(np.prod(param.shape[: param.get_metadata()["n_in_axes"]]))
+        for path, param in is_kernel
+    }
+
+    def flat(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {path: x.reshape(rows[path], -1) for path, x in arrays.items()}
+
+    gradient = {path: rng.normal(size=x.shape).astype("float32") for path, x in kernels.items()}
+    numbers = {str(path): axes[path] for path, _ in is_kernel}
+    ours = flat(updates_of(kernels, gradient, weight_dimension_numbers=numbers))
+    matrices = updates_of(
+        flat(kernels), flat(gradient), weight_dimension_numbers=dict.fromkeys(kernels, MATRIX)
+    )
+    for path, update in ours.items():
+        np.testing.assert_allclose(update, matrices[path], rtol=1e-4, atol=1e-5, err_msg=path)
+        values = np.linalg.svd(update, compute_uv=False)
         assert 0.5 < np.min(values) <= np.max(values) < 1.5
 
 

@@ -17,7 +17,7 @@ from e88_jax.projection import (
     multiply,
 )
 from pallas_kernels import target
-from tests.reference.configs import E88_OPTIONS, e88_layer, name_of
+from tests.reference.configs import e88_layer, name_of
 
 TARGETS = {"cpu": target.CPU, "gpu": target.H100}
 
@@ -87,7 +87,18 @@ def test_for_inference(device: str, in_shape: tuple[int, ...], out_shape: tuple[
     assert projection.kernel.shape == (*in_shape, *out_shape)
 
 
-@pytest.mark.parametrize("options", E88_OPTIONS, ids=name_of)
+# All that has a say in which projections there are, and how wide.
+READS: list[dict[str, Any]] = [
+    {},
+    {"output_gate": "none", "decay_mode": "simple"},
+    {"decay_mode": "none", "write_gate": True, "expansion": 0.5},
+    {"tie_kv": True, "write_gate": True, "decay_mode": "constant"},
+    {"head_mix": "input_weighted", "expansion": 2.0},
+    {"head_mix": "input_weighted", "tie_kv": True, "output_gate": "none", "decay_mode": "none"},
+]
+
+
+@pytest.mark.parametrize("options", READS, ids=name_of)
 @pytest.mark.parametrize("rows", [1, 8])
 def test_joined_reads_are_each_projection_alone(options: dict[str, Any], rows: int) -> None:
     """By as many matmuls as there are groups, or for few tokens each by its own."""

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
@@ -199,8 +198,9 @@ def build(
         answer: dimensions that the logits read.
         norm: scale of the final norm in those dimensions.
     """
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
-    nnx.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    shapes = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), shapes))
     _set(model.embed.embedding, embedding)
     for block, (dims, mean_square, heads) in zip(model.blocks, layers, strict=True):
         scale = np.zeros(config.dim)
@@ -214,7 +214,7 @@ def build(
 
 
 def _set(parameter: Any, value: Floats) -> None:
-    parameter[...] = jnp.asarray(value, jnp.float32)
+    parameter[...] = jax.device_put(value.astype(np.float32))
 
 
 def _set_heads(mixer: Any, dims: list[int], heads: Sequence[Head]) -> None:

@@ -4,15 +4,31 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 
 @pytest.fixture(scope="module")
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Processes that a module starts share what they compile."""
+    """What a module compiles is compiled once, in this process and in those that it starts."""
+    directory, wanted = str(tmp_path_factory.mktemp("compiled")), jax.config.values
+    flags = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": directory,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: wanted[name] for name in flags}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        _set(flags)
         yield
+        _set(before)
+
+
+def _set(flags: dict[str, object]) -> None:
+    for name, value in flags.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

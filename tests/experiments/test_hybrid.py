@@ -1,5 +1,6 @@
 """A model of several kinds of mixers trains, resumes, samples and is refused on other flags."""
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from e88_jax import LMConfig
+from e88_jax import LanguageModel, LMConfig
 from e88_jax.mixers import config_type
 from experiments import sample, train_byte_lm
 from experiments.cli.errors import UsageError
@@ -36,6 +37,9 @@ TRAINING = [
     *"--eval-bytes 128 --sample-bytes 0".split(),  # noqa: SIM905
     *"--optimizer muon --warmup-steps 0".split(),  # noqa: SIM905
 ]
+
+
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,10 +79,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return whole, parts
 
 
-def parameters(run: Path) -> list[np.ndarray]:
+@functools.cache
+def trained(run: Path) -> LanguageModel:
     model, step = load_trained(run, ByteLMConfig, latest=True)
     assert step == 8
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    return model
+
+
+def parameters(run: Path) -> list[np.ndarray]:
+    state = nnx.state(trained(run), nnx.Param)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -104,8 +114,7 @@ def test_its_layers_are_those_of_the_flags(runs: tuple[Path, Path]) -> None:
     assert config.layers == tuple(config_type(kind)(**LAYERS[kind]) for kind in KINDS)
     n_params = sum(leaf.size for leaf in parameters(runs[1]))
     assert n_params == config.count_params()
-    built, _ = load_trained(runs[1], ByteLMConfig, latest=True)
-    mixers = [type(block.mixer).__name__ for block in built.blocks]
+    mixers = [type(block.mixer).__name__ for block in trained(runs[1]).blocks]
     assert mixers[-1] == mixers[0]
     assert len(set(mixers)) == len(LAYERS)
 

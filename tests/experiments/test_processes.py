@@ -8,22 +8,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from experiments import train_byte_lm
 from experiments.harness.processes import HEARTBEAT_SECONDS
-from tests.experiments.test_train_byte_lm import EXPERIMENTS, TINY, records
+from tests.experiments.test_train_byte_lm import EXPERIMENTS, TINY, checkpoints, records
 
-FLAGS = [*TINY, "--steps", "200", "--eval-every", "100"]
+FLAGS = [*TINY, "--steps", "100", "--eval-every", "50", "--save-every", "25"]
+FLAGS += ["--data", "rhyme.txt", "--out", "run"]
 ENDED_SECONDS = 60
 """In which the death of a process ends the others."""
-DEVICES = "--xla_force_host_platform_device_count"
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
+# `killed` first: its run ends by itself, after the heartbeats, while others go on.
+pytestmark = pytest.mark.usefixtures("compile_once", "killed")
 
 
 class Ended(NamedTuple):
@@ -43,7 +46,8 @@ class Processes:
             port = free.getsockname()[1]
         launch = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
         command = [sys.executable, str(EXPERIMENTS / "train_byte_lm.py"), *flags, *launch]
-        environment = os.environ | {"XLA_FLAGS": f"{DEVICES}={devices}"}
+        count = f"--xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}"}
         self.processes = [
             subprocess.Popen(
                 [*command, "--process", str(index)],
@@ -59,13 +63,13 @@ class Processes:
         self.read = ""
         """Output of the first one that `after` has read."""
 
-    def after(self, step: int, number: signal.Signals, to: int) -> None:
-        """Sends a signal to one of them once the first has printed that it did a step."""
+    def after(self, printed: str, number: signal.Signals, to: int) -> None:
+        """Sends a signal to one of them once the first has printed a line that begins so."""
         stdout = self.processes[0].stdout
         assert stdout is not None
         for line in stdout:
             self.read += line
-            if line.startswith("step ") and int(line[5:].split("/")[0]) >= step:
+            if line.startswith(printed):
                 self.processes[to].send_signal(number)
                 return
         raise AssertionError(self.end())
@@ -86,88 +90,75 @@ def train(cwd: Path, *flags: str) -> list[Ended]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbs."""
+def whole(tmp_path_factory: pytest.TempPathFactory, compile_once: None) -> Path:
+    """The directory of a run that nothing disturbs."""
     cwd = tmp_path_factory.mktemp("whole")
     (cwd / "rhyme.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
-    first, second = train(cwd, *FLAGS, "--data", "rhyme.txt", "--out", "run")
+    first, second = train(cwd, *FLAGS)
     assert (first.code, second.code) == (0, 0), (first.stderr, second.stderr)
     assert "4 x cpu of 2 processes" in first.stdout
     assert "best validation" in first.stdout
     assert "run" not in second.stdout  # though the CPU's collectives print
-    return cwd
+    return cwd / "run"
+
+
+class Killed(NamedTuple):
+    """A run whose second process was killed."""
+
+    cwd: Path
+    ended: Future[tuple[list[Ended], float]]
+    """And the seconds from then until both had ended."""
+
+
+@pytest.fixture(scope="module")
+def killed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killed]:
+    cwd = tmp_path_factory.mktemp("killed")
+    shutil.copy(whole.parent / "rhyme.txt", cwd)
+    processes = Processes(cwd, FLAGS)
+    # Well before the checkpoint of step 75, at which the first would see a closed connection.
+    processes.after("step 55/", signal.SIGKILL, to=1)
+    began = time.monotonic()
+
+    def end() -> tuple[list[Ended], float]:
+        return processes.end(), time.monotonic() - began
+
+    with ThreadPoolExecutor() as pool:
+        yield Killed(cwd, pool.submit(end))
 
 
 def test_what_one_process_writes(whole: Path) -> None:
-    found = {path.name for path in (whole / "run").iterdir()}
     files = {"corpus.jsonl", "metrics.jsonl", "run.json", "sample.txt", "loss.png"}
-    assert found == {*files, "checkpoints", "tensorboard"}
-    kinds = [str(record["kind"]) for record in records(whole / "run")]
-    assert (kinds.count("train"), kinds.count("validation")) == (40, 2)
-    config = json.loads((whole / "run" / "run.json").read_text())["config"]
+    assert {path.name for path in whole.iterdir()} == {*files, "checkpoints", "tensorboard"}
+    kinds = [str(record["kind"]) for record in records(whole)]
+    assert (kinds.count("train"), kinds.count("validation")) == (20, 2)
+    config = json.loads((whole / "run.json").read_text())["config"]
     assert "launch" not in config
 
 
 def test_a_mistake_ends_both_with_one_sentence(whole: Path) -> None:
-    first, second = train(whole, *FLAGS, "--data", "rhyme.txt", "--out", "run")
+    first, second = train(whole.parent, *FLAGS)
     assert (first.code, second.code) == (2, 2)
     assert "run already holds a run" in first.stderr
     assert "run already holds a run" not in second.stderr
 
 
-def test_killed_stopped_and_continued(whole: Path, tmp_path: Path) -> None:
-    """A killed process loses no step that a checkpoint has, a signal none at all, and the losses
-    are those of the undisturbed run."""
-    shutil.copy(whole / "rhyme.txt", tmp_path)
-    killed = Processes(tmp_path, [*FLAGS, "--data", "rhyme.txt", "--out", "run"])
-    killed.after(30, signal.SIGKILL, to=1)
-    began = time.monotonic()
-    first, second = killed.end()
-    assert time.monotonic() - began < ENDED_SECONDS
-    assert HEARTBEAT_SECONDS < ENDED_SECONDS
-    assert second.code == -signal.SIGKILL
-    assert first.code != 0
-    assert "another task died" in first.stderr
-    saved = max(steps(tmp_path / "run"))
-    assert saved >= 25
-
-    resumed = Processes(tmp_path, ["--out", "run", "--resume", "--save-every", "1000"])
-    resumed.after(saved + 10, signal.SIGTERM, to=1)
-    first, second = resumed.end()
-    assert f"continuing from step {saved}" in first.stdout
-    assert (first.code, second.code) == (128 + signal.SIGTERM, 128 + signal.SIGTERM)
-    stopped = max(steps(tmp_path / "run"))
-    assert f"stopped by SIGTERM at step {stopped}: continue with" in first.stderr
-    assert "stopped by" not in second.stderr
-
-    first, second = train(tmp_path, "--out", "run", "--resume", "--save-every", "25")
-    assert (first.code, second.code) == (0, 0), (first.stderr, second.stderr)
-    assert f"continuing from step {stopped}, bit for bit" in first.stdout
-    assert records(tmp_path / "run") == records(whole / "run")
-
-
 @pytest.fixture
 def unfinished(whole: Path, tmp_path: Path) -> Path:
-    """The directory of that run without its last 25 steps."""
-    shutil.copytree(whole, tmp_path / "whole")
-    shutil.rmtree(tmp_path / "whole" / "run" / "checkpoints" / "200")
-    return tmp_path / "whole" / "run"
+    """A copy of that run without its last checkpoint."""
+    shutil.copytree(whole.parent, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "run" / "checkpoints" / "100")
+    return tmp_path / "copy" / "run"
 
 
-def test_continued_by_one_process(whole: Path, unfinished: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXPERIMENTS / "train_byte_lm.py"), "--out", "run", "--resume"],
-        cwd=unfinished.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "4 x cpu of 2 processes, not " in done.stderr
-    assert "will not continue bit for bit" in done.stderr
-    assert "continuing from step 175, equal but for rounding" in done.stdout
-    assert_close(unfinished, whole / "run")
+def test_continued_by_one_process(
+    whole: Path, unfinished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_byte_lm.main(["--out", str(unfinished), "--resume"])
+    said = capsys.readouterr()
+    assert "4 x cpu of 2 processes, not " in said.err
+    assert "will not continue bit for bit" in said.err
+    assert "continuing from step 75, equal but for rounding" in said.out
+    assert_close(unfinished, whole)
 
 
 def test_continued_with_a_head_on_each_process(whole: Path, unfinished: Path) -> None:
@@ -175,8 +166,8 @@ def test_continued_with_a_head_on_each_process(whole: Path, unfinished: Path) ->
     first, second = Processes(unfinished.parent, flags, devices=1).end()
     assert (first.code, second.code) == (0, 0), (first.stderr, second.stderr)
     assert "2 x cpu of 2 processes (heads=2)" in first.stdout
-    assert "continuing from step 175, equal but for rounding" in first.stdout
-    assert_close(unfinished, whole / "run")
+    assert "continuing from step 75, equal but for rounding" in first.stdout
+    assert_close(unfinished, whole)
 
 
 def assert_close(run: Path, other: Path) -> None:
@@ -186,5 +177,29 @@ def assert_close(run: Path, other: Path) -> None:
         assert after == pytest.approx(before, rel=1e-3)
 
 
-def steps(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in (directory / "checkpoints").glob("[0-9]*"))
+def test_killed_stopped_and_continued(whole: Path, killed: Killed) -> None:
+    """A killed process loses no step that a checkpoint has, a signal none at all, and the losses
+    are those of the undisturbed run."""
+    (first, second), seconds = killed.ended.result()
+    assert seconds < ENDED_SECONDS
+    assert HEARTBEAT_SECONDS < ENDED_SECONDS
+    assert second.code == -signal.SIGKILL
+    assert first.code != 0
+    assert "another task died" in first.stderr
+    saved = max(checkpoints(killed.cwd / "run"))
+    assert saved >= 25
+
+    resumed = Processes(killed.cwd, ["--out", "run", "--resume", "--save-every", "1000"])
+    # Before its first step: the runtime looks for signals once a second.
+    resumed.after(f"continuing from step {saved}, bit for bit", signal.SIGTERM, to=1)
+    first, second = resumed.end()
+    assert (first.code, second.code) == (128 + signal.SIGTERM, 128 + signal.SIGTERM)
+    stopped = max(checkpoints(killed.cwd / "run"))
+    assert stopped > saved
+    assert f"stopped by SIGTERM at step {stopped}: continue with" in first.stderr
+    assert "stopped by" not in second.stderr
+
+    first, second = train(killed.cwd, "--out", "run", "--resume", "--save-every", "25")
+    assert (first.code, second.code) == (0, 0), (first.stderr, second.stderr)
+    assert f"continuing from step {stopped}, bit for bit" in first.stdout
+    assert records(killed.cwd / "run") == records(whole)

@@ -83,7 +83,7 @@ class Previous:
         (directory / "rule.txt").write_text("the token before")
 
     def finish(self, model: Any, run: Run) -> None:
-        logits, _ = model(jnp.zeros((1, 3), jnp.int32))
+        logits, _ = nnx.jit(model)(jnp.zeros((1, 3), jnp.int32))
         run.write("note.txt", f"{self.config.note} {logits.shape[-1]}".encode())
 
 
@@ -93,6 +93,8 @@ class ToyConfig(TrainConfig):
 
     task: PreviousConfig = PreviousConfig()
 
+
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 FLAGS = [
     *"--dim 32 --n-heads 2 --n-state 8 --depth 1 --vocab-size 11 --seq-len 12".split(),  # noqa: SIM905

@@ -1,4 +1,5 @@
-"""The training program as its users run it: whole runs in processes of their own."""
+"""The training program as its users run it: in processes of its own where a process is what is
+tested, else in this one."""
 
 import contextlib
 import json
@@ -20,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from e88_jax.sampling import generate
 from experiments import sample, train_byte_lm
-from experiments.cli.errors import UsageError
+from experiments.cli.errors import RunStopped, UsageError
 from experiments.harness import mesh
 from experiments.tasks.bytes import ByteLMConfig
 from experiments.trained import load_trained
@@ -28,8 +29,10 @@ from experiments.trained import load_trained
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TINY = [
     *"--dim 16 --n-heads 2 --n-state 4 --depth 1 --seq-len 32 --batch-size 4".split(),  # noqa: SIM905
-    *"--eval-every 50 --eval-bytes 500 --save-every 25 --log-every 5 --sample-bytes 12".split(),  # noqa: SIM905
+    *"--eval-every 25 --eval-bytes 500 --save-every 10 --log-every 5 --sample-bytes 12".split(),  # noqa: SIM905
+    *"--warmup-steps 10 --learning-rate 1e-2".split(),  # noqa: SIM905
 ]
+STEPS = 100
 
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -54,21 +57,21 @@ def run(cwd: Path, program: str, *flags: str) -> subprocess.CompletedProcess[str
 @contextlib.contextmanager
 def started(cwd: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
     """A training process, killed at the end if it still runs."""
-    argv = command("train_byte_lm.py", *flags)
-    with subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, text=True) as process:
+    argv, output = command("train_byte_lm.py", *flags), subprocess.PIPE
+    with subprocess.Popen(argv, cwd=cwd, stdout=output, stderr=output, text=True) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
-    """Returns when the process has printed that it did `step` steps."""
+def wait_for(process: subprocess.Popen[str], pattern: str) -> None:
+    """Returns when the process has printed a line that begins so."""
     assert process.stdout is not None
     for line in process.stdout:
-        if (found := re.match(r"step (\d+)/", line)) and int(found[1]) >= step:
+        if re.match(pattern, line):
             return
-    raise AssertionError(f"the run ended before step {step}")
+    raise AssertionError(f"the run ended without {pattern!r}")
 
 
 def parameters(directory: Path) -> list[np.ndarray]:
@@ -99,82 +102,90 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 200 steps that nothing disturbs."""
+    """A run that nothing disturbs."""
     cwd = tmp_path_factory.mktemp("whole")
-    done = run(cwd, "train_byte_lm.py", *TINY, "--steps", "200", "--data", str(corpus))
+    done = run(cwd, "train_byte_lm.py", *TINY, "--steps", str(STEPS), "--data", str(corpus))
     assert done.returncode == 0, done.stderr
     assert "validation" in done.stdout
     (directory,) = (cwd / "runs").iterdir()
     return directory
 
 
+def copied(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "run")
+
+
 def test_a_run_leaves_what_its_user_needs(whole: Path):
     described = json.loads((whole / "run.json").read_text())
-    assert described["config"]["steps"] == 200
+    assert described["config"]["steps"] == STEPS
     assert described["versions"]["jax"] == jax.__version__
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (whole / "sample.txt").read_bytes().startswith(b"def ")
     log = records(whole)
     validation = [record for record in log if record["kind"] == "validation"]
-    assert [record["step"] for record in validation] == [50, 100, 150, 200]
+    assert [record["step"] for record in validation] == [25, 50, 75, 100]
     assert validation[-1]["bits_per_byte"] < 3 < 4 < validation[0]["bits_per_byte"]
-    assert len([record for record in log if record["kind"] == "train"]) == 40
-    assert steps_in_tensorboard(whole) == list(range(5, 201, 5))
+    assert len([record for record in log if record["kind"] == "train"]) == 20
+    assert steps_in_tensorboard(whole) == list(range(5, 101, 5))
     assert not (whole / "lock").exists()
 
 
-@pytest.mark.parametrize(("stateful", "number"), [(False, signal.SIGKILL), (True, signal.SIGTERM)])
-def test_killed_and_resumed_ends_with_identical_parameters(
-    corpus: Path, whole: Path, tmp_path: Path, stateful: bool, number: signal.Signals
-):
-    flags = [*TINY, "--steps", "200", "--data", str(corpus), "--out", "run"]
-    if stateful:
-        flags.append("--stateful")
-        reference = tmp_path / "whole"
-        done = run(tmp_path, "train_byte_lm.py", *flags, "--out", str(reference))
-        assert done.returncode == 0, done.stderr
-    else:
-        reference = whole
+def test_killed_and_resumed_while_nobody_reads(corpus: Path, whole: Path, tmp_path: Path):
+    """The end is that of the undisturbed run, bit for bit."""
+    flags = [*TINY, "--steps", str(STEPS), "--data", str(corpus), "--out", "run"]
     with started(tmp_path, *flags) as process:
-        wait_for_step(process, 100)
-        process.send_signal(number)
-    saved = (tmp_path / "run" / "checkpoints").iterdir()
-    newest = max(int(path.name) for path in saved if path.name.isdigit())
-    assert 50 <= newest < 200
-    resumed = run(tmp_path, "train_byte_lm.py", "--out", "run", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"continuing from step {newest}" in resumed.stdout
-    for ours, expected in zip(parameters(tmp_path / "run"), parameters(reference), strict=True):
+        wait_for(process, "step 30/")
+        process.send_signal(signal.SIGKILL)
+    newest = max(checkpoints(tmp_path / "run"))
+    assert 10 <= newest < STEPS
+    with started(tmp_path, "--out", "run", "--resume") as process:
+        wait_for(process, f"continuing from step {newest}, bit for bit")
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(timeout=60) == 0
+    assert_same_end(tmp_path / "run", whole)
+
+
+def test_stopped_by_a_signal_and_resumed_stateful(corpus: Path, tmp_path: Path):
+    """The signal writes a checkpoint first; the end is that of an undisturbed run."""
+    flags = [*TINY, "--steps", str(STEPS), "--data", str(corpus), "--stateful", "--out"]
+    with started(tmp_path, *flags, "run", "--save-every", "1000000") as process:
+        wait_for(process, "step 30/")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    newest = max(checkpoints(tmp_path / "run"))
+    assert 0 <= newest - records(tmp_path / "run")[-1]["step"] < 5
+    assert 30 <= newest < STEPS
+    train_byte_lm.main(["--out", str(tmp_path / "run"), "--resume"])
+    train_byte_lm.main([*flags, str(tmp_path / "whole")])
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def checkpoints(run: Path) -> list[int]:
+    return [int(path.name) for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit()]
+
+
+def assert_same_end(run: Path, reference: Path) -> None:
+    """Parameters and records are identical."""
+    for ours, expected in zip(parameters(run), parameters(reference), strict=True):
         np.testing.assert_array_equal(ours, expected)
-    assert records(tmp_path / "run") == records(reference)
-    assert steps_in_tensorboard(tmp_path / "run") == steps_in_tensorboard(reference)
+    assert records(run) == records(reference)
+    assert steps_in_tensorboard(run) == steps_in_tensorboard(reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_first(corpus: Path, tmp_path: Path, number: signal.Signals):
-    flags = [*TINY, "--save-every", "1000000", "--eval-every", "1000000", "--out", "run"]
-    flags += ["--steps", "1000000", "--data", str(corpus)]
-    with started(tmp_path, *flags) as process:
-        wait_for_step(process, 20)
-        process.send_signal(number)
-        assert process.wait(timeout=60) == 128 + number
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("[0-9]*")
-    assert 0 <= int(checkpoint.name) - records(tmp_path / "run")[-1]["step"] < 5
-
-
-def test_steps_that_are_not_finite_stop_the_run(corpus: Path, tmp_path: Path):
-    done = run(
-        tmp_path,
-        "train_byte_lm.py",
-        *TINY,
-        *["--data", str(corpus), "--out", "run", "--steps", "400", "--max-skipped-steps", "10"],
-        *["--learning-rate", "1e30", "--warmup-steps", "0"],
-    )
-    assert done.returncode == 1
-    assert re.search(r"stopped at step \d+: \d+ steps in a row .* not finite", done.stderr)
-    assert "Traceback" not in done.stderr
-    assert "steps skipped: not finite" in done.stdout
-    assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+def test_steps_that_are_not_finite_stop_the_run(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = ["--data", str(corpus), "--out", str(tmp_path / "run"), "--max-skipped-steps", "10"]
+    with pytest.raises(
+        RunStopped, match=r"stopped at step \d+: \d+ steps in a row .* not finite"
+    ) as stopped:
+        train_byte_lm.main([*TINY, *flags, "--learning-rate", "1e30", "--warmup-steps", "0"])
+    assert stopped.value.exit_code == 1
+    assert "steps skipped: not finite" in capsys.readouterr().out
+    assert checkpoints(tmp_path / "run")
     for array in parameters(tmp_path / "run"):
         assert np.isfinite(array).all()
 
@@ -201,7 +212,7 @@ def test_steps_that_are_not_finite_stop_the_run(corpus: Path, tmp_path: Path):
         ("--out short.txt", "short.txt is a file"),
         ("--out short.txt --resume", "short.txt holds no run"),
         ("--out short.txt/deeper", "short.txt/deeper: Not a directory"),
-        ("--out taken --resume --steps 100", "has done 200 steps: raise --steps"),
+        ("--out taken --resume --steps 50", "has done 100 steps: raise --steps"),
         ("--implementation mosaic_gpu", "use implementation='scan'"),
         ("--seed 4294967296", "--seed must be below 2**32"),
         ("--dtype float64", "--dtype float64 is for comparisons"),
@@ -254,8 +265,7 @@ def test_a_program_is_a_module_too(tmp_path: Path):
 
 
 def test_a_changed_corpus_is_not_resumed(whole: Path, tmp_path: Path):
-    shutil.copytree(whole, tmp_path / "run")
-    described = (tmp_path / "run" / "run.json").read_text()
+    described = (copied(whole, tmp_path) / "run.json").read_text()
     other = re.sub(r'"fingerprint": "[0-9a-f]+"', '"fingerprint": "0123"', described)
     assert other != described
     (tmp_path / "run" / "run.json").write_text(other)
@@ -272,29 +282,28 @@ def test_help_is_quick_and_says_units():
         assert flag in done.stdout
 
 
-def test_other_devices_get_a_warning(whole: Path, tmp_path: Path):
+def test_other_devices_get_a_warning(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """The devices on which a run began are part of its bits, so it says where they differ."""
-    shutil.copytree(whole, tmp_path / "run")
-    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    described = json.loads((copied(whole, tmp_path) / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps({**described, "devices": "1 x abacus"}))
-    done = run(tmp_path, "train_byte_lm.py", "--out", "run", "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "warning: the run began on 1 x abacus" in done.stderr
+    train_byte_lm.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert "warning: the run began on 1 x abacus" in capsys.readouterr().err
     described = json.loads((tmp_path / "run" / "run.json").read_text())
     assert described["devices"] == "1 x abacus"
-    assert described["resumed"][0]["step"] == 200
+    assert described["resumed"][0]["step"] == STEPS
 
 
-def test_resumed_on_another_mesh(whole: Path, tmp_path: Path):
+def test_resumed_on_another_mesh(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """From a checkpoint of four devices' copies, with weights divided over two."""
-    shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "200")
-    mesh = "--mesh", "data=2,fsdp=2"
-    done = run(tmp_path, "train_byte_lm.py", "--out", "run", "--resume", *mesh)
-    assert done.returncode == 0, done.stderr
-    assert "continuing from step 175" in done.stdout
-    assert "4 x cpu (data=2,fsdp=2)" in done.stderr
-    for after, before in zip(parameters(tmp_path / "run"), parameters(whole), strict=True):
+    out = copied(whole, tmp_path)
+    shutil.rmtree(out / "checkpoints" / str(STEPS))
+    train_byte_lm.main(["--out", str(out), "--resume", "--mesh", "data=2,fsdp=2"])
+    said = capsys.readouterr()
+    assert "continuing from step 90" in said.out
+    assert "4 x cpu (data=2,fsdp=2)" in said.err
+    for after, before in zip(parameters(out), parameters(whole), strict=True):
         np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-4)
 
 
@@ -325,20 +334,6 @@ def test_a_reader_that_stops_reading(whole: Path):
         assert process.stderr is not None
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 128 + signal.SIGPIPE
-
-
-def test_nobody_reads_what_a_run_prints(corpus: Path, whole: Path, tmp_path: Path):
-    flags = [*TINY, "--steps", "200", "--data", str(corpus), "--out", "run"]
-    argv = command("train_byte_lm.py", *flags)
-    output = subprocess.PIPE
-    with subprocess.Popen(argv, cwd=tmp_path, stdout=output, stderr=output, text=True) as process:
-        wait_for_step(process, 5)
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        process.stderr.close()
-        assert process.wait(timeout=60) == 0
-    assert records(tmp_path / "run") == records(whole)
 
 
 def test_sampling_from_a_run(

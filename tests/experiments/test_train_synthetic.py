@@ -24,8 +24,10 @@ from experiments.trained import load_trained
 
 BATCH = ["--seq-len", "8", "--batch-size", "4"]
 STEPS = ["--steps", "6", "--eval-every", "2", "--save-every", "2", "--log-every", "1"]
-TINY = ["--dim", "16", "--n-heads", "1", "--n-state", "4", "--depth", "1", *BATCH, *STEPS]
+TINY = ["--dim", "16", "--n-heads", "2", "--n-state", "4", "--depth", "1", *BATCH, *STEPS]
 COUNTER = ["--task", "counter", "--modulus", "3", *TINY]
+
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +68,12 @@ def test_a_run_writes_its_accuracy(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,heads=2"])
-def test_divided_weights_are_read_where_they_are(tmp_path: Path, mesh: str) -> None:
+def test_divided_weights_are_read_where_they_are(whole: Path, tmp_path: Path, mesh: str) -> None:
     """They read as the copies of a run on four devices do."""
-    out, flags = tmp_path / "run", ["--n-heads", "2", "--n-state", "4"]
-    found = []
-    for directory, chosen in ((out, ["--mesh", mesh]), (tmp_path / "copies", [])):
-        train_synthetic.main([*COUNTER, *flags, "--out", str(directory), *chosen])
-        found.append(json.loads((directory / "lengths.json").read_text()))
-    divided, copies = found
+    train_synthetic.main([*COUNTER, "--out", str(tmp_path / "run"), "--mesh", mesh])
+    divided, copies = (
+        json.loads((run / "lengths.json").read_text()) for run in (tmp_path / "run", whole)
+    )
     assert divided.keys() == copies.keys()
     for length, read in divided.items():
         assert read["chance"] == copies[length]["chance"]
@@ -88,13 +88,14 @@ def test_it_resumes_bit_for_bit(
 
     def interrupt(task: Synthetic, step: int) -> Batch:
         if step == 4:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
         return read(task, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(Synthetic, "__getitem__", interrupt)
-        with pytest.raises(RunStopped, match="stopped by SIGTERM at step"):
+        with pytest.raises(RunStopped, match="stopped by SIGINT at step") as ended:
             train_synthetic.main([*COUNTER, "--out", str(out)])
+    assert ended.value.exit_code == 128 + signal.SIGINT
     stopped = max(int(path.name) for path in (out / "checkpoints").glob("[0-9]*"))
     assert 0 < stopped < 6
     train_synthetic.main(["--out", str(out), "--resume"])

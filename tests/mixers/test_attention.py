@@ -36,7 +36,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"window": 31, "n_kv_heads": 3, "rope_base": 3.0},
     {"window": 40},
 ]
-every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
 def config_of(**options: Any) -> AttentionConfig:
@@ -84,33 +83,30 @@ def expected_state(
     return AttentionState(cache[0], cache[1], positions[-1] + 1)
 
 
-@every_option
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_against_numpy(float64: None, options: dict[str, Any]) -> None:
+    """Outputs and state; and differences of NumPy's loss along each gradient, with chance added to
+    the direction."""
     config = config_of(**options)
-    weights, x = weights_of(config), inputs()
-    y, state = run(mixer_of(config, weights), x, None, jnp.asarray(IDS))
-    for b in range(2):
-        assert rms_ratio(y[b], attention(config, weights, x[b], IDS[b])) < 1e-12
-        expected = expected_state(config, weights, x[b], IDS[b], config.window or TIME)
-        assert state.keys.shape[1:] == expected.keys.shape
-        for actual, wanted in zip(state, expected, strict=True):
-            assert rms_ratio(actual[b], wanted) < 1e-12
-
-
-@every_option
-def test_gradients_against_numpy(float64: None, options: dict[str, Any]) -> None:
-    """Differences of NumPy's loss along each gradient, with chance added to the direction."""
-    config = config_of(**options)
-    weights, x, ids = weights_of(config), inputs(11), IDS[:, 3:14]
+    weights, x, ids = weights_of(config), inputs(), IDS
     rng = np.random.default_rng(2)
     cotangent = rng.normal(size=x.shape)
     mixer = mixer_of(config, weights)
     graphdef, params = nnx.split(mixer)
 
     def loss(params: Any, x: Any) -> Any:
-        return jnp.sum(cotangent * nnx.merge(graphdef, params)(x, None, jnp.asarray(ids))[0])
+        y, state = nnx.merge(graphdef, params)(x, None, jnp.asarray(ids))
+        return jnp.sum(cotangent * y), (y, state)
 
-    by_path, d_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, jnp.asarray(x))
+    differentiated = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    (by_path, d_x), results = differentiated(params, jnp.asarray(x))
+    y, state = jax.tree.map(np.asarray, results)
+    for b in range(2):
+        assert rms_ratio(y[b], attention(config, weights, x[b], ids[b])) < 1e-12
+        expected = expected_state(config, weights, x[b], ids[b], config.window or TIME)
+        assert state.keys.shape[1:] == expected.keys.shape
+        for actual, wanted in zip(state, expected, strict=True):
+            assert rms_ratio(actual[b], wanted) < 1e-12
     by_name = {".".join(map(str, path)): g for path, g in nnx.to_flat_state(by_path)}
     slopes = {name: np.asarray(g[...]) for name, g in by_name.items()} | {"x": np.asarray(d_x)}
     assert slopes.keys() == weights.keys() | {"x"}
@@ -142,7 +138,7 @@ def decoded(mixer: AttentionMixer, x: np.ndarray, state: Any) -> Any:
     return jnp.moveaxis(y, 0, 1), state
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, 16])
+@pytest.mark.parametrize("window", [1, 5, 16])
 def test_decoding_far_beyond_the_window(float64: None, window: int) -> None:
     config = config_of(window=window, n_kv_heads=2)
     weights, x = weights_of(config), inputs(6 * 16 + 3)
@@ -191,7 +187,7 @@ def test_a_call_without_state_sees_all_and_remembers_as_much(float64: None) -> N
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3]], ids=str)
 def test_narrow_dtypes_under_strict_promotion(dtype: str, options: dict[str, Any]) -> None:
     config = config_of(**options)
     weights, x = weights_of(config), inputs().astype(np.float32)
@@ -287,12 +283,13 @@ def test_a_model_with_one_layer_of_attention() -> None:
         logits, state = step(tokens[:, t : t + 1], state)
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-5)
+    wrong = model.init_state(3, 12)[0], state[1]
     with pytest.raises(
         ValueError, match=r"state\[1\] must be .* batch of 3, got .*\(2, 12, 6, 4\)"
     ):
-        model(jnp.zeros((3, 1), jnp.int32), (model.init_state(3, 12)[0], state[1]))
+        jax.eval_shape(model, jnp.zeros((3, 1), jnp.int32), wrong)
     windowed = LMConfig(dim=12, depth=1, layers=(config_of(window=4),))
-    assert not LanguageModel(windowed, rngs=nnx.Rngs(0)).needs_context
+    assert not nnx.eval_shape(lambda: LanguageModel(windowed, rngs=nnx.Rngs(0))).needs_context
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 4}], ids=str)
@@ -318,21 +315,21 @@ def test_programs_of_any_batch_and_length(options: dict[str, Any]) -> None:
     def made(shape: Any, dtype: str) -> Any:
         return jnp.asarray(np.random.default_rng(0).integers(0, 3, shape), dtype)
 
-    sizes = batch, time, context
-    for is_first in (True, False):
-        shapes_ = list(arguments(jax.ShapeDtypeStruct, *sizes))
+    # Either size with and without a state, over both options.
+    sizes = ((1, 2, 3), (3, 7, 5)) if options else ((3, 7, 5), (1, 2, 3))
+    for is_first, size in zip((True, False), sizes, strict=True):
+        shapes_ = list(arguments(jax.ShapeDtypeStruct, batch, time, context))
         if is_first:
             shapes_[3] = None
         exported = export.export(call)(*shapes_)
         exported = export.deserialize(exported.serialize())
-        for rows, steps, size in ((1, 2, 3), (3, 7, 5)):
-            given = list(arguments(made, rows, steps, size))
-            if is_first:
-                given[3] = None
-            for a, b in zip(
-                jax.tree.leaves(exported.call(*given)), jax.tree.leaves(call(*given)), strict=True
-            ):
-                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        given = list(arguments(made, *size))
+        if is_first:
+            given[3] = None
+        for a, b in zip(
+            jax.tree.leaves(exported.call(*given)), jax.tree.leaves(call(*given)), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 class TestCuDNN:
@@ -386,7 +383,7 @@ class TestCuDNN:
             message = "XLA computes attention: the kernel needs a head_dim that is a multiple of 8 "
             assert calls == [f"{message}and at most 128, got {n}" for n in (12, 136)]
             calls.clear()
-        self.mixer(config)(x)
+        jax.eval_shape(self.mixer(config), x)
         assert calls == []
 
     def test_without_cudnn_xla_computes(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +394,7 @@ class TestCuDNN:
         x = jnp.asarray(inputs(7), jnp.float32)
         mixer = self.mixer(AttentionConfig(n_heads=2, head_dim=8))
         with target.use(target.H100):
-            y, _ = mixer(x)
-        np.testing.assert_array_equal(y, mixer(x)[0])
+            y, _ = jax.jit(lambda x: mixer(x))(x)
+        np.testing.assert_array_equal(y, jax.jit(lambda x: mixer(x))(x)[0])
         assert len(messages) == 1
         assert "cannot be lowered" in messages[0]

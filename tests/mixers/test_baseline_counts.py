@@ -47,7 +47,7 @@ def check(config: MixerConfig, dim: int) -> None:
 
 @pytest.mark.parametrize("configs", [attentions(), lstms()], ids=["attention", "lstm"])
 def test_any_configuration_is_counted_exactly(configs: st.SearchStrategy[MixerConfig]) -> None:
-    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None)
     @given(configs, dims)
     def counted(config: MixerConfig, dim: int) -> None:
         check(config, dim)

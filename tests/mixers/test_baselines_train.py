@@ -1,4 +1,4 @@
-"""Attention and LSTM train from the command line, resume bit for bit, and write text."""
+"""Attention and LSTM train from the command line and write text; attention resumes bit for bit."""
 
 import json
 from collections.abc import Iterator
@@ -16,16 +16,17 @@ def promotion() -> Iterator[None]:
         yield
 
 
+# What resumes is of the trainer, and of the state that attention carries from step to step.
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "resumes"),
     [
-        ["--mixer", "attention", "--n-heads", "2", "--head-dim", "8", "--stateful"],
-        ["--mixer", "lstm", "--width", "16", "--optimizer", "muon"],
+        (["--mixer", "attention", "--n-heads", "2", "--head-dim", "8", "--stateful"], True),
+        (["--mixer", "lstm", "--width", "16", "--optimizer", "muon"], False),
     ],
     ids=["attention", "lstm"],
 )
 def test_train_resume_and_sample(
-    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes], flags: list[str]
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes], flags: list[str], resumes: bool
 ) -> None:
     data = tmp_path / "text"
     data.write_bytes(b"abcdefgh" * 500)
@@ -35,20 +36,19 @@ def test_train_resume_and_sample(
     # A rate that does not depend on the number of steps.
     flags += ["--learning-rate", "0.02", "--warmup-steps", "0", "--final-lr-fraction", "1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def losses(run: Path) -> list[float]:
+        records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [record["loss"] for record in records if record["kind"] == "train"]
+
     train_byte_lm.main([*flags, "--out", str(whole), "--steps", "8"])
-    train_byte_lm.main([*flags, "--out", str(parts), "--steps", "4"])
-    train_byte_lm.main(["--out", str(parts), "--resume", "--steps", "8"])
-    losses = [
-        [
-            record["loss"]
-            for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-            if record["kind"] == "train"
-        ]
-        for run in (whole, parts)
-    ]
-    assert losses[0] == losses[1]
-    assert losses[0][-1] < losses[0][0] - 0.1
+    first, *_, last = losses(whole)
+    assert last < first - 0.1
+    if resumes:
+        train_byte_lm.main([*flags, "--out", str(parts), "--steps", "4"])
+        train_byte_lm.main(["--out", str(parts), "--resume", "--steps", "8"])
+        assert losses(parts) == losses(whole)
     capfdbinary.readouterr()
     # Longer than the window that the model was trained on.
-    sample.main([str(parts), "--prompt", "abc", "--length", "50"])
+    sample.main([str(whole), "--prompt", "abc", "--length", "50"])
     assert len(capfdbinary.readouterr().out.removeprefix(b"abc").rstrip(b"\n")) >= 50

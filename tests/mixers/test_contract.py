@@ -1,10 +1,14 @@
-"""The contract of mixers, for each kind."""
+"""The contract of mixers, for each kind.
+
+Few layers of a kind, whose options act on state, documents and lengths of rows: every option by
+itself is compared with NumPy in the tests of each mixer.
+"""
 
 from typing import Any
 
 from e88_jax.mixers.baselines import AttentionConfig, GatedDeltaNetConfig, LSTMConfig, Mamba2Config
 from tests.mixers.contract import MixerContract
-from tests.reference.configs import E88_OPTIONS, Layer, e88_layer, name_of
+from tests.reference.configs import Layer, e88_layer, name_of
 from tests.reference.toy_mixer import ToyConfig
 
 
@@ -12,16 +16,21 @@ class TestE88(MixerContract):
     layers = {  # noqa: RUF012
         name_of(options): e88_layer(**options)
         for options in (
-            {},
-            {"conv_size": 4, "expansion": 2.0, "head_mix": "input_weighted"},
+            {
+                "conv_size": 4,
+                "expansion": 2.0,
+                "write_gate": True,
+                "value_residual": True,
+                "head_mix": "input_weighted",
+            },
             {
                 "linear_state": True,
                 "output_norm": True,
                 "decay_mode": "constant",
                 "output_gate": "none",
-                "head_mix": "weighted_sum",
+                "tie_kv": True,
+                "head_mix": "per_head",
             },
-            E88_OPTIONS[-1],
         )
     }
 
@@ -31,18 +40,18 @@ class TestE88(MixerContract):
 
 class TestGatedDeltaNet(MixerContract):
     layers = {  # noqa: RUF012
-        name: Layer(GatedDeltaNetConfig(**options), 10, e88_layer().execution)
-        for name, options in {
-            "default": {"n_heads": 3, "head_dim": 4, "expand_v": 1.5},
-            "grouped": {
-                "n_heads": 2,
-                "head_dim": 6,
-                "expand_v": 0.5,
-                "n_value_heads": 4,
-                "conv_size": 3,
-                "negative_eigenvalues": True,
-            },
-        }.items()
+        "grouped": Layer(
+            GatedDeltaNetConfig(
+                n_heads=2,
+                head_dim=6,
+                expand_v=0.5,
+                n_value_heads=4,
+                conv_size=3,
+                negative_eigenvalues=True,
+            ),
+            10,
+            e88_layer().execution,
+        )
     }
 
     def counted(self, state: Any) -> Any:
@@ -51,17 +60,11 @@ class TestGatedDeltaNet(MixerContract):
 
 class TestMamba2(MixerContract):
     layers = {  # noqa: RUF012
-        name: Layer(Mamba2Config(**options), 12, e88_layer().execution)
-        for name, options in {
-            "default": {"d_state": 5, "head_dim": 4},
-            "grouped": {
-                "expand": 1.5,
-                "d_state": 3,
-                "head_dim": 3,
-                "n_groups": 2,
-                "conv_size": 2,
-            },
-        }.items()
+        "grouped": Layer(
+            Mamba2Config(expand=1.5, d_state=3, head_dim=3, n_groups=2, conv_size=2),
+            12,
+            e88_layer().execution,
+        )
     }
 
     def counted(self, state: Any) -> Any:
@@ -91,21 +94,16 @@ class CachedContract(MixerContract):
 
 
 class TestAttentionOfAWindow(CachedContract):
-    """Windows that are shorter than a call, and longer than all tokens."""
+    """A window that is shorter than a call: a longer one is a cache as below."""
 
     layers = {  # noqa: RUF012
         "window=5+qk_norm=False+n_kv_heads=2": attention(window=5, qk_norm=False, n_kv_heads=2),
-        "window=2": attention(window=2),
-        "window=19": attention(window=19, n_kv_heads=1),
     }
 
 
 class TestAttention(CachedContract):
     """All tokens before a token are seen: the cache is longer than the tokens of a test."""
 
-    layers = {  # noqa: RUF012
-        "default": attention(),
-        "qk_norm=False+n_kv_heads=3": attention(qk_norm=False, n_kv_heads=3),
-    }
+    layers = {"n_kv_heads=3": attention(n_kv_heads=3)}  # noqa: RUF012
     context = 19
     counted_context = 1

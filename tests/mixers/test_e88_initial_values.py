@@ -133,10 +133,10 @@ def test_seeds(mixer: E88Mixer) -> None:
 
 
 def test_parameters_are_float32_and_unbiased() -> None:
-    for dtype in ("float32", "bfloat16"):
-        for options in E88_OPTIONS:
-            layer = e88_layer(**options, dtype=dtype)
-            mixer = nnx.eval_shape(lambda layer=layer: E88Mixer(*layer, rngs=nnx.Rngs(0)))
-            for path, param in nnx.to_flat_state(nnx.state(mixer, nnx.Param)):
-                assert param.dtype == jnp.float32
-                assert path[-1] != "bias"
+    """Whatever the dtype of the matmuls."""
+    for options in E88_OPTIONS:
+        layer = e88_layer(**options, dtype="bfloat16")
+        mixer = nnx.eval_shape(lambda layer=layer: E88Mixer(*layer, rngs=nnx.Rngs(0)))
+        for path, param in nnx.to_flat_state(nnx.state(mixer, nnx.Param)):
+            assert param.dtype == jnp.float32
+            assert path[-1] != "bias"

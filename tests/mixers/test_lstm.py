@@ -76,8 +76,7 @@ def test_gradients_against_numpy(float64: None) -> None:
             total += sum(np.sum(c[b] * a) for c, a in zip(cotangents, results, strict=True))
         return total
 
-    slopes = jax.jit(jax.grad(loss))({name: jnp.asarray(a) for name, a in given.items()})
-    for name, slope in slopes.items():
+    for name, slope in jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(given)).items():
         norm = np.linalg.norm(slope)
         assert norm > 1e-2, name
         direction = slope / norm + rng.normal(size=slope.shape) / np.sqrt(slope.size)
@@ -94,7 +93,8 @@ def test_narrow_dtypes_under_strict_promotion(dtype: str) -> None:
     weights, (x, hidden, cell) = weights_of(), inputs()
     mixer = mixer_of({name: w.astype(np.float32) for name, w in weights.items()}, dtype)
     state = LSTMState(jnp.asarray(hidden, jnp.float32), jnp.asarray(cell, jnp.float32))
-    y, after = mixer(jnp.asarray(x, jnp.float32), state, jnp.asarray(IDS))
+    run = nnx.jit(lambda mixer, *arguments: mixer(*arguments))
+    y, after = run(mixer, jnp.asarray(x, jnp.float32), state, jnp.asarray(IDS))
     assert (y.dtype, after.hidden.dtype, after.cell.dtype) == (dtype, "float32", "float32")
     for b in range(2):
         expected, *expected_state = lstm(weights, x[b], IDS[b], hidden[b], cell[b])
@@ -111,11 +111,12 @@ def test_a_program_of_any_batch_and_length() -> None:
         cells = (make((batch, WIDTH), "float32") for _ in range(2))
         return make((batch, time, DIM), "float32"), LSTMState(*cells)
 
-    exported = export.export(jax.jit(mixer))(*of(batch, time, jax.ShapeDtypeStruct))
+    run = jax.jit(mixer)
+    exported = export.export(run)(*of(batch, time, jax.ShapeDtypeStruct))
     exported = export.deserialize(exported.serialize())
     given = of(3, 7, jnp.ones)
     for a, b in zip(
-        jax.tree.leaves(exported.call(*given)), jax.tree.leaves(mixer(*given)), strict=True
+        jax.tree.leaves(exported.call(*given)), jax.tree.leaves(run(*given)), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 

@@ -43,9 +43,16 @@ def results(
     return {"out": out, "final_state": state} | {f"d_{name}": x for name, x in gradients}
 
 
-@pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("extreme", [False, True])
-@pytest.mark.parametrize("size", [Size(2, 33, 1, 3, 4, 8), Size(1, 9, 2, 2, 31, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        (Size(2, 17, 1, 3, 4, 8), "float64"),
+        (Size(1, 9, 2, 2, 31, 5), "float32"),
+        (Size(2, 17, 1, 3, 4, 8), "bfloat16"),
+    ],
+    ids=str,
+)
 def test_equals_the_definition(size: Size, extreme: bool, dtype: str) -> None:
     with jax.enable_x64(True):
         call = make_call(GATED_DELTA_RULE, size).without("segment_ids", "lengths")

@@ -32,6 +32,8 @@ from tests.recurrence_calls import BOUNDS, assert_tensors_close
 from tests.reference.odd import NOT_ARRAYS, NOT_CHOICES, OP, fault_of, without
 
 SMALL = Size(2, 5, 3, 6, 4, 7)
+TOO_LARGE = SMALL._replace(n_value=132)
+"""For E88's kernels, which run the delta rule too: they take V up to 128."""
 
 
 def arguments_of(op: Op, dtype: str = "float32", size: Size = SMALL) -> dict[str, Any]:
@@ -121,10 +123,10 @@ def test_an_odd_argument_is_named(op: Op) -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_numpy_arrays_and_lists_are_arrays(op: Op) -> None:
-    """Without `jax.jit`, too."""
-    call = make_call(op, SMALL)
+    """Without `jax.jit`, too: by programs of single operations, as the fallbacks below."""
+    call = make_call(op, TOO_LARGE)
     wanted = expected(op, call)
-    arguments = {name: np.asarray(x) for name, x in arguments_of(op).items()}
+    arguments = {name: np.asarray(x) for name, x in arguments_of(op, size=TOO_LARGE).items()}
     for convert in (np.asarray, np.ndarray.tolist):
         out, state = op.function(**{name: convert(x) for name, x in arguments.items()})
         of_loop = {name: wanted[name] for name in ("out", "final_state")}
@@ -184,8 +186,7 @@ class TestOnAGpu:
         self, op: Op, dtype: str, reason: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         """To the chunk form, with the reason said once; refused by name for the same reason."""
-        # E88's kernels, which run the delta rule too, take V up to 128.
-        arguments = arguments_of(op, dtype, SMALL._replace(n_value=132))
+        arguments = arguments_of(op, dtype, TOO_LARGE)
         by_chunks = op.function(**arguments, implementation="chunked")
         with caplog.at_level(logging.INFO):
             for _ in range(2):

@@ -1,5 +1,5 @@
 from tests.ops.contract import LinearRecurrenceContract
-from tests.ops.inputs import GATED_DELTA_RULE, Size
+from tests.ops.inputs import GATED_DELTA_RULE, SIZE, Size
 
 
 class TestScan(LinearRecurrenceContract):
@@ -9,6 +9,7 @@ class TestScan(LinearRecurrenceContract):
     sizes = (Size(2, 5, 3, 3, 12, 5),)
     border = 32
     short = 5
+    long = SIZE
 
 
 class TestChunked(LinearRecurrenceContract):

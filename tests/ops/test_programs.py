@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.ops.inputs import (
-    OPS,
+    GATED_DELTA_RULE,
+    SSD,
     Call,
     Op,
     Size,
@@ -28,10 +29,15 @@ from tests.recurrence_calls import BOUNDS, assert_tensors_close
 
 TIMES = {"scan": 6, "chunked": 66}
 
-pytestmark = [
-    pytest.mark.parametrize("op", OPS, ids=str),
-    pytest.mark.parametrize("implementation", TIMES),
-]
+# Each op by each implementation. Where there is another parameter, one half comes with some of its
+# values and the other half with the rest: any value meets both ops and both implementations.
+HALVES = (
+    [(GATED_DELTA_RULE, "chunked"), (SSD, "scan")],
+    [(GATED_DELTA_RULE, "scan"), (SSD, "chunked")],
+)
+ALL = [*HALVES[0], *HALVES[1]]
+
+each = pytest.mark.parametrize(("op", "implementation"), ALL, ids=str)
 
 
 def make(op: Op, implementation: str, dtype: str = "float32", **sizes: int) -> tuple[Call, Any]:
@@ -43,6 +49,7 @@ def make(op: Op, implementation: str, dtype: str = "float32", **sizes: int) -> t
     return call, (tensors(op, call, dtype), *rows, cotangents)
 
 
+@each
 def test_vmap(op: Op, implementation: str) -> None:
     """Over pairs of rows, with what is not per row the same for all."""
     call, arguments = make(op, implementation)
@@ -52,7 +59,7 @@ def test_vmap(op: Op, implementation: str) -> None:
         if x.ndim == 1:
             axes[0][name] = None
     pairs = jax.tree.map(
-        lambda x, axis: x if axis is None else x.reshape(2, 2, *x.shape[1:]),
+        lambda x, axis: x if axis is None else np.asarray(x).reshape(2, 2, *x.shape[1:]),
         arguments,
         axes,
         is_leaf=lambda x: x is None,
@@ -94,11 +101,11 @@ ROWS_AND_HEADS = {"b": "x", "h": "y"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "parts"),
+    ("op", "implementation", "kind", "parts"),
     [
-        (AxisType.Explicit, ROWS_AND_HEADS),
-        (AxisType.Explicit, {"b": "x", "t": "y"}),
-        (AxisType.Auto, ROWS_AND_HEADS),
+        *((*half, AxisType.Explicit, ROWS_AND_HEADS) for half in HALVES[0]),
+        *((*half, AxisType.Explicit, {"b": "x", "t": "y"}) for half in HALVES[1]),
+        *((*half, AxisType.Auto, ROWS_AND_HEADS) for half in HALVES[1]),
     ],
     ids=str,
 )
@@ -129,6 +136,7 @@ def test_sharded(op: Op, implementation: str, parts: dict[str, Any], kind: AxisT
         assert jax.typeof(results["final_state"]).sharding.spec == P("x", heads, None, None)
 
 
+@pytest.mark.parametrize(("op", "implementation"), HALVES[0], ids=str)
 def test_a_key_of_all_heads_is_not_sharded(op: Op, implementation: str) -> None:
     """Heads over devices, and one q and k for all of them on every device."""
     mesh = jax.make_mesh((4,), ("y",))
@@ -144,7 +152,11 @@ def test_a_key_of_all_heads_is_not_sharded(op: Op, implementation: str) -> None:
     assert jax.typeof(results["out"]).sharding.spec == P(None, None, "y", None)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("op", "implementation", "check_vma"),
+    [*((*x, True) for x in HALVES[0]), *((*x, False) for x in HALVES[1])],
+    ids=str,
+)
 def test_inside_shard_map(op: Op, implementation: str, check_vma: bool) -> None:
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
     call, (arrays, ids, lengths, cotangents) = make(op, implementation)
@@ -191,16 +203,17 @@ def exported(op: Op, shape: str, implementation: Any) -> Any:
     return export.export(run)(arrays, *rows, (out, state))
 
 
+@each
 def test_export(op: Op, implementation: str) -> None:
     """Of any batch by both; of any number of steps by the scan, which None chooses there."""
     time = TIMES[implementation]
     shape, named = ("b, t", None) if implementation == "scan" else (f"b, {time}", "chunked")
     program = exported(op, shape, named)
-    for batch, steps in ((1, time), (3, time if implementation == "chunked" else 4)):
-        call, arguments = make(op, implementation, batch=batch, time=steps)
-        without = call.without("initial_state")
-        arguments = tensors(op, without, "float32"), *arguments[1:]
-        assert_tensors_close(program.call(*arguments), expected(op, without), BOUNDS["float32"])
+    steps = time if implementation == "chunked" else 4
+    call, arguments = make(op, implementation, batch=3, time=steps)
+    without = call.without("initial_state")
+    arguments = tensors(op, without, "float32"), *arguments[1:]
+    assert_tensors_close(program.call(*arguments), expected(op, without), BOUNDS["float32"])
     if implementation == "chunked":
         with pytest.raises(NotImplementedError, match=r"'chunked'.*symbolic.*'scan'"):
             exported(op, "b, t", "chunked")
@@ -209,7 +222,15 @@ def test_export(op: Op, implementation: str) -> None:
 # Other derivatives: products with the Hessian against differences of the loop's gradients.
 
 
-@pytest.mark.parametrize("mode", ["forward", "forward over reverse", "reverse over reverse"])
+# Forward over reverse has the forward derivative in it.
+@pytest.mark.parametrize(
+    ("op", "implementation", "mode"),
+    [
+        *((*x, "forward over reverse") for x in HALVES[0]),
+        *((*x, mode) for x in HALVES[1] for mode in ("forward", "reverse over reverse")),
+    ],
+    ids=str,
+)
 def test_derivatives(op: Op, implementation: str, mode: str, x64: None) -> None:
     sizes = {"batch": 1, "groups": 1, "heads": 2, "n_key": 3, "n_value": 2}
     sizes |= {"time": 3} if implementation == "scan" else {}
@@ -255,6 +276,7 @@ def test_derivatives(op: Op, implementation: str, mode: str, x64: None) -> None:
     assert_tensors_close(actual, {name: slopes[name] for name in actual}, 1e-7)
 
 
+@each
 def test_the_default_on_a_cpu(op: Op, implementation: str) -> None:
     """The chunk form where there is more than one step."""
     _, (arrays, *_) = make(op, implementation, time=1 if implementation == "scan" else 2)

@@ -1,7 +1,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,17 +8,19 @@ from e88_jax.draw import filter_logits
 from e88_jax.model import LanguageModel
 from tests.sampling.common import draw, numpy_filter
 
-jitted_filter = jax.jit(filter_logits, static_argnums=2)
+probabilities_of = jax.jit(
+    lambda *arguments: jax.nn.softmax(filter_logits(*arguments), axis=-1), static_argnums=2
+)
 
 
 class TestFilterLogits:
     LOGITS = np.random.default_rng(3).normal(size=(5, 30)).astype(np.float32) * 3
 
     def probabilities(self, logits: Any, **options: Any) -> np.ndarray:
-        temperature = jnp.float32(options.get("temperature", 1.0))
-        top_p = jnp.float32(options.get("top_p", 1.0))
-        filtered = jitted_filter(jnp.asarray(logits), temperature, options.get("top_k"), top_p)
-        return np.asarray(jax.nn.softmax(filtered, axis=-1))
+        temperature, top_p = (
+            np.asarray(options.get(name, 1.0), np.float32) for name in ("temperature", "top_p")
+        )
+        return np.asarray(probabilities_of(logits, temperature, options.get("top_k"), top_p))
 
     @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
     @pytest.mark.parametrize("top_k", [None, 1, 7, 30, 100])

@@ -57,13 +57,6 @@ class TestGenerate:
         assert first.min() >= 0
         assert first.max() < VOCAB
 
-    def test_rows_and_steps_draw_apart(self, model: LanguageModel) -> None:
-        """From a flat distribution, a key used twice would repeat its token."""
-        same = np.tile(PROMPT[:1], (8, 1))
-        drawn = generate(model, same, 8, key=jax.random.key(0), temperature=1e6, top_k=None)
-        assert len(set(drawn[:, 0].tolist())) > 2
-        assert len(set(drawn[0].tolist())) > 2
-
     def test_it_draws_from_the_distribution(self, model: LanguageModel) -> None:
         n = 4000
         same = np.tile(PROMPT[:1], (n, 1))
@@ -102,6 +95,7 @@ class TestGenerate:
         for one, other in [(blocks[0], blocks[1]), (blocks[:, 0], blocks[:, 1])]:
             assert np.mean(one == other) < 0.2
         assert np.mean(drawn[:, 1:] == drawn[:, :-1]) < 0.2
+        assert drawn[0, 0] != drawn[1, 0]  # those that are drawn with the prompt
 
     def test_options_reach_the_distribution(self, flat: LanguageModel) -> None:
         """Equal logits are kept lowest ids first."""

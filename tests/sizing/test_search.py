@@ -10,11 +10,14 @@ from e88_jax.hardware import GPU, GPUS, find_gpu
 from e88_jax.sizing import d_inner_of, e88_layer, parse_params, solve
 from e88_jax.sizing.search import usual_depth
 
+# A search depends on a GPU by these alone.
+GPUS_APART = [None, *{gpu.recommended_n_state: gpu for gpu in GPUS}.values()]
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+@settings(max_examples=35, deadline=None, derandomize=True, database=None)
 @given(
     st.floats(6, 10).map(lambda x: round(10**x)),
-    st.sampled_from([None, *GPUS]),
+    st.sampled_from(GPUS_APART),
     st.sampled_from(["silu", "none"]),
 )
 def test_any_budget_is_met(budget: int, gpu: GPU | None, gate: OutputGate) -> None:
@@ -33,7 +36,7 @@ def test_any_budget_is_met(budget: int, gpu: GPU | None, gate: OutputGate) -> No
 
 @pytest.mark.parametrize("budget", [25 * 10**6, 10**8, 5 * 10**8, 10**9, 10**10])
 def test_from_25m_on_the_first_is_balanced(budget: int) -> None:
-    for gpu in (None, *GPUS):
+    for gpu in GPUS_APART:
         first = solve(budget, gpu=gpu)[0].config
         assert 0.8 <= first.dim / d_inner_of(first) <= 1.2
 

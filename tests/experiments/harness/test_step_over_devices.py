@@ -1,5 +1,6 @@
 """The training step over several devices: what they exchange, and that it changes no result."""
 
+import functools
 import re
 from collections import Counter
 from typing import Any
@@ -23,6 +24,7 @@ from experiments.harness.step import (
     TrainState,
     compile_train_step,
     init_state,
+    jit_train_step,
     make_evaluate,
     make_gradient,
     shardings_of,
@@ -40,44 +42,40 @@ from tests.reference.collectives import collectives
 from tests.reference.configs import lm_config
 
 
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    return LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+@functools.cache
+def after_two_steps(mesh: str, rows: int, stateful: bool) -> Any:
+    """Metrics and carry of the second step, and the validation after it, on the host."""
+    where, optimizer = for_rows(rows, mesh), make_optimizer(plain(), steps=20)
+    model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+    state = init_state(model, optimizer, (2, 4) if stateful else None)
+    state = jax.device_put(state, shardings_of(state, where))
+    assert {x.sharding.spec for x in jax.tree.leaves(state.carry)} <= {P(None, ROWS, "heads")}
+    placed = where.put(batch_of(windows_of((2, 4, 10))))
+    graphdef = nnx.graphdef(model)
+    step = compile_train_step(graphdef, optimizer, 1.0, BITS_PER_BYTE, state, placed)
+    for restart in (True, False):
+        state, metrics = step(state, placed._replace(restart=np.bool_(restart)))
+    batches = [batch_of(windows_of((1, 3, 10)))]
+    evaluate = make_evaluate(graphdef, batches, where, BITS_PER_BYTE, stateful=stateful)
+    assert state.updates.sharding.num_devices == where.mesh.size
+    return jax.device_get((metrics, state.carry, evaluate(state.params)))
 
 
 @pytest.mark.parametrize(
-    ("mesh", "stateful"),
+    ("mesh", "stateful"),  # each axis with and without a state
     [
-        ("data=4", False),
         ("data=4", True),
         ("fsdp=4", True),
         ("data=2,fsdp=2", False),
-        ("heads=2", False),
         ("heads=2", True),
         ("data=2,heads=2", False),
         ("fsdp=2,heads=2", True),
     ],
 )
-def test_steps_on_many_devices_equal_those_of_one(model: LanguageModel, mesh: str, stateful: bool):
+def test_steps_on_many_devices_equal_those_of_one(mesh: str, stateful: bool):
     """Four rows over four devices; three validation rows, which do not divide among them."""
-    optimizer = make_optimizer(plain(), steps=20)
-    windows = windows_of((2, 4, 10))
-    results = []
-    for where in (for_rows(4, mesh), for_rows(1)):
-        state = init_state(model, optimizer, (2, 4) if stateful else None)
-        state = jax.tree.map(jnp.copy, state)  # steps consume their state
-        state = jax.device_put(state, shardings_of(state, where))
-        assert {x.sharding.spec for x in jax.tree.leaves(state.carry)} <= {P(None, ROWS, "heads")}
-        placed = where.put(batch_of(windows))
-        graphdef = nnx.graphdef(model)
-        step = compile_train_step(graphdef, optimizer, 1.0, BITS_PER_BYTE, state, placed)
-        for restart in (True, False):
-            state, metrics = step(state, placed._replace(restart=np.bool_(restart)))
-        batches = [batch_of(windows_of((1, 3, 10)))]
-        evaluate = make_evaluate(graphdef, batches, where, BITS_PER_BYTE, stateful=stateful)
-        results.append((metrics, state.carry, evaluate(state.params)))
-        assert state.updates.sharding.num_devices == where.mesh.size
-    chex.assert_trees_all_close(*jax.device_get(results), rtol=1e-4, atol=1e-6)
+    found, expected = (after_two_steps(*where, stateful) for where in ((mesh, 4), ("auto", 1)))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 COLLECTIVE = re.compile(
@@ -86,30 +84,32 @@ COLLECTIVE = re.compile(
 """A collective in the text of a program: its arrays and its kind."""
 
 
-def program_on(mesh: str, model: LanguageModel, windows: np.ndarray) -> str:
-    """The text of a training step over four devices."""
+@functools.cache
+def program_on(mesh: str) -> str:
+    """The text of a training step of three passes over windows of 37 tokens on four devices."""
     where, optimizer = for_rows(4, mesh), make_optimizer(plain(), steps=20)
+    model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
     state = init_state(model, optimizer, None)
     state = jax.device_put(state, shardings_of(state, where))
-    batch = where.put(batch_of(windows))
+    batch = where.put(batch_of(windows_of((3, 4, 38))))
     step = compile_train_step(nnx.graphdef(model), optimizer, 1.0, BITS_PER_BYTE, state, batch)
     return str(step.as_text())
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,fsdp=2"])
-def test_devices_exchange_weights_and_no_activations(model: LanguageModel, mesh: str):
-    """Windows of 37 tokens: no array of weights has an axis of that, or of all rows' tokens."""
-    exchanged = COLLECTIVE.findall(program_on(mesh, model, windows_of((1, 4, 38))))
+def test_devices_exchange_weights_and_no_activations(mesh: str):
+    """No array of weights has an axis of a window's tokens, or of all rows' tokens."""
+    exchanged = COLLECTIVE.findall(program_on(mesh))
     assert {kind for _, kind in exchanged} == {"all-gather", "all-reduce", "reduce-scatter"}
     for shapes, _ in exchanged:
         for shape in re.findall(r"\[([0-9,]+)\]", shapes):
-            assert not {"37", "148"} & set(shape.split(","))
+            assert not {"37", "148", "444"} & set(shape.split(","))
 
 
 @pytest.mark.parametrize("mesh", ["data=4", "fsdp=4"])
-def test_gradients_of_copies_are_summed_once_for_all_passes(model: LanguageModel, mesh: str):
+def test_gradients_of_copies_are_summed_once_for_all_passes(mesh: str):
     """The loop over passes exchanges weights that are divided and their gradients alone."""
-    program = program_on(mesh, model, windows_of((3, 4, 10)))
+    program = program_on(mesh)
     loops, whole = set[str](), set[str]()
     for computation in program.split("\n}\n"):
         kinds = {kind for _, kind in COLLECTIVE.findall(computation)}
@@ -131,6 +131,7 @@ LAYERS = (
 )
 
 
+@functools.cache
 def lowered_gradient(mesh: str, n_passes: int = 1, remat: Remat = "none") -> tuple[list[Any], str]:
     """The parameters of a bfloat16 model of several mixers, and the program of its gradient over
     four devices before it is compiled."""
@@ -155,8 +156,10 @@ def array(shape: tuple[int, ...], narrow: bool) -> str:
     return "x".join([*map(str, shape), "bf16" if narrow else "f32"])
 
 
-@pytest.mark.parametrize("n_passes", [1, 3])
-@pytest.mark.parametrize("mesh", ["data=4", "fsdp=4", "data=2,fsdp=2"])
+@pytest.mark.parametrize(
+    ("mesh", "n_passes"),  # passes matter to sums over `data` alone
+    [("data=4", 1), ("data=4", 3), ("fsdp=4", 1), ("data=2,fsdp=2", 1), ("data=2,fsdp=2", 3)],
+)
 def test_gradients_of_matmuls_are_summed_in_the_compute_dtype(mesh: str, n_passes: int):
     """The mean of several passes and all other gradients are summed in float32."""
     params, program = lowered_gradient(mesh, n_passes)
@@ -194,11 +197,7 @@ def test_weights_of_matmuls_are_gathered_in_the_compute_dtype(remat: Remat):
     ],
 )
 def test_options_of_a_mesh(
-    model: LanguageModel,
-    monkeypatch: pytest.MonkeyPatch,
-    mesh: str,
-    gathered: int | None,
-    divides_rows: bool,
+    monkeypatch: pytest.MonkeyPatch, mesh: str, gathered: int | None, divides_rows: bool
 ):
     """A layer's weights are gathered at once: 692 parameters, 384 for q, k and v, 128 for the gate,
     128 for the output, 32 for the decay, 20 in vectors."""
@@ -206,7 +205,11 @@ def test_options_of_a_mesh(
     monkeypatch.setattr(
         experiments.harness.step, "xla_options", lambda **options: asked.append(options) or {}
     )
-    program_on(mesh, model, windows_of((1, 4, 10)))
+    where, optimizer = for_rows(4, mesh), make_optimizer(plain(), steps=20)
+    model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+    state = init_state(model, optimizer, None)
+    state = jax.device_put(state, shardings_of(state, where))
+    jit_train_step(nnx.graphdef(model), optimizer, 1.0, BITS_PER_BYTE, state)
     assert asked == [{"gathered_bytes": gathered, "divides_rows": divides_rows}]
 
 
@@ -214,9 +217,8 @@ def test_options_of_a_mesh(
 def test_sums_in_bfloat16_lose_as_much_as_a_gradient_in_it(mesh: str):
     """Against the float32 sum of the same four gradients. A rounding to bfloat16 changes a number
     by up to 2^-9 of it, and sums of four are rounded up to three times."""
-    config, windows = config_in("bfloat16"), windows_of((1, 4, 10))
-    loss, _, grads = gradient_of(config, mesh, windows)
-    expected_loss, _, expected = gradient_of(config, "data=1", windows.reshape(4, 1, 10))
+    loss, _, grads = gradient_in("bfloat16", mesh)
+    expected_loss, _, expected = gradient_in("bfloat16", "data=1", passes=4)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     ratios = jax.tree.leaves(jax.tree.map(rms_ratio, grads, expected))
     assert 2**-12 < max(ratios) < 2**-8
@@ -224,18 +226,20 @@ def test_sums_in_bfloat16_lose_as_much_as_a_gradient_in_it(mesh: str):
 
 def test_a_layers_sums_over_heads_in_bfloat16_lose_no_more_than_the_layer():
     """Against the float32 gradient, as on one device in bfloat16."""
+    *_, expected = gradient_in("float32", "data=1")
     errors = []
     for mesh in ("heads=2", "data=1"):
-        windows = windows_of((1, 4, 10))
-        dtypes: tuple[Dtype, ...] = "bfloat16", "float32"
-        grads = [gradient_of(config_in(dtype), mesh, windows)[-1] for dtype in dtypes]
-        errors.append(np.array(jax.tree.leaves(jax.tree.map(rms_ratio, *grads))))
+        *_, grads = gradient_in("bfloat16", mesh)
+        errors.append(np.array(jax.tree.leaves(jax.tree.map(rms_ratio, grads, expected))))
     np.testing.assert_array_less(errors[0], 1.5 * errors[1])
     assert max(errors[0]) > 2**-9
 
 
-def config_in(dtype: Dtype) -> LMConfig:
-    return lm_config(dim=16, n_heads=2, n_state=4, dtype=dtype)
+@functools.cache
+def gradient_in(dtype: Dtype, mesh: str, passes: int = 1) -> Any:
+    """Loss, score and gradient of four rows in passes."""
+    config = lm_config(dim=16, n_heads=2, n_state=4, dtype=dtype)
+    return gradient_of(config, mesh, windows_of((1, 4, 10)).reshape(passes, 4 // passes, 10))
 
 
 def test_states_without_names_of_their_axes():

@@ -149,8 +149,8 @@ def test_a_batch_of_few_answers_has_their_positions() -> None:
     """As many as the largest setting has pairs; rows of smaller ones have weights of 0."""
     task = MultiQuery(n_tokens=64, lengths=(16, 24), pairs=(2, 4), shares=(1.0, 1.0))
     key = training_key(0, 0)
-    drawn: Any = task.sample(key, 12, 30)
-    batch: Any = task.batch(key, 3, 4, 30)
+    drawn: Any = jax.jit(lambda: task.sample(key, 12, 30))()
+    batch: Any = jax.jit(lambda: task.batch(key, 3, 4, 30))()
     assert batch.positions.shape == (3, 4, 4)
     np.testing.assert_array_equal(np.reshape(batch.inputs, (12, 30)), drawn.inputs)
     at = np.reshape(batch.positions, (12, 4))

@@ -37,16 +37,20 @@ class Steps:
     @classmethod
     def of(cls, mixer: Any, x: jax.Array) -> "Steps":
         """The steps of an `E88Mixer` with a write gate for x `[B, T, dim]`."""
-        (y, others), config = mixer.inputs(x), mixer.config
-        n, columns = config.n_state, config.head_columns
-        k, v = y[:, :, n : 2 * n], y[:, :, 2 * n : columns]
-        k = jax.nn.silu(k)
-        k /= jnp.linalg.norm(k, axis=-1, keepdims=True) + 1e-6
-        read = mixer.inputs.split(y[:, :, config.n_heads * columns :], others)
-        decay = jax.nn.sigmoid(-read.decay[:, :, 0])
-        write_gate = config.write_gate_scale * jax.nn.sigmoid(read.write_gate[:, :, 0])
-        arrays = k, jax.nn.silu(v), decay, write_gate
-        return cls(*(np.asarray(a, np.float64) for a in arrays))
+        return cls(*(np.asarray(a, np.float64) for a in _steps(mixer, x)))
+
+
+@nnx.jit
+def _steps(mixer: Any, x: jax.Array) -> tuple[jax.Array, ...]:
+    (y, others), config = mixer.inputs(x), mixer.config
+    n, columns = config.n_state, config.head_columns
+    k, v = y[:, :, n : 2 * n], y[:, :, 2 * n : columns]
+    k = jax.nn.silu(k)
+    k /= jnp.linalg.norm(k, axis=-1, keepdims=True) + 1e-6
+    read = mixer.inputs.split(y[:, :, config.n_heads * columns :], others)
+    decay = jax.nn.sigmoid(-read.decay[:, :, 0])
+    write_gate = config.write_gate_scale * jax.nn.sigmoid(read.write_gate[:, :, 0])
+    return k, jax.nn.silu(v), decay, write_gate
 
 
 def test_the_sign_s_intervals_are_invariant_under_noise() -> None:
@@ -56,7 +60,7 @@ def test_the_sign_s_intervals_are_invariant_under_noise() -> None:
     tokens = np.array(list(itertools.product([0, 1], repeat=10)))
     first, second = model.blocks
     x = model.embed(jnp.asarray(tokens, jnp.int32))
-    x += first.mixer(first.norm(x))[0]
+    x += nnx.jit(lambda block, x: block.mixer(block.norm(x))[0])(first, x)
     steps = Steps.of(second.mixer, second.norm(x))
     # After step t: the box's low end and side.
     boxes = [(0.9, 0.06)] + 5 * [(0.35, 0.2), (0.5, 0.07)]
@@ -103,7 +107,7 @@ def test_the_energy_of_one_repeated_token_falls_by_half_the_squared_change(seed:
 
 def random_layer(config: E88Config, seed: int) -> E88Mixer:
     """A layer with weights large enough for fast decays and write gates near their ends."""
-    mixer = E88Mixer(config, 16, rngs=nnx.Rngs(seed))
+    mixer = nnx.jit(lambda: E88Mixer(config, 16, rngs=nnx.Rngs(seed)))()
     nnx.update(mixer, jax.tree.map(lambda x: 4 * x, nnx.state(mixer, nnx.Param)))
     mixer.decay.A_log[...] = jnp.zeros(config.n_heads)
     mixer.decay.dt_bias[...] = jnp.zeros(config.n_heads)
@@ -173,7 +177,7 @@ def test_a_linear_head_counts_one_token_by_a_power() -> None:
     x = jnp.asarray(np.random.default_rng(3).normal(size=(4, 1, 16)), jnp.float32)
     x = jnp.broadcast_to(x, (4, 9, 16))
     steps = Steps.of(mixer, x)
-    _, state = mixer(x)
+    _, state = nnx.jit(mixer)(x)
     beta, decay = steps.write_gate[:, 0, None, None], steps.decay[:, 0, None, None]
     a, square = decay - beta, np.sum(steps.key[:, 0] ** 2, axis=1)
     assert square == pytest.approx([1] * 4, rel=1e-4)

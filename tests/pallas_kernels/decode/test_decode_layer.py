@@ -1,5 +1,6 @@
 """The decode kernel: its lane program in NumPy, and lowered for a GPU."""
 
+import functools
 from typing import Any
 
 import jax
@@ -25,8 +26,8 @@ def check(layer: DecodeConfig, dtype: Any, *, has_write_gate: bool = False) -> N
     """The lane program against XLA in float32."""
     columns = layer.columns
     arrays = inputs(layer, 1, dtype, has_write_gate)
-    wide = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
-    out, state = decoded(layer, **{"write_gate": None, **wide})
+    wide = {"write_gate": None, **{name: x.astype(np.float32) for name, x in arrays.items()}}
+    out, state = jax.jit(functools.partial(decoded, layer))(**wide)
     # Padded to words of 4 bytes, of which an odd row of bfloat16 fills half of the last.
     ref = {name: memory(x[0].copy()) for name, x in arrays.items() if name != "x"}
     row = arrays["x"][0]

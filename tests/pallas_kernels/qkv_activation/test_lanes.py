@@ -1,5 +1,6 @@
 """SiLU and unit length of q, k and v: lane programs in NumPy, kernels lowered for a GPU."""
 
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,12 @@ BOUNDS = {jnp.float32: 1e-6, jnp.bfloat16: 2.5e-3}
 over_dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16"])
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def activated_and_gradient(columns: HeadColumns, n_rest: int, x: Any, d: Any) -> tuple[Any, Any]:
+    expected, pullback = jax.vjp(lambda x: activated(columns, n_rest, x), x)
+    return expected, pullback(d)[0]
+
+
 def check(
     columns: HeadColumns, n_tokens: int, dtype: Any, n_rest: int = 8, n_padding: int = 0
 ) -> None:
@@ -28,10 +35,11 @@ def check(
     x = (2 * rng.normal(size=(n_tokens, columns.n_columns + n_rest + n_padding))).astype(dtype)
     x[:, : columns.n_state] = 0  # a head of zeros
     with jax.enable_x64(True):
-        wide = jnp.asarray(x.astype(np.float64))
-        expected, pullback = jax.vjp(lambda x: activated(columns, n_rest, x), wide)
-        d = [rng.normal(size=y.shape).astype(dtype) for y in expected]
-        (d_x_expected,) = pullback(tuple(jnp.asarray(y.astype(np.float64)) for y in d))
+        wide = x.astype(np.float64)
+        shapes = jax.eval_shape(lambda x: activated(columns, n_rest, x), wide)
+        d = [rng.normal(size=y.shape).astype(dtype) for y in shapes]
+        d_wide = tuple(y.astype(np.float64) for y in d)
+        expected, d_x_expected = activated_and_gradient(columns, n_rest, wide, d_wide)
     output, d_x = memory(x), memory(np.full(x.shape, np.nan, dtype))
     parts = columns.parts(x.shape[1], x.itemsize, n_rest)
     for part, wanted, d_y in zip(parts, expected, d, strict=True):

@@ -20,8 +20,17 @@ from tests.recurrence_contract import RecurrenceContract
 
 RACES = InterpretGPUParams(detect_races=True)
 AMPERE = find_gpu("a100-80gb").target
-on_either = pytest.mark.parametrize("gpu", [H100, AMPERE], ids=["bulk", "async"])
-"""On GPUs with bulk copies and without."""
+
+
+def on_either(names: str = "", *cases: tuple[Any, ...]) -> pytest.MarkDecorator:
+    """Each case on a GPU with bulk copies and on one without, with the dtypes in turn: how a tile
+    is copied and what it holds do not act on each other."""
+    rows = []
+    for n, case in enumerate(cases or [()]):
+        dtypes = ("bfloat16", "float32")[:: -1 if n % 2 else 1]
+        rows += [(H100, dtypes[0], *case), (AMPERE, dtypes[1], *case)]
+    ids = ["-".join(map(str, ((gpu is H100 and "bulk") or "async", *rest))) for gpu, *rest in rows]
+    return pytest.mark.parametrize(("gpu", "dtype", *names.split()), rows, ids=ids)
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +48,7 @@ class TestInterpreted(RecurrenceContract):
     n_value = 8
     rows = MappingProxyType({"batch": 1, "heads": 1})
     quick_to_compile = dtypes
-    saved_state_intervals = (32, 33)
-    supports_sharding = False  # `test_op.py` does that
+    compares_runs = supports_vmap = supports_sharding = False  # `test_op.py` does that
     uses_xla_memory = False
 
     gpu = H100
@@ -52,10 +60,8 @@ class TestInterpreted(RecurrenceContract):
         with target.use(self.gpu):
             return rows_by(recurrence, arrays, *rows, interpret=RACES, **options)
 
-    @on_either
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize("heads", [1, 2, 4])
-    def test_tuning_configs(self, heads: int, dtype: str, gpu: Target) -> None:
+    @on_either("heads", (1,), (2,), (4,))
+    def test_tuning_configs(self, gpu: Target, dtype: str, heads: int) -> None:
         """Blocks of one to four heads, two blocks of columns, odd chunks, a head of padding."""
         self.gpu = gpu
         values = 32 // heads
@@ -67,9 +73,8 @@ class TestInterpreted(RecurrenceContract):
             backward_config=TuningConfig(heads, values, chunk=16),
         )
 
-    @on_either
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_forward_and_backward_that_pad_otherwise(self, dtype: str, gpu: Target) -> None:
+    @on_either()
+    def test_forward_and_backward_that_pad_otherwise(self, gpu: Target, dtype: str) -> None:
         self.gpu = gpu
         inputs = make_inputs(27, 12, 12, EVERY_OPTION, batch=1, heads=3)
         self.check_against_numpy(
@@ -79,10 +84,8 @@ class TestInterpreted(RecurrenceContract):
             backward_config=TuningConfig(1, 64, chunk=16),
         )
 
-    @on_either
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize(("time", "chunk"), [(27, 8), (43, 16), (75, 32)])
-    def test_chunks(self, time: int, chunk: int, dtype: str, gpu: Target) -> None:
+    @on_either("time chunk", (27, 8), (43, 16), (75, 32))
+    def test_chunks(self, gpu: Target, dtype: str, time: int, chunk: int) -> None:
         """Groups of steps in two chunks or more; the last of each is short."""
         self.gpu = gpu
         inputs = make_inputs(time, 8, 32, EVERY_OPTION, batch=1, heads=1)
@@ -95,10 +98,8 @@ class TestInterpreted(RecurrenceContract):
             backward_config=config,
         )
 
-    @on_either
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize(("time", "chunk"), [(13, 16), (32, 16), (75, 32)])
-    def test_pipelined_groups(self, time: int, chunk: int, dtype: str, gpu: Target) -> None:
+    @on_either("time chunk", (13, 16), (32, 16), (75, 32))
+    def test_pipelined_groups(self, gpu: Target, dtype: str, time: int, chunk: int) -> None:
         """No whole chunk, whole chunks only, and a short one after two."""
         self.gpu = gpu
         inputs = make_inputs(time, 8, 32, EVERY_OPTION, batch=1, heads=1)
@@ -108,28 +109,26 @@ class TestInterpreted(RecurrenceContract):
             backward_config=TuningConfig(heads=1, values=32, chunk=chunk, pipelined=True),
         )
 
-    @on_either
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize("states_held", [4, 3])
-    def test_half_of_a_group_held(self, states_held: int, dtype: str, gpu: Target) -> None:
-        """Whole groups in two chunks, then one of 3 steps; one of 6 steps alone, and one of 1."""
+    @on_either("states_held alone", (4, 6), (3, 1))
+    def test_half_of_a_group_held(
+        self, gpu: Target, dtype: str, states_held: int, alone: int
+    ) -> None:
+        """Whole groups in two chunks, then one of 3 steps; and a group of few steps alone."""
         self.gpu = gpu
         config = TuningConfig(heads=1, values=32, chunk=16, states_held=states_held)
-        for time in (35, 6, 1):
+        for time in (35, alone):
             inputs = make_inputs(time, 8, 32, EVERY_OPTION, batch=1, heads=1)
             self.check_against_numpy(_rounded(inputs, dtype), dtype, backward_config=config)
 
-    @on_either
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_saved_states_far_apart(self, dtype: str, gpu: Target) -> None:
+    @on_either()
+    def test_saved_states_far_apart(self, gpu: Target, dtype: str) -> None:
         """A whole segment of 64 steps, and one of 11."""
         self.gpu = gpu
         inputs = make_inputs(75, 4, 8, EVERY_OPTION, batch=1, heads=1)
         self.check_against_numpy(_rounded(inputs, dtype), dtype, saved_state_interval=33)
 
-    @on_either
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_warpgroups_side_by_side(self, dtype: str, gpu: Target) -> None:
+    @on_either()
+    def test_warpgroups_side_by_side(self, gpu: Target, dtype: str) -> None:
         """Two blocks in thread blocks of three: one has nothing to do."""
         self.gpu = gpu
         inputs = make_inputs(11, 8, 32, ("write_gate",), batch=1, heads=2)
@@ -143,6 +142,6 @@ def _rounded(inputs: Inputs, dtype: str) -> Inputs:
     """The inputs as the kernels get them: the reference does not round."""
 
     def rounded(x: np.ndarray) -> np.ndarray:
-        return np.asarray(jnp.asarray(x, dtype).astype("float32"), np.float64)
+        return x.astype(jnp.dtype(dtype)).astype(np.float64)
 
     return inputs._replace(q=rounded(inputs.q), k=rounded(inputs.k), v=rounded(inputs.v))

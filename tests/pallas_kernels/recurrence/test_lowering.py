@@ -1,5 +1,7 @@
 """The kernels lowered for a GPU that need not be there: layouts, alignment, sizes of copies."""
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -30,6 +32,11 @@ ODD = {
     "70,000 blocks": (70_000, 64, 1, 32, 32),
     "2**31 elements": (65, 8192, 128, 32, 32),
 }
+
+
+def in_turn(cases: Iterable[Any], *dtypes: str) -> list[tuple[Any, str]]:
+    """Each case with one of the dtypes, which differ in bytes and alignment alone."""
+    return list(zip(cases, itertools.cycle(dtypes), strict=False))
 
 
 def lower(
@@ -88,30 +95,30 @@ def test_models(name: str) -> None:
     assert lower(MODELS[name], "bfloat16") == 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(ODD, "float32", "bfloat16"))
 def test_odd_shapes(name: str, dtype: str) -> None:
     assert lower(ODD[name], dtype) == 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", MODELS | ODD)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(MODELS | ODD, "bfloat16", "float32"))
 def test_asynchronous_copies(name: str, dtype: str) -> None:
     with target.use(find_gpu("a100-80gb").target):
         assert lower((MODELS | ODD)[name], dtype) == 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "options",
-    [
-        ("write_gate",),
-        ("initial_state",),
-        ("segment_ids",),
-        ("lengths",),
-        ("write_gate", "initial_state", "segment_ids", "lengths", "linear_state"),
-    ],
-    ids="+".join,
+    ("options", "dtype"),
+    in_turn(
+        [
+            ("write_gate",),
+            ("initial_state",),
+            ("segment_ids",),
+            ("lengths",),
+            ("write_gate", "initial_state", "segment_ids", "lengths", "linear_state"),
+        ],
+        "float32",
+        "bfloat16",
+    ),
 )
 def test_options(options: tuple[str, ...], dtype: str) -> None:
     shape = 2, 70, 4, 32, 32
@@ -124,20 +131,23 @@ def test_options_where_shared_memory_is_full() -> None:
         assert lower((4, 64, 128, 44, 44), "float32", options) == 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "config",
-    [
-        TuningConfig(heads=1, values=32, chunk=8, warpgroups=3),
-        TuningConfig(heads=1, values=64, chunk=8, unroll=1),
-        TuningConfig(heads=2, values=16, chunk=16, warpgroups=2),
-        TuningConfig(heads=4, values=16, chunk=8),
-        TuningConfig(heads=1, values=32, chunk=32),
-        TuningConfig(heads=2, values=32, chunk=16, pipelined=True),
-        TuningConfig(heads=2, values=16, chunk=16, states_held=4, copies="async"),
-        TuningConfig(heads=1, values=32, chunk=8, states_held=3, copies="async"),
-        TuningConfig(heads=1, values=32, chunk=8, states_held=3),
-    ],
+    ("config", "dtype"),
+    in_turn(
+        [
+            TuningConfig(heads=1, values=32, chunk=8, warpgroups=3),
+            TuningConfig(heads=1, values=64, chunk=8, unroll=1),
+            TuningConfig(heads=2, values=16, chunk=16, warpgroups=2),
+            TuningConfig(heads=4, values=16, chunk=8),
+            TuningConfig(heads=1, values=32, chunk=32),
+            TuningConfig(heads=2, values=32, chunk=16, pipelined=True),
+            TuningConfig(heads=2, values=16, chunk=16, states_held=4, copies="async"),
+            TuningConfig(heads=1, values=32, chunk=8, states_held=3, copies="async"),
+            TuningConfig(heads=1, values=32, chunk=8, states_held=3),
+        ],
+        "float32",
+        "bfloat16",
+    ),
     ids=str,
 )
 def test_tuning_configs(config: TuningConfig, dtype: str) -> None:
@@ -149,8 +159,9 @@ def test_results_alone_take_one_kernel() -> None:
     assert lower((2, 70, 4, 32, 32), "bfloat16", gradient=False) == 1
 
 
-@pytest.mark.parametrize("size", range(4, 129, 4))
+@pytest.mark.parametrize("size", range(4, 128, 12))
 def test_sizes(size: int) -> None:
+    """Every remainder of a block's 32 columns, from the smallest state to nearly the largest."""
     # Each dtype meets rows that end before a block does, and are read past their end.
     dtype = "float32" if size % 8 else "bfloat16"
     assert lower((2, 100, 4, size, size), dtype, ("write_gate", "segment_ids")) == 2
