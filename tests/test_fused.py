@@ -22,6 +22,7 @@ from tests.reference import layer_by_xla
 from tests.reference.configs import E88_OPTIONS, e88_layer, name_of
 
 AFTER_THE_RECURRENCE = {"expansion", "head_mix", "output_norm", "value_residual"}
+"""Options of which many tokens meet each alone: kernels come before."""
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def check(actual: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(("depth", "time_chunks"), [(1, 2), (3, 2)])
-def test_no_more_chunks_than_layers(depth: int, time_chunks: int) -> None:
+def test_one_layer_and_more_layers_than_chunks(depth: int, time_chunks: int) -> None:
     params = params_of("e88", depth)
     actual = results(config("e88", time_chunks, depth=depth), params, None)
     check(actual, results(config("e88", depth=depth), params, None))

@@ -29,7 +29,7 @@ def on_either(names: str = "", *cases: tuple[Any, ...]) -> pytest.MarkDecorator:
     for n, case in enumerate(cases or [()]):
         dtypes = ("bfloat16", "float32")[:: -1 if n % 2 else 1]
         rows += [(H100, dtypes[0], *case), (AMPERE, dtypes[1], *case)]
-    ids = ["-".join(map(str, ((gpu is H100 and "bulk") or "async", *rest))) for gpu, *rest in rows]
+    ids = ["-".join(map(str, (tuning.copies(gpu), *rest))) for gpu, *rest in rows]
     return pytest.mark.parametrize(("gpu", "dtype", *names.split()), rows, ids=ids)
 
 
