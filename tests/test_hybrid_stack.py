@@ -137,7 +137,8 @@ def test_documents_and_rows_of_their_own_lengths(model: LanguageModel, tokens: n
 
 
 def test_recomputation_changes_no_gradient(tokens: np.ndarray) -> None:
-    """Of any parameter; none is zero. That of E88 is tested with the model."""
+    """Every parameter has the gradient that it has without, which is not zero. E88 is tested with
+    the model."""
     layers = LAYERS[1:-1]
     params = params_of(config(layers=layers))
 
@@ -158,7 +159,7 @@ def test_recomputation_changes_no_gradient(tokens: np.ndarray) -> None:
 
 
 def test_it_continues_a_prompt_as_whole_passes_do(model: LanguageModel, tokens: np.ndarray) -> None:
-    """Of one row; the passes are of both."""
+    """One row is generated, and the passes run both."""
     drawn = generate(model, jnp.asarray(tokens[:1, :4]), 5, key=jax.random.key(0), temperature=0)
     text = tokens.copy()
     text[:, 4:] = 0  # zeros to come, so that every pass is of one length

@@ -9,14 +9,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @pytest.fixture(scope="module")
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a module compiles is compiled once, in this process and in those that it starts."""
-    directory, wanted = str(tmp_path_factory.mktemp("compiled")), jax.config.values
+    """Programs of a module are compiled once for this process and those that it starts."""
+    directory = str(tmp_path_factory.mktemp("compiled"))
     flags = {
         "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": directory,
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
-    before = {name: wanted[name] for name in flags}
+    before = {name: jax.config.values[name] for name in flags}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -343,7 +343,7 @@ class MixerContract:
         assert flops.total == flops.matmul + flops.recurrence
 
     def test_bfloat16(self, layer: AnyLayer) -> None:
-        """Matmuls in bfloat16; parameters and their gradients in float32. Of one row."""
+        """Matmuls in bfloat16; parameters and their gradients in float32. x has one row."""
         execution = dataclasses.replace(layer.execution, dtype="bfloat16")
         narrow = Layer(layer.config, layer.dim, execution)
         graphdef, shapes = nnx.split(nnx.eval_shape(lambda: build(narrow)))

@@ -84,16 +84,22 @@ COLLECTIVE = re.compile(
 """A collective in the text of a program: its arrays and its kind."""
 
 
-@functools.cache
-def program_on(mesh: str) -> str:
-    """The text of a training step of three passes over windows of 37 tokens on four devices."""
+def step_on(mesh: str) -> tuple[Any, TrainState, Any]:
+    """The step over four devices, the state before it, and where its batches are."""
     where, optimizer = for_rows(4, mesh), make_optimizer(plain(), steps=20)
     model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
     state = init_state(model, optimizer, None)
     state = jax.device_put(state, shardings_of(state, where))
+    step = jit_train_step(nnx.graphdef(model), optimizer, 1.0, BITS_PER_BYTE, state)
+    return step, state, where
+
+
+@functools.cache
+def program_on(mesh: str) -> str:
+    """The text of a training step of three passes over windows of 37 tokens on four devices."""
+    step, state, where = step_on(mesh)
     batch = where.put(batch_of(windows_of((3, 4, 38))))
-    step = compile_train_step(nnx.graphdef(model), optimizer, 1.0, BITS_PER_BYTE, state, batch)
-    return str(step.as_text())
+    return str(step.lower(state, batch).compile().as_text())
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=4", "data=2,fsdp=2"])
@@ -205,11 +211,7 @@ def test_options_of_a_mesh(
     monkeypatch.setattr(
         experiments.harness.step, "xla_options", lambda **options: asked.append(options) or {}
     )
-    where, optimizer = for_rows(4, mesh), make_optimizer(plain(), steps=20)
-    model = LanguageModel(CONFIG, rngs=nnx.Rngs(0))
-    state = init_state(model, optimizer, None)
-    state = jax.device_put(state, shardings_of(state, where))
-    jit_train_step(nnx.graphdef(model), optimizer, 1.0, BITS_PER_BYTE, state)
+    step_on(mesh)
     assert asked == [{"gathered_bytes": gathered, "divides_rows": divides_rows}]
 
 
